@@ -1,0 +1,126 @@
+"""Zarr arrays as bytes: encoded in memory and decoded from bytes whose hashes were checked.
+
+zarr-python never touches the cache's folder itself, so that what is published is exactly what was hashed, and
+what is decoded is exactly what was verified. Inner chunks carry zstd's checksum; empty chunks are written, since
+an absent chunk would have none.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import ZstdCodec
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from mmkd.cache_tools.layout import (
+    THUMBPRINT,
+    SplitLayout,
+    label_array,
+    logits_array,
+    maximum_array,
+    status_array,
+    thumbprint_arrays,
+)
+
+Objects = dict[str, bytes]
+"""Object key within the Zarr group -> its bytes."""
+
+INNER_ROWS = 64
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """A sharded array to which one writer at a time adds whole blocks."""
+
+    name: str
+    """Path within the group."""
+    shape: tuple[int, ...]
+    """Rows padded to whole shards, views, and what a view holds."""
+    dtype: str
+    """NumPy type name."""
+    fill: float
+    """Value of what is not computed; never one that could be mistaken for a result."""
+
+
+def split_arrays(
+    split: SplitLayout, experts: Iterable[str], heads: Mapping[str, int], *, thumbnail_size: int
+) -> tuple[ArraySpec, ...]:
+    """Return the sharded arrays of one split: thumbprints, and logits, maxima and status of each expert."""
+    grid = (split.padded_rows, split.views)
+    hashes, thumbnails = thumbprint_arrays(split.name)
+    specs = [ArraySpec(hashes, grid, "uint64", 0), ArraySpec(thumbnails, (*grid, thumbnail_size), "uint8", 0)]
+    for expert in experts:
+        if expert == THUMBPRINT or not expert.isidentifier():
+            raise ValueError(f"{expert!r} cannot name an expert")
+        specs.append(ArraySpec(status_array(split.name, expert), grid, "uint8", 255))
+        for head, classes in heads.items():
+            nan = float("nan")
+            specs.append(ArraySpec(logits_array(split.name, expert, head), (*grid, classes), "float16", nan))
+            specs.append(ArraySpec(maximum_array(split.name, expert, head), grid, "float32", nan))
+    return tuple(specs)
+
+
+def static_arrays(split: str, values: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, Any]:
+    """Return array name -> contents for what init writes: ids, facts, views and labels of one split."""
+    named = {f"{split}/{name}": value for name, value in values.items()}
+    return named | {label_array(split, head): value for head, value in labels.items()}
+
+
+def encode_group(static: Mapping[str, Any], specs: Iterable[tuple[ArraySpec, SplitLayout]]) -> Objects:
+    """Return all objects of a fresh group: metadata of every array, and the contents of the static ones."""
+    objects: dict[str, Buffer] = {}
+    group = zarr.open_group(MemoryStore(objects), mode="w", zarr_format=3)
+    codec = ZstdCodec(level=3, checksum=True)
+    for name, value in static.items():
+        dtype: Any = str if isinstance(value, list) else value.dtype
+        shape = np.shape(value)
+        rows = min(shape[0], 16384)
+        array = group.create_array(name, shape=shape, chunks=(rows, *shape[1:]), dtype=dtype, compressors=codec)
+        array[...] = np.array(value, dtype=object) if isinstance(value, list) else value
+    for spec, split in specs:
+        inner = next(n for n in range(min(INNER_ROWS, split.shard_rows), 0, -1) if split.shard_rows % n == 0)
+        group.create_array(
+            spec.name,
+            shape=spec.shape,
+            shards=(split.shard_rows, split.shard_views, *spec.shape[2:]),
+            chunks=(inner, split.shard_views, *spec.shape[2:]),
+            dtype=spec.dtype,
+            fill_value=spec.fill,
+            compressors=codec,
+            config={"write_empty_chunks": True},
+        )
+    return {key: buffer.to_bytes() for key, buffer in objects.items()}
+
+
+def encode_block(name: str, metadata: bytes, *, start: tuple[int, int], block: npt.NDArray[Any]) -> Objects:
+    """Encode one whole shard of the array `name`, given its metadata object; return its one object.
+
+    `block` is (shard_rows, views, ...) and `start` its first row and view.
+    """
+    array, objects = _open(name, {f"{name}/zarr.json": metadata})
+    rows, views = start
+    array[rows : rows + block.shape[0], views : views + block.shape[1]] = block
+    encoded = {key: buffer.to_bytes() for key, buffer in objects.items() if not key.endswith("zarr.json")}
+    if len(encoded) != 1:
+        raise ValueError(f"{name}: a block at {start} of shape {block.shape} is not one whole shard")
+    return encoded
+
+
+def decode_array(name: str, objects: Mapping[str, bytes]) -> npt.NDArray[Any]:
+    """Decode a whole array from its metadata object and all its blocks."""
+    array, _ = _open(name, objects)
+    value: npt.NDArray[Any] = np.asarray(array[...])
+    return value
+
+
+def _open(name: str, objects: Mapping[str, bytes]) -> tuple[zarr.Array[Any], dict[str, Buffer]]:
+    make = default_buffer_prototype().buffer.from_bytes
+    buffers = {key: make(value) for key, value in objects.items() if key.startswith(f"{name}/")}
+    array = zarr.open_array(
+        MemoryStore(buffers), path=name, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
+    )
+    return array, buffers

@@ -1,0 +1,86 @@
+"""What both commands share: recipe options, errors as one line with a documented exit code, logging to stderr.
+
+Exit codes: 0 done, 1 a bug, 2 usage or configuration, 3 more clips unusable than tolerated, 4 verification
+failed, 5 fingerprint differs, 74 I/O (disk full), 75 stopped cleanly: run me again.
+"""
+
+import errno
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mmkd.data_manifests.errors import EXIT_INTERRUPTED, MmkdError, StorageError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+log = logging.getLogger("mmkd")
+
+
+def run_command(group: click.Group) -> None:
+    """Run a command line; user errors become one line on stderr and their exit code."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    try:
+        group.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped; run the same command again to go on", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except MmkdError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
+            raise
+        click.echo(f"error: {error}; mend that and run the same command again", err=True)
+        sys.exit(StorageError.exit_code)
+
+
+def recipe_options(function: Function) -> Function:
+    """Add `-c FILE` (repeatable) and `--set key=value` (repeatable) to a command."""
+    function = click.option(
+        "-c",
+        "--config",
+        "files",
+        multiple=True,
+        type=click.Path(path_type=Path, dir_okay=False, exists=True),
+        help="Recipe in YAML; later files override earlier ones.",
+    )(function)
+    return click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override one value, e.g. views.frames=8.",
+    )(function)
+
+
+def data_options(function: Function) -> Function:
+    """Add --manifest, --videos, --facts and --workers, which override the recipe's data section."""
+    folder = click.Path(path_type=Path)
+    options = (
+        click.option("--manifest", type=folder, help="Manifest made by `mmkd-cache manifest`."),
+        click.option("--videos", type=folder, help="Folder that its video paths are relative to."),
+        click.option("--facts", type=folder, help="Folder for probed facts [default: MANIFEST.facts]."),
+        click.option("--workers", type=click.IntRange(0), help="Decoding processes [default: 2]."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def named_data(values: dict[str, Any]) -> dict[str, Any]:
+    """Take the values of `data_options` out of a command's arguments, as named recipe values."""
+    return {f"data.{name}": values.pop(name) for name in ("manifest", "videos", "facts", "workers")}
+
+
+def print_result(value: Any, *, as_json: bool, lines: Sequence[str]) -> None:
+    """Print a result on stdout: one JSON object, or lines for people."""
+    click.echo(json.dumps(value, indent=1) if as_json else "\n".join(lines))

@@ -1,0 +1,72 @@
+"""Whether a video file ends before its container says: read from the outermost sizes alone.
+
+Matroska and WebM, MP4 and AVI all declare the size of their outer boxes, so a file cut anywhere is recognised
+exactly and without demuxing, where comparing durations needs a tolerance. Live recordings that leave the size
+unknown are not recognised here. Other containers are not looked into.
+"""
+
+from pathlib import Path
+from typing import BinaryIO
+
+MATROSKA, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+MP4_FIRST_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"}
+MAX_BOXES = 100_000
+"""Outer boxes looked at in one file: a fragmented MP4 has two per fragment."""
+
+
+def is_cut_short(path: Path) -> bool:
+    """Return whether the file is shorter than its container's outer boxes say."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(12)
+        if head[:4] == MATROSKA:
+            return _matroska_end(file) > size
+        if head[:4] == b"RIFF":
+            return 8 + int.from_bytes(head[4:8], "little") > size
+        if head[4:8] in MP4_FIRST_BOXES:
+            return _mp4_end(file, size) > size
+    return False
+
+
+def _matroska_end(file: BinaryIO) -> int:
+    """Return where the segment ends, in bytes from the start, or 0 where it does not say."""
+    file.seek(4)
+    header_size = _ebml_size(file)
+    if header_size is None:
+        return 0
+    file.seek(header_size, 1)
+    if file.read(4) != SEGMENT:
+        return 0
+    segment_size = _ebml_size(file)
+    return 0 if segment_size is None else file.tell() + segment_size
+
+
+def _ebml_size(file: BinaryIO) -> int | None:
+    """Read a variable-length size (RFC 8794, 4): leading zeros tell its length; all ones mean unknown."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return None
+    length = 9 - first[0].bit_length()
+    value = int.from_bytes(first + file.read(length - 1), "big") ^ 1 << 7 * length
+    return None if value == (1 << 7 * length) - 1 else value
+
+
+def _mp4_end(file: BinaryIO, size: int) -> int:
+    """Return where the last outer box that begins inside the file ends, in bytes from the start."""
+    position = 0
+    for _ in range(MAX_BOXES):
+        file.seek(position)
+        head = file.read(16)
+        if len(head) < 8:
+            break
+        length = int.from_bytes(head[:4], "big")
+        if length == 1 and len(head) == 16:
+            length = int.from_bytes(head[8:], "big")
+        if length == 0:
+            return size  # the box goes on to the end of the file
+        if length < 8:
+            break  # not a box: some writers pad with zeros
+        position += length
+        if position >= size:
+            return position
+    return size

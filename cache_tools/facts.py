@@ -1,0 +1,154 @@
+"""The facts of all videos of a data set, probed in parallel and kept once per video beside the manifest.
+
+A kept file is a JSON line and the frame times as raw little-endian float64, under a name hashed from the
+video's, so that 200,000 videos spread over 256 folders. It is used while the video's stamp (size, time of
+change, limits, decoder rules) is the same, and probed again otherwise or when the file is damaged. Failures
+are not kept: a video that is repaired or copied late is found by the next run.
+"""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from mmkd.cache_tools.frames import FrameSource
+from mmkd.cache_tools.pool import run_tasks
+from mmkd.cache_tools.records import VideoFacts
+from mmkd.data_manifests.errors import StorageError, VideoError
+
+SCHEMA = "mmkd-facts-1"
+BATCH = 2048
+"""Videos looked up at once; bounds the memory that waiting look-ups take."""
+LOOKUP_THREADS = 16
+"""Look-ups wait for file systems, not processors."""
+PROBE_SECONDS = 120.0
+"""Time limit for one probe where the source states none."""
+
+
+def probe_all(
+    source: FrameSource,
+    videos: Sequence[str],
+    *,
+    store: Path | None,
+    workers: int,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, VideoFacts | VideoError]:
+    """Return the facts of each video, or why it cannot be used, in the order of `videos` without repeats.
+
+    `store` keeps facts between runs; None keeps nothing. `progress(count)` hears of videos as they are done.
+    """
+    found: dict[str, VideoFacts | VideoError | None] = dict.fromkeys(videos)
+    advance = progress or (lambda count: None)
+    if store is not None:
+        for video, facts in _kept(source, list(found), store):
+            found[video] = facts
+            if facts is not None:
+                advance(1)
+    missing = [video for video, facts in found.items() if facts is None]
+    probe = partial(probe_and_keep, source, store)
+    limits = getattr(source, "limits", None)
+    timeout_seconds = PROBE_SECONDS if limits is None else limits.clip_timeout_seconds
+    probed = run_tasks(probe, missing, workers=min(workers, len(missing)), timeout_seconds=timeout_seconds)
+    for position, result in probed:
+        found[missing[position]] = result
+        advance(1)
+    return {video: facts for video, facts in found.items() if facts is not None}
+
+
+def probe_and_keep(source: FrameSource, store: Path | None, video: str) -> VideoFacts:
+    """Probe one video and keep its facts; VideoError if it cannot be used."""
+    stamp = source.stamp(video)  # before the probe: a change while it runs makes the kept facts stale
+    facts = source.probe(video)
+    if store is not None:
+        _write(facts_path(store, video), encode_facts(facts, video=video, stamp=stamp))
+    return facts
+
+
+def facts_path(store: Path, video: str) -> Path:
+    """Return where the facts of a video are kept."""
+    name = hashlib.blake2b(video.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return store / name[:2] / f"{name[2:]}.facts"
+
+
+def encode_facts(facts: VideoFacts, *, video: str, stamp: str) -> bytes:
+    """Return the kept file's bytes: one JSON line, then the times."""
+    times = facts.times_seconds.astype("<f8").tobytes()
+    header = {
+        "schema": SCHEMA,
+        "video": video,
+        "stamp": stamp,
+        "width": facts.width,
+        "height": facts.height,
+        "decoder": facts.decoder,
+        "identity": facts.identity,
+        "times_hash": hashlib.blake2b(times, digest_size=16).hexdigest(),
+    }
+    return json.dumps(header).encode() + b"\n" + times
+
+
+def decode_facts(data: bytes, *, video: str, stamp: str) -> VideoFacts | None:
+    """Return the facts, or None when they are of another video or stamp, or damaged."""
+    line, _, times = data.partition(b"\n")
+    try:
+        header = json.loads(line)
+        expected = {
+            "schema": SCHEMA,
+            "video": video,
+            "stamp": stamp,
+            "times_hash": hashlib.blake2b(times, digest_size=16).hexdigest(),
+        }
+        if any(header[key] != value for key, value in expected.items()):
+            return None
+        return VideoFacts(
+            width=int(header["width"]),
+            height=int(header["height"]),
+            times_seconds=np.frombuffer(times, dtype="<f8").astype(np.float64),
+            decoder=str(header["decoder"]),
+            identity=str(header["identity"]),
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _kept(
+    source: FrameSource, videos: Sequence[str], store: Path
+) -> Iterator[tuple[str, VideoFacts | VideoError | None]]:
+    """Yield each video with its kept facts, its VideoError when it is missing, or None to be probed."""
+    if not store.is_dir():
+        return
+    look_up = partial(_look_up, source, store)
+    with ThreadPoolExecutor(LOOKUP_THREADS) as executor:
+        for start in range(0, len(videos), BATCH):
+            batch = videos[start : start + BATCH]
+            yield from zip(batch, executor.map(look_up, batch), strict=True)
+
+
+def _look_up(source: FrameSource, store: Path, video: str) -> VideoFacts | VideoError | None:
+    try:
+        data = facts_path(store, video).read_bytes()
+    except OSError:
+        return None
+    try:
+        return decode_facts(data, video=video, stamp=source.stamp(video))
+    except VideoError as error:
+        return error
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace the file in one step. Not synced: a torn file fails its hash, and is only probed again."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot keep video facts in {path.parent}: {error.strerror}") from error

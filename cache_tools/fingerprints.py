@@ -1,0 +1,53 @@
+"""Fingerprints: content hashes of everything that could change a number, as a tree.
+
+The base node covers manifest, views and decoding; each expert's node adds its weights and preprocessing. So an
+expert can be added or replaced without invalidating the others. Contents go in, never paths, times or hosts.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmkd.data_manifests.errors import FingerprintError
+
+Fields = Mapping[str, Any]
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of a value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(fields: Fields) -> str:
+    """Return the SHA-256 (64 hex digits) of the fields' canonical JSON."""
+    return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differences(stored: Fields, current: Fields, prefix: str = "") -> Iterator[str]:
+    """Yield one line for each field that differs, e.g. `views.size_px: cache 224, now 112`."""
+    for key in sorted(set(stored) | set(current)):
+        old, new, name = stored.get(key), current.get(key), f"{prefix}{key}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from differences(old, new, prefix=f"{name}.")
+        elif canonical_json(old) != canonical_json(new):
+            yield f"{name}: cache {_short(old)}, now {_short(new)}"
+
+
+def require_same(stored: Fields, current: Fields, *, what: str, advice: str) -> None:
+    """Raise FingerprintError with a field-by-field difference unless both are equal."""
+    lines = list(differences(stored, current))
+    if lines:
+        raise FingerprintError(f"{what} differs: {'; '.join(lines)}. {advice}")
+
+
+def _short(value: Any) -> str:
+    text = canonical_json(value)
+    return text if len(text) <= 60 else f"{text[:24]}…{text[-8:]}"

@@ -1,0 +1,189 @@
+"""Exact frames of video files: frame i is the i-th in presentation order, or reading fails.
+
+Which decoder reads which stream is a small table, held by the barcode tests over containers, codecs and GOP
+structures: decord where it is exact and fast (VP8 and VP9 in WebM or Matroska), PyAV with the packet index
+for everything else. It is part of the fingerprint, never a silent fallback. Frames are decoded on the CPU
+with one thread, since hardware decoding gives other bits. A rotation flag is applied, by quarter turns: width
+and height are those of the upright frame. Frame folders and HDF5 are other sources behind `FrameSource`.
+"""
+
+import importlib.util
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mmkd.cache_tools.decoders import PyavDecoder, check_count, read_decord, read_pyav
+from mmkd.cache_tools.packets import Limits as Limits  # users find it here, beside VideoFiles
+from mmkd.cache_tools.packets import PacketIndex, index_packets, open_video
+from mmkd.cache_tools.records import ClipFacts, ClipFrames, IntArray, VideoFacts
+from mmkd.data_manifests.errors import VideoError
+from mmkd.data_manifests.records import Clip
+
+HAS_DECORD = importlib.util.find_spec("decord") is not None
+DECORD_STREAMS = {("matroska,webm", "vp8", "yuv420p"), ("matroska,webm", "vp9", "yuv420p")}
+"""(container, codec, pixel format) that decord 0.6 reads exactly with one thread, where the height is even.
+
+At odd heights its old FFmpeg converts colours otherwise: other bits than PyAV, and than libvpx for VP9."""
+PYAV_RULES = "1: all pyav"
+DECODER_RULES = "1: vp8, vp9 in webm of even height decord; else pyav" if HAS_DECORD else PYAV_RULES
+"""Name of the table for fingerprints: it changes with the table, and where decord is missing."""
+DEFAULT_LIMITS = Limits()
+INDEX_CACHE_SIZE = 16
+"""Packet indices kept in a process: clips of a long video follow each other, and it is demuxed once."""
+
+
+class FrameSource(Protocol):
+    """Where frames come from: video files here; frame folders and HDF5 behind the same methods."""
+
+    def stamp(self, video: str) -> str:
+        """Return a cheap text that changes when video, limits or rules do; VideoError if it is missing."""
+        ...
+
+    def probe(self, video: str) -> VideoFacts:
+        """Return the video's facts without decoding more than a frame; VideoError if it cannot be used."""
+        ...
+
+    def read(self, video: str, frame_indices: IntArray, facts: VideoFacts) -> ClipFrames:
+        """Return the frames at strictly ascending indices, exactly these; VideoError otherwise."""
+        ...
+
+
+@dataclass(frozen=True)
+class VideoFiles:
+    """Video files below a root folder. Nothing is held open, so it can be sent to workers."""
+
+    root: Path
+    """Folder that holds the videos; a path or symbolic link that leads out of it is refused."""
+    limits: Limits = DEFAULT_LIMITS
+    """What a video may cost at most."""
+    force_pyav: bool = False
+    """Read everything with PyAV, whatever the table says."""
+
+    @property
+    def rules(self) -> str:
+        """Name of the decoder table in use, for fingerprints."""
+        return PYAV_RULES if self.force_pyav else DECODER_RULES
+
+    def path(self, video: str) -> Path:
+        """Return the file's resolved path; VideoError if it is outside the root or no file."""
+        root = os.path.realpath(self.root)
+        path = os.path.realpath(os.path.join(root, video))  # noqa: PTH118 - pathlib resolves 5 times slower
+        if os.path.commonpath((root, path)) != root:
+            raise VideoError("the video's path leads out of the video root; name a root that holds the real files")
+        if not os.path.isfile(path):  # noqa: PTH113 - as above
+            raise VideoError(f"video not found: {video}")
+        return Path(path)
+
+    def stamp(self, video: str) -> str:
+        """Return size, time of change, limits and rules as a text."""
+        stat = self.path(video).stat()
+        limits = f"{self.limits.max_pixels}:{self.limits.max_duration_seconds:g}"
+        return f"{stat.st_size}:{stat.st_mtime_ns}:{limits}:{self.rules}"
+
+    def probe(self, video: str) -> VideoFacts:
+        """Return the video's facts from its packets and its first frame."""
+        path = self.path(video)
+        with open_video(path, self.limits) as (container, stream):
+            index = _index(path, container, stream)
+            check_duration(index, self.limits)
+            if index.packed:
+                check_count(container, stream, index)
+            first, turns = PyavDecoder(container, stream, index).rgb(0)
+        return VideoFacts(
+            width=first.shape[1],
+            height=first.shape[0],
+            times_seconds=index.times_seconds,
+            decoder="pyav" if turns or self.force_pyav else choose_decoder(index, first.shape[0]),
+            identity=index.identity,
+        )
+
+    def read(self, video: str, frame_indices: IntArray, facts: VideoFacts) -> ClipFrames:
+        """Return the frames at strictly ascending indices with the decoder that the facts name."""
+        check_indices(frame_indices, facts)
+        path = self.path(video)
+        if facts.decoder == "decord":
+            index = _kept_index(path)
+            if index is None:
+                with open_video(path, self.limits) as (container, stream):
+                    index = _index(path, container, stream)
+            check_identity(index, facts)
+            frames = read_decord(path, index=index, frame_indices=frame_indices)
+        else:
+            with open_video(path, self.limits) as (container, stream):
+                index = _index(path, container, stream)
+                check_identity(index, facts)
+                size = (facts.height, facts.width)
+                frames = read_pyav(container, stream, index=index, frame_indices=frame_indices, size=size)
+        if frames.shape[1:3] != (facts.height, facts.width):
+            raise VideoError("the frames have another size than the probe found")
+        return ClipFrames(frames, frame_indices, facts.times_seconds[frame_indices])
+
+
+def choose_decoder(index: PacketIndex, height: int) -> str:
+    """Return the decoder that the table names for an upright stream: `decord` or `pyav`."""
+    listed = (index.container, index.codec, index.pixel_format) in DECORD_STREAMS
+    return "decord" if listed and not index.hidden and height % 2 == 0 and HAS_DECORD else "pyav"
+
+
+def clip_facts(clip: Clip, facts: VideoFacts) -> ClipFacts:
+    """Return which of the video's frames are the clip's: those with start_seconds <= t < end_seconds.
+
+    A segment may end up to one frame's time after the video does, since annotations are rounded.
+    """
+    times = facts.times_seconds
+    interval = float(np.median(np.diff(times))) if len(times) > 1 else 1.0
+    video_end = float(times[-1]) + interval
+    end = video_end if clip.end_seconds is None else clip.end_seconds
+    if end > video_end + interval:
+        raise VideoError(f"the segment ends at {end:g} s, the video at {video_end:.3f} s")
+    first, last = np.searchsorted(times, (clip.start_seconds, end), side="left")
+    if clip.end_seconds is None:
+        last = len(times)
+    if first >= last:
+        raise VideoError(f"no frame from {clip.start_seconds:g} s to {end:g} s")
+    return ClipFacts(facts.width, facts.height, int(first), int(last - first))
+
+
+def check_indices(frame_indices: IntArray, facts: VideoFacts) -> None:
+    """Raise ValueError (a caller's bug) unless the indices ascend strictly inside the video."""
+    if not len(frame_indices) or frame_indices[0] < 0 or frame_indices[-1] >= facts.frame_count:
+        raise ValueError(f"frame indices {frame_indices} are empty or outside 0..{facts.frame_count - 1}")
+    if (np.diff(frame_indices) <= 0).any():
+        raise ValueError(f"frame indices {frame_indices} do not ascend strictly")
+
+
+def check_identity(index: PacketIndex, facts: VideoFacts) -> None:
+    """Raise VideoError when the file is not the one that was probed."""
+    if index.identity != facts.identity:
+        raise VideoError("the video has changed since it was probed; run the command again")
+
+
+def check_duration(index: PacketIndex, limits: Limits) -> None:
+    """Raise VideoError when the packets span more time than the limit."""
+    seconds = float(index.times_seconds[-1])
+    if seconds > limits.max_duration_seconds:
+        raise VideoError(f"the video takes {seconds:.0f} s; the limit is {limits.max_duration_seconds:g} s")
+
+
+_INDICES: OrderedDict[tuple[object, ...], PacketIndex] = OrderedDict()
+
+
+def _kept_index(path: Path) -> PacketIndex | None:
+    stat = path.stat()
+    return _INDICES.get((path, stat.st_size, stat.st_mtime_ns, stat.st_ino))
+
+
+def _index(path: Path, container: Any, stream: Any) -> PacketIndex:
+    stat = path.stat()
+    key = (path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    index = _INDICES.get(key)
+    if index is None:
+        index = index_packets(path, container, stream)
+        _INDICES[key] = index
+        if len(_INDICES) > INDEX_CACHE_SIZE:
+            _INDICES.popitem(last=False)
+    return index

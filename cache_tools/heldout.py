@@ -1,0 +1,24 @@
+"""The held-out part of train: clips on which no expert trains, so that weights can be fitted on them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mmkd.cache_tools.views import KeyedWords
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A seeded share of a split; which clips belong to it depends on their ids alone."""
+
+    fraction: float
+    """Expected share of the clips, 0..1; 0 means that nothing is held out."""
+    seed: int
+    """Seed of the draw."""
+
+    def mask(self, dataset: str, clip_ids: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Return (rows,) whether each clip is held out."""
+        draws = [KeyedWords("held-out", dataset, clip_id, self.seed).unit() for clip_id in clip_ids]
+        return np.array(draws) < self.fraction

@@ -1,0 +1,158 @@
+"""Every path, array name, shape and block of a cache, in one place.
+
+CACHE/
+  init.json                      what was asked for: recipe, fingerprints, blocks, hashes of the static objects
+  targets.zarr/                  one Zarr v3 group
+    <split>/clip_id              (rows,) string        written by init, as are all up to `flip`
+    <split>/label/<head>         (rows,) int64         -1 where absent
+    <split>/video_identity       (rows,) string        hash of the video's packets, empty if unreadable
+    <split>/facts                (rows, 4) int32       width, height, first frame, frame count; 0 if unreadable
+    <split>/frame_index          (rows, views, T) int32
+    <split>/crop_xywh            (rows, views, 4) int32
+    <split>/flip                 (rows, views) bool
+    <split>/thumbprint/hash      (padded rows, views) uint64           written shard by shard, as is all below
+    <split>/thumbprint/thumbnail (padded rows, views, 144) uint8
+    <split>/<expert>/logits/<head>   (padded rows, views, classes) float16, minus the row's maximum
+    <split>/<expert>/maximum/<head>  (padded rows, views) float32
+    <split>/<expert>/status          (padded rows, views) uint8, see Status
+  commits/<split>/<node>/<row block>-<view block>.json   the commit records; a node is `thumbprint` or an expert
+  journal.jsonl                  hosts, times and rates; the only part that differs from build to build
+  root.json                      written last: hashes of all records; readers start here
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+SCHEMA = "mmkd-cache-1"
+THUMBPRINT = "thumbprint"
+
+
+class Status(IntEnum):
+    """What became of one row x view for one expert."""
+
+    OK = 0
+    DECODE_FAILED = 1
+    BOXES_MISSING = 2
+    FLOW_FAILED = 3
+    NON_FINITE = 4
+    NOT_COMPUTED = 255
+
+
+@dataclass(frozen=True)
+class SplitLayout:
+    """Rows, views and blocks of one split."""
+
+    name: str
+    """Name of the split."""
+    rows: int
+    """Number of clips."""
+    views: int
+    """Number of views of each clip."""
+    shard_rows: int
+    """Rows of a shard; rows are padded to whole shards."""
+    shard_views: int
+    """Views of a shard; divides `views`."""
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows rounded up to whole shards."""
+        return -(-self.rows // self.shard_rows) * self.shard_rows
+
+    def shards(self) -> Iterator["Shard"]:
+        """Yield the shards in the order in which one task computes them."""
+        for view_block in range(-(-self.views // self.shard_views)):
+            for row_block in range(self.padded_rows // self.shard_rows):
+                yield Shard(self, row_block, view_block)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A block of rows x views of one split, written whole."""
+
+    split: SplitLayout
+    """The split that it belongs to."""
+    row_block: int
+    """Position along the rows, in blocks."""
+    view_block: int
+    """Position along the views, in blocks."""
+
+    @property
+    def rows(self) -> range:
+        """The rows that hold clips (the last shard may be padded beyond them)."""
+        start = self.row_block * self.split.shard_rows
+        return range(start, min(start + self.split.shard_rows, self.split.rows))
+
+    @property
+    def views(self) -> range:
+        """The view numbers."""
+        start = self.view_block * self.split.shard_views
+        return range(start, min(start + self.split.shard_views, self.split.views))
+
+    @property
+    def name(self) -> str:
+        """Name in commit records and messages, e.g. `train/3-0`."""
+        return f"{self.split.name}/{self.row_block}-{self.view_block}"
+
+
+@dataclass(frozen=True)
+class CachePaths:
+    """The files of one cache directory."""
+
+    root: Path
+    """The directory that the user named."""
+
+    @property
+    def init(self) -> Path:
+        """What was asked for."""
+        return self.root / "init.json"
+
+    @property
+    def final(self) -> Path:
+        """The root record, written last."""
+        return self.root / "root.json"
+
+    @property
+    def journal(self) -> Path:
+        """Hosts, times and rates."""
+        return self.root / "journal.jsonl"
+
+    @property
+    def group(self) -> Path:
+        """The Zarr group."""
+        return self.root / "targets.zarr"
+
+    @property
+    def commits(self) -> Path:
+        """The folder of commit records."""
+        return self.root / "commits"
+
+    def commit(self, shard: Shard, node: str) -> Path:
+        """Return the commit record of one node (thumbprint or expert) of one shard."""
+        return self.commits / shard.split.name / node / f"{shard.row_block}-{shard.view_block}.json"
+
+
+def thumbprint_arrays(split: str) -> tuple[str, str]:
+    """Return the names of the thumbprint arrays of a split: hash, thumbnail."""
+    return f"{split}/{THUMBPRINT}/hash", f"{split}/{THUMBPRINT}/thumbnail"
+
+
+def logits_array(split: str, expert: str, head: str) -> str:
+    """Return the name of an expert's logits array."""
+    return f"{split}/{expert}/logits/{head}"
+
+
+def maximum_array(split: str, expert: str, head: str) -> str:
+    """Return the name of the row maxima that belong to a logits array."""
+    return f"{split}/{expert}/maximum/{head}"
+
+
+def status_array(split: str, expert: str) -> str:
+    """Return the name of an expert's status array."""
+    return f"{split}/{expert}/status"
+
+
+def label_array(split: str, head: str) -> str:
+    """Return the name of a label array."""
+    return f"{split}/label/{head}"

@@ -1,0 +1,212 @@
+"""Reading a cache: from the root record down, every byte checked against its recorded hash before it is used.
+
+Arrays are read whole, once, in order; random access is the caller's, in memory. A cache whose build has not
+finished has no root record and is refused.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mmkd.cache_tools.arrays import decode_array
+from mmkd.cache_tools.commits import CommitRecord, Unusable, read_verified
+from mmkd.cache_tools.heldout import HeldOut
+from mmkd.cache_tools.layout import (
+    SCHEMA,
+    THUMBPRINT,
+    CachePaths,
+    SplitLayout,
+    Status,
+    label_array,
+    logits_array,
+    maximum_array,
+    status_array,
+    thumbprint_arrays,
+)
+from mmkd.cache_tools.precision import decode_logits
+from mmkd.cache_tools.records import ClipFacts, Float32Array, IntArray, UInt8Array, View
+from mmkd.data_manifests.errors import InputError, VerificationError
+from mmkd.data_manifests.records import Head
+
+
+@dataclass(frozen=True)
+class SplitTable:
+    """What init wrote of one split: which clips, which views."""
+
+    name: str
+    """Name of the split."""
+    clip_ids: tuple[str, ...]
+    """(rows,) ids in row order."""
+    labels: Mapping[str, IntArray]
+    """Head -> int64 (rows,), -1 where absent."""
+    facts: IntArray
+    """(rows, 4) width, height, first frame, frame count; all 0 where the video could not be read."""
+    frame_index: IntArray
+    """(rows, views, T) frame indices in the video."""
+    crop_xywh: IntArray
+    """(rows, views, 4) crops in source pixels."""
+    flip: npt.NDArray[np.bool_]
+    """(rows, views) mirrored or not."""
+
+    @property
+    def rows(self) -> int:
+        """Number of clips."""
+        return len(self.clip_ids)
+
+    @property
+    def views(self) -> int:
+        """Number of views of each clip."""
+        return int(self.flip.shape[1])
+
+    @property
+    def readable(self) -> npt.NDArray[np.bool_]:
+        """(rows,) whether the probe could read the clip's video."""
+        mask: npt.NDArray[np.bool_] = self.facts[:, 3] > 0
+        return mask
+
+    def view(self, row: int, number: int) -> View:
+        """Return a stored view."""
+        left, top, width, height = (int(value) for value in self.crop_xywh[row, number])
+        indices = self.frame_index[row, number].astype(np.int64)
+        return View(indices, (left, top, width, height), bool(self.flip[row, number]))
+
+    def clip_facts(self, row: int) -> ClipFacts:
+        """Return the facts from which the clip's views were drawn."""
+        return ClipFacts(*(int(value) for value in self.facts[row]))
+
+
+class CacheReader:
+    """A finished cache, opened for reading."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open the cache; raise InputError when it is none or unfinished, VerificationError when damaged."""
+        self.paths = CachePaths(directory)
+        if not self.paths.init.is_file():
+            raise InputError(f"{directory} is not a cache; make one with `mmkd-cache build`")
+        if not self.paths.final.is_file():
+            raise InputError(f"the cache {directory} is not finished; run the same `mmkd-cache build` again")
+        root = _json(self.paths.final.read_bytes(), self.paths.final)
+        if root.get("schema") != SCHEMA:
+            raise InputError(f"{directory} has schema {root.get('schema')!r}; this version reads {SCHEMA!r}")
+        self._check_seal(root)
+        init_bytes = read_verified(directory, "init.json", root["init"])
+        self.init: dict[str, Any] = _json(init_bytes, self.paths.init)
+        self._objects: dict[str, str] = dict(self.init["objects"])
+        self.records: list[CommitRecord] = []
+        for key, sha256 in root["records"].items():
+            record = CommitRecord.from_bytes(read_verified(directory, key, sha256), key)
+            self.records.append(record)
+            self._objects.update(record.objects)
+        self.fingerprint: str = root["seal"]
+
+    def _check_seal(self, root: dict[str, Any]) -> None:
+        sealed = {key: value for key, value in root.items() if key != "seal"}
+        if seal(sealed) != root.get("seal"):
+            raise VerificationError(f"{self.paths.final} is damaged; delete it and run `mmkd-cache build` again")
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set."""
+        return str(self.init["base"]["dataset"])
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Heads with their ordered class lists."""
+        return tuple(Head(name, tuple(classes)) for name, classes in self.init["base"]["heads"].items())
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the experts."""
+        return tuple(self.init["experts"])
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """The part of train on which no expert trained, or None where there is none."""
+        value = self.init["held_out"]
+        return HeldOut(**value) if value else None
+
+    @cached_property
+    def layouts(self) -> dict[str, SplitLayout]:
+        """Split name -> its rows, views and blocks."""
+        return {item["name"]: SplitLayout(**item) for item in self.init["splits"]}
+
+    def layout(self, split: str) -> SplitLayout:
+        """Return the layout of a split; raise InputError naming the splits there are for another."""
+        if split not in self.layouts:
+            raise InputError(f"the cache has no split {split!r}; it has: {', '.join(self.layouts)}")
+        return self.layouts[split]
+
+    def split(self, name: str) -> SplitTable:
+        """Read ids, labels and views of one split."""
+        self.layout(name)
+        return SplitTable(
+            name=name,
+            clip_ids=tuple(str(clip_id) for clip_id in self.array(f"{name}/clip_id")),
+            labels={head.name: self.array(label_array(name, head.name)) for head in self.heads},
+            facts=self.array(f"{name}/facts"),
+            frame_index=self.array(f"{name}/frame_index"),
+            crop_xywh=self.array(f"{name}/crop_xywh"),
+            flip=self.array(f"{name}/flip"),
+        )
+
+    def logits(self, split: str, expert: str) -> dict[str, Float32Array]:
+        """Return head -> float32 (rows, views, classes); NaN where there are none."""
+        rows = self.layout(split).rows
+        names = [head.name for head in self.heads]
+        shifted = {head: self.array(logits_array(split, expert, head)) for head in names}
+        maxima = {head: self.array(maximum_array(split, expert, head)) for head in names}
+        return {head: decode_logits(shifted[head][:rows], maxima[head][:rows]) for head in names}
+
+    def status(self, split: str, expert: str) -> UInt8Array:
+        """Return (rows, views): the `Status` of each view."""
+        status: UInt8Array = self.array(status_array(split, expert))[: self.layout(split).rows]
+        return status
+
+    def usable(self, split: str, expert: str) -> npt.NDArray[np.bool_]:
+        """Return (rows, views): whether the expert has logits for the view."""
+        mask: npt.NDArray[np.bool_] = self.status(split, expert) == Status.OK
+        return mask
+
+    def thumbprints(self, split: str) -> tuple[npt.NDArray[np.uint64], UInt8Array]:
+        """Return the views' pixel hashes (rows, views) and thumbnails (rows, views, 144)."""
+        rows = self.layout(split).rows
+        hashes, thumbnails = (self.array(name)[:rows] for name in thumbprint_arrays(split))
+        return hashes, thumbnails
+
+    def unusable(self, split: str) -> dict[str, list[Unusable]]:
+        """Return expert -> the clips for which it has no logits, with their reasons."""
+        found: dict[str, dict[int, Unusable]] = {expert: {} for expert in self.experts}
+        for record in self.records:
+            if record.node != THUMBPRINT and record.shard.startswith(f"{split}/"):
+                found[record.node].update({item.row: item for item in record.unusable})
+        return {expert: [rows[row] for row in sorted(rows)] for expert, rows in found.items()}
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """Read one array whole, each object checked against its hash."""
+        keys = [key for key in self._objects if key.startswith(f"{name}/")]
+        objects = {key: read_verified(self.paths.group, key, self._objects[key]) for key in keys}
+        if f"{name}/zarr.json" not in objects:
+            raise VerificationError(f"{self.paths.root} holds no array {name!r}")
+        return decode_array(name, objects)
+
+
+def seal(fields: Mapping[str, Any]) -> str:
+    """Return the hash that closes the root record."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _json(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise VerificationError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise VerificationError(f"{path} is damaged: not a JSON object")
+    return value

@@ -1,0 +1,219 @@
+"""Recipes: layered YAML configuration checked by frozen pydantic models, with every value's origin kept.
+
+Layers, weakest first: model defaults, files in the order given (deep merge: mappings join, anything else
+replaces), `MMKD_*` variables (`MMKD_FLOW__WARPS=5` sets flow.warps), `--set flow.warps=5`, named flags. All
+faults are collected into one InputError, a line each, with the file and line (or variable, or option) of the
+value at fault. What it gives up: no includes, no anchors, no inheritance; a value is where it is written.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from mmkd.cache_tools.recipe_faults import describe_fault, fault_path, nearest_origin
+from mmkd.cache_tools.recipe_yaml import Dotted, parse_text, parse_yaml, read_recipe_file
+from mmkd.data_manifests.errors import InputError
+
+DEFAULT_ORIGIN = "default"
+
+
+class Recipe(BaseModel):
+    """Base of all configuration models: frozen, unknown keys and NaN or infinite numbers refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of values, with the place where each was written."""
+
+    values: dict[str, Any]
+    """Nested values by field name."""
+    origins: dict[Dotted, str]
+    """Place of each leaf (and, in a file, of each section), e.g. `demo.yaml:7`."""
+    texts: dict[Dotted, str]
+    """The raw text of leaves that came as text (environment, --set), for fields that want a string."""
+
+
+@dataclass(frozen=True)
+class ResolvedValue:
+    """One value of the resolved configuration, for `config show`."""
+
+    path: str
+    """Dotted path, e.g. `flow.warps`."""
+    value: Any
+    """The validated value in its JSON form."""
+    origin: str
+    """`default`, `FILE:LINE`, `MMKD_FLOW__WARPS`, `--set flow.warps` or the flag, e.g. `--seed`."""
+
+
+def load_recipe(
+    model: type[AnyRecipe],
+    *,
+    files: Sequence[Path] = (),
+    env_prefix: str = "MMKD_",
+    overrides: Sequence[str] = (),
+    named: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> AnyRecipe:
+    """Return the validated recipe; raise one InputError that lists every fault.
+
+    `named` maps dotted paths to the values of named flags, None meaning that the flag was not given.
+    """
+    layers = _layers(files, env_prefix, overrides=overrides, named=named, environ=environ)
+    return _validate(model, layers, env_prefix)[0]
+
+
+def resolved_with_origins(
+    model: type[AnyRecipe],
+    *,
+    files: Sequence[Path] = (),
+    env_prefix: str = "MMKD_",
+    overrides: Sequence[str] = (),
+    named: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> tuple[AnyRecipe, tuple[ResolvedValue, ...]]:
+    """Return the recipe as `load_recipe` does, and each of its values with the place it came from."""
+    layers = _layers(files, env_prefix, overrides=overrides, named=named, environ=environ)
+    recipe, origins = _validate(model, layers, env_prefix)
+    values = tuple(
+        ResolvedValue(".".join(path), value, nearest_origin(origins, path) or DEFAULT_ORIGIN)
+        for path, value in _leaves(recipe.model_dump(mode="json", by_alias=True))
+    )
+    return recipe, values
+
+
+def _layers(
+    files: Sequence[Path],
+    env_prefix: str,
+    *,
+    overrides: Sequence[str],
+    named: Mapping[str, Any] | None,
+    environ: Mapping[str, str] | None,
+) -> list[Layer]:
+    layers = [_file_layer(path) for path in files]
+    layers.append(_environment_layer(os.environ if environ is None else environ, env_prefix))
+    layers.extend(_override_layer(text) for text in overrides)
+    given = {path: value for path, value in (named or {}).items() if value is not None}
+    for dotted, value in given.items():
+        path = tuple(dotted.split("."))
+        values = _nested(path, value)
+        layers.append(Layer(values, _leaf_origins(values, f"--{path[-1].replace('_', '-')}"), {}))
+    return layers
+
+
+def _file_layer(path: Path) -> Layer:
+    values, lines = parse_yaml(read_recipe_file(path), str(path))
+    return Layer(values, {where: f"{path}:{line}" for where, line in lines.items()}, {})
+
+
+def _environment_layer(environ: Mapping[str, str], prefix: str) -> Layer:
+    layer = Layer({}, {}, {})
+    for name in sorted(environ):
+        if name.startswith(prefix):
+            path = tuple(name.removeprefix(prefix).lower().split("__"))
+            values = _nested(path, parse_text(environ[name], name))
+            _merge(layer.values, values)
+            layer.origins.update(_leaf_origins(values, name))
+            layer.texts[path] = environ[name]
+    return layer
+
+
+def _override_layer(text: str) -> Layer:
+    key, equals, value = text.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise InputError(f"--set {text}: expected PATH=VALUE, e.g. --set flow.warps=5")
+    origin = f"--set {key.strip()}"
+    values = _nested(path, parse_text(value, origin))
+    return Layer(values, _leaf_origins(values, origin), {path: value})
+
+
+def _leaf_origins(values: Mapping[str, Any], origin: str) -> dict[Dotted, str]:
+    return {path: origin for path, _ in _leaves(values)}
+
+
+def _nested(path: Dotted, value: Any) -> dict[str, Any]:
+    for key in reversed(path):
+        value = {key: value}
+    return dict(value)
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            _merge(below[key], value)
+        else:
+            below[key] = _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    # Mappings are merged in place later, so a layer's own dictionaries must stay untouched.
+    return {key: _copied(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+def _validate(
+    model: type[AnyRecipe], layers: Sequence[Layer], env_prefix: str
+) -> tuple[AnyRecipe, dict[Dotted, str]]:
+    """Return the recipe and the origin of each value that some layer gave."""
+    values, origins, texts = _merged(layers)
+    faults = _faults(model, values)
+    for fault in faults:
+        path = fault_path(fault)
+        if fault["type"] == "string_type" and path in texts:
+            # `--set name=12`: YAML reads a number where the field wants the text itself.
+            _merge(values, _nested(path, texts[path]))
+    if faults:
+        faults = _faults(model, values)
+    if faults:
+        lines = sorted({describe_fault(model, fault, origins=origins, env_prefix=env_prefix) for fault in faults})
+        title = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
+        raise InputError("\n  ".join([f"{title} in the configuration:", *lines]))
+    given = {path: origin for path, origin in origins.items() if not isinstance(_at(values, path), dict)}
+    return model.model_validate(values), given
+
+
+def _faults(model: type[BaseModel], values: Mapping[str, Any]) -> list[ErrorDetails]:
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        return error.errors(include_url=False)
+    return []
+
+
+def _merged(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[Dotted, str], dict[Dotted, str]]:
+    values: dict[str, Any] = {}
+    origins: dict[Dotted, str] = {}
+    texts: dict[Dotted, str] = {}
+    for layer in layers:
+        _merge(values, layer.values)
+        leaves = [path for path in layer.origins if not isinstance(_at(layer.values, path), dict)]
+        for old in [old for old in origins if any(old[: len(path)] == path for path in leaves)]:
+            # A stronger value replaces the origin, and any text, of all that lay at or below its path.
+            del origins[old]
+            texts.pop(old, None)
+        origins |= layer.origins
+        texts |= layer.texts
+    return values, origins, texts
+
+
+def _at(values: Any, path: Dotted) -> Any:
+    for key in path:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _leaves(values: Mapping[str, Any], prefix: Dotted = ()) -> Iterator[tuple[Dotted, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value

@@ -1,0 +1,95 @@
+"""What travels between the parts of both stages: frozen, checked records, one line per field.
+
+Frame indices count the decoded frames of a *video* in presentation order, from 0. Times are seconds from the
+first frame's presentation time stamp, from which every video's clock starts at 0.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+Float64Array = npt.NDArray[np.float64]
+Float32Array = npt.NDArray[np.float32]
+UInt8Array = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What the probe of one video found, without decoding it."""
+
+    width: int
+    """Width of a decoded frame as it is shown (after a rotation flag), in pixels."""
+    height: int
+    """Height likewise, in pixels."""
+    times_seconds: Float64Array
+    """(frames,) presentation time of each frame, ascending, the first one 0."""
+    decoder: str
+    """Name of the decoder that the rule table chose: `decord` or `pyav` (or `images`, `hdf5`)."""
+    identity: str
+    """Hash of packet count, time stamps and sizes: changes when the video is re-encoded or cut."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for impossible facts."""
+        if self.width < 1 or self.height < 1 or self.times_seconds.ndim != 1 or not len(self.times_seconds):
+            raise ValueError(f"impossible video facts: {self.width} x {self.height}, {self.frame_count} frames")
+
+    @property
+    def frame_count(self) -> int:
+        """Number of frames that decoding yields."""
+        return len(self.times_seconds)
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """What a view needs to know of a clip: its frames within the video, and their size."""
+
+    width: int
+    """Frame width in pixels."""
+    height: int
+    """Frame height in pixels."""
+    first_frame: int
+    """Index in the video of the clip's first frame."""
+    frame_count: int
+    """Number of frames in the clip, at least 1."""
+
+
+@dataclass(frozen=True)
+class ClipFrames:
+    """The union of all frames of one clip that any view or flow pair needs, decoded once."""
+
+    frames: UInt8Array
+    """(N, H, W, 3) RGB, 0..255."""
+    frame_indices: IntArray
+    """(N,) strictly ascending indices in the video."""
+    times_seconds: Float64Array
+    """(N,) their times in the video, in seconds."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when shapes, dtype or order are not as documented."""
+        n = len(self.frame_indices)
+        if self.frames.dtype != np.uint8 or self.frames.ndim != 4 or self.frames.shape[0::3] != (n, 3):
+            raise ValueError(f"frames must be uint8 ({n}, H, W, 3), got {self.frames.dtype} {self.frames.shape}")
+        if self.times_seconds.shape != (n,) or (np.diff(self.frame_indices) <= 0).any():
+            raise ValueError("frame_indices must ascend strictly, with one time each")
+
+    def select(self, frame_indices: IntArray) -> UInt8Array:
+        """Return frames (T, H, W, 3) for `frame_indices` (T,), which may repeat; KeyError if one is absent."""
+        positions = np.searchsorted(self.frame_indices, frame_indices).clip(0, len(self.frame_indices) - 1)
+        if not np.array_equal(self.frame_indices[positions], frame_indices):
+            raise KeyError(f"frames {frame_indices} are not all among {self.frame_indices}")
+        selected: UInt8Array = self.frames[positions]
+        return selected
+
+
+@dataclass(frozen=True)
+class View:
+    """One deterministic look at a clip."""
+
+    frame_indices: IntArray
+    """(T,) ascending indices in the video; a short clip repeats frames."""
+    crop_xywh: tuple[int, int, int, int]
+    """Left, top, width, height of the square crop in source pixels, before resizing."""
+    flip: bool
+    """Whether the crop is mirrored horizontally."""

@@ -1,0 +1,247 @@
+"""Clips, heads and manifests: the named types with which every other part speaks of a data set.
+
+A manifest is a JSON-lines file: line 1 is the header, every further line one clip, so that an error can name
+its line and a shell can count clips. It holds no pixels and no absolute path: videos are named relative to a
+root that the user gives, and a path that leaves that root is refused.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mmkd.data_manifests.errors import InputError
+
+SCHEMA = "mmkd-manifest-1"
+MAX_HEADER_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Head:
+    """A label space: `action`, or `verb` and `noun`."""
+
+    name: str
+    """Lower-case identifier."""
+    classes: tuple[str, ...]
+    """Class names in the order of their label numbers; unique, at least two."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError when the name is no identifier or the classes are not unique."""
+        if not self.name.isidentifier():
+            raise InputError(f"head name {self.name!r} is not an identifier")
+        if len(self.classes) < 2:
+            raise InputError(f"head {self.name!r} needs at least two classes, got {len(self.classes)}")
+        if len(set(self.classes)) != len(self.classes):
+            repeated = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise InputError(f"head {self.name!r} lists class {repeated!r} twice")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A labelled segment of a video."""
+
+    clip_id: str
+    """Unique within the manifest (compared without regard to case)."""
+    video: str
+    """Path of the video relative to the video root, with forward slashes."""
+    split: str
+    """Name of the one split it belongs to, e.g. `train`."""
+    labels: Mapping[str, int | None]
+    """Label number per head; None where the label is not known."""
+    start_seconds: float = 0.0
+    """First moment of the segment, from the start of the video, in seconds."""
+    end_seconds: float | None = None
+    """End of the segment (exclusive) in seconds; None means the end of the video."""
+    groups: tuple[str, ...] = ()
+    """Evaluation groups, e.g. `unseen`, `tail`."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an empty id, a path out of the root or a segment that holds no time."""
+        if not self.clip_id or any(ord(c) < 32 for c in self.clip_id):
+            raise InputError(f"clip id {self.clip_id!r} is empty or holds control characters")
+        if not self.split.isidentifier():
+            raise InputError(f"clip {self.clip_id!r}: split {self.split!r} is not an identifier")
+        path = PurePosixPath(self.video)
+        if not self.video or path.is_absolute() or ".." in path.parts or ":" in self.video:
+            raise InputError(
+                f"clip {self.clip_id!r}: video {self.video!r} must be a path inside the video root, "
+                "relative, without '..' or ':'"
+            )
+        end = math.inf if self.end_seconds is None else self.end_seconds
+        if not (math.isfinite(self.start_seconds) and 0 <= self.start_seconds < end):
+            raise InputError(
+                f"clip {self.clip_id!r}: the segment {self.start_seconds} s to {self.end_seconds} s is empty"
+            )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The clips of a data set with heads, splits and evaluation groups."""
+
+    dataset: str
+    """Name of the data set; part of every view's random key."""
+    heads: tuple[Head, ...]
+    """At least one."""
+    clips: tuple[Clip, ...]
+    """At least one; ids unique without regard to case."""
+    flip_allowed: bool = False
+    """Whether a horizontal flip keeps the labels true (never for Something-Something)."""
+    _by_split: dict[str, tuple[Clip, ...]] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise InputError when a clip id repeats, or a label is outside its head's class list."""
+        if not self.clips:
+            raise InputError("the manifest holds no clip")
+        if len({head.name for head in self.heads}) != len(self.heads) or not self.heads:
+            raise InputError("the manifest needs at least one head, each named once")
+        seen: dict[str, int] = {}
+        for row, clip in enumerate(self.clips):
+            key = clip.clip_id.casefold()
+            if key in seen:
+                raise InputError(f"clip {row + 1}: id {clip.clip_id!r} is already that of clip {seen[key] + 1}")
+            seen[key] = row
+            check_labels(clip, self.heads)
+        for split in dict.fromkeys(clip.split for clip in self.clips):
+            self._by_split[split] = tuple(clip for clip in self.clips if clip.split == split)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits in order of first appearance."""
+        return tuple(self._by_split)
+
+    def split(self, name: str) -> tuple[Clip, ...]:
+        """Return the clips of one split; raise InputError, naming the splits there are, for another."""
+        if name not in self._by_split:
+            raise InputError(f"the manifest has no split {name!r}; it has: {', '.join(self.splits)}")
+        return self._by_split[name]
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of everything that the manifest says, independent of its file's form."""
+        lines = "\n".join(manifest_lines(self))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def check_labels(clip: Clip, heads: Sequence[Head]) -> None:
+    """Raise InputError unless the clip has one label (or None) inside the class list of each head."""
+    sizes = {head.name: len(head.classes) for head in heads}
+    if set(clip.labels) != set(sizes):
+        raise InputError(
+            f"clip {clip.clip_id!r} has labels for {sorted(clip.labels)}, the heads are {sorted(sizes)}"
+        )
+    for name, label in clip.labels.items():
+        if label is not None and not 0 <= label < sizes[name]:
+            raise InputError(
+                f"clip {clip.clip_id!r}: {name} label {label} is outside the class list (0..{sizes[name] - 1})"
+            )
+
+
+def manifest_lines(manifest: Manifest) -> Iterable[str]:
+    """Yield the manifest's canonical JSON lines: header first, then one clip a line."""
+    header = {
+        "schema": SCHEMA,
+        "dataset": manifest.dataset,
+        "flip_allowed": manifest.flip_allowed,
+        "heads": {head.name: list(head.classes) for head in manifest.heads},
+    }
+    yield json.dumps(header, ensure_ascii=False)
+    for clip in manifest.clips:
+        row = {
+            "clip_id": clip.clip_id,
+            "video": clip.video,
+            "split": clip.split,
+            "labels": {head.name: clip.labels[head.name] for head in manifest.heads},
+            "start_seconds": clip.start_seconds,
+            "end_seconds": clip.end_seconds,
+            "groups": list(clip.groups),
+        }
+        yield json.dumps(row, ensure_ascii=False)
+
+
+def save_manifest(manifest: Manifest, path: Path) -> None:
+    """Write the manifest as JSON lines, replacing `path` in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("\n".join(manifest_lines(manifest)) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read and validate a manifest; every InputError names the file and, where there is one, the line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the manifest {path}: {error}") from error
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise InputError(f"{path} is empty; make it with `mmkd-cache manifest`")
+    header = _object(lines[0][1], f"{path}:1")
+    if header.get("schema") != SCHEMA:
+        raise InputError(f"{path}:1: not a manifest of schema {SCHEMA!r}; make it with `mmkd-cache manifest`")
+    _only(header, {"schema", "dataset", "flip_allowed", "heads"}, f"{path}:1")
+    seen: dict[str, int] = {}
+    clips = []
+    try:
+        heads = tuple(Head(name, tuple(classes)) for name, classes in header["heads"].items())
+    except (KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}:1: the header's heads are malformed: {error!r}") from error
+    for number, line in lines[1:]:
+        where = f"{path}:{number}"
+        try:
+            clip = _clip(_object(line, where), where)
+            check_labels(clip, heads)
+        except InputError as error:
+            text_of_error = str(error)
+            raise InputError(text_of_error if where in text_of_error else f"{where}: {error}") from error
+        key = clip.clip_id.casefold()
+        if key in seen:
+            raise InputError(f"{where}: clip id {clip.clip_id!r} already stands in line {seen[key]}")
+        seen[key] = number
+        clips.append(clip)
+    try:
+        return Manifest(str(header["dataset"]), heads, tuple(clips), bool(header.get("flip_allowed", False)))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    if len(line) > MAX_HEADER_BYTES:
+        raise InputError(f"{where}: the line is longer than {MAX_HEADER_BYTES} bytes")
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a JSON object")
+    return value
+
+
+def _only(value: dict[str, Any], allowed: set[str], where: str) -> None:
+    unknown = sorted(set(value) - allowed)
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
+
+
+def _clip(row: dict[str, Any], where: str) -> Clip:
+    _only(row, {"clip_id", "video", "split", "labels", "start_seconds", "end_seconds", "groups"}, where)
+    for key in ("clip_id", "video", "split"):
+        if not isinstance(row.get(key), str):
+            raise InputError(f"{where}: {key!r} must be a string, got {row.get(key)!r}")
+    labels = row.get("labels")
+    if not isinstance(labels, dict) or not all(v is None or type(v) is int for v in labels.values()):
+        raise InputError(f"{where}: 'labels' must map each head to a whole number or null, got {labels!r}")
+    times = row.get("start_seconds", 0.0), row.get("end_seconds")
+    if not all(t is None or (isinstance(t, int | float) and not isinstance(t, bool)) for t in times):
+        raise InputError(f"{where}: start_seconds and end_seconds must be numbers, got {times}")
+    start, end = times
+    return Clip(
+        clip_id=row["clip_id"],
+        video=row["video"],
+        split=row["split"],
+        labels=labels,
+        start_seconds=float(start or 0.0),
+        end_seconds=None if end is None else float(end),
+        groups=tuple(str(group) for group in row.get("groups", ())),
+    )

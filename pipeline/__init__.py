@@ -1,0 +1,1 @@
+"""Flow, boxes, experts, teacher and the cache build; the command `mmkd-cache`."""

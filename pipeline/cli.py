@@ -1,0 +1,249 @@
+"""The command `mmkd-cache`: thin; every command parses, builds its recipe, calls one function and prints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mmkd.cache_tools.command import data_options, named_data, print_result, recipe_options, run_command
+from mmkd.cache_tools.progress import Progress
+from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
+from mmkd.data_manifests.errors import InputError, TooManyUnusableError
+from mmkd.data_manifests.records import Manifest, save_manifest
+from mmkd.pipeline.recipe import TeacherRecipe
+
+PATH = click.Path(path_type=Path)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+boxes_option = click.option(
+    "--boxes", multiple=True, type=PATH, help="Box annotations in the Something-Else form; repeatable."
+)
+scratch_option = click.option(
+    "--flow-scratch", type=PATH, help="Folder for flow computed once [default: MANIFEST.flow]."
+)
+
+
+@click.group()
+@click.version_option(package_name="mmkd")
+def cli() -> None:
+    """Make manifests, teach experts, and cache a multimodal teacher's logits for RGB students."""
+
+
+@cli.command()
+@click.argument("directory", type=PATH)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--train-clips", type=int, help="Training clips.")
+@click.option("--standard-clips", type=int, help="Test clips with training's verb-object pairs.")
+@click.option("--compositional-clips", type=int, help="Test clips with the pairs swapped.")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
+def demo(directory: Path, workers: int, **options: int | None) -> None:
+    """Write the demo data set and its recipes into DIRECTORY: WebM videos, labels, splits and boxes."""
+    from mmkd.data_manifests.demo import write_demo
+    from mmkd.data_manifests.demo_plan import DemoOptions
+    from mmkd.data_manifests.demo_recipes import write_recipes
+
+    chosen = DemoOptions(**{name: value for name, value in options.items() if value is not None})
+    total = sum(chosen.clips_per_split().values())
+    with Progress("writing the demo data set", total=total, unit="clip") as progress:
+        write_demo(
+            directory,
+            chosen,
+            workers=workers,
+            progress=lambda done, _: progress.advance(done - progress.done),
+        )
+    write_recipes(directory)
+    click.echo(f"{directory}: {total} clips in {len(chosen.clips_per_split())} splits")
+
+
+@cli.group()
+def manifest() -> None:
+    """Make a manifest from a data set's published annotation files."""
+
+
+def split_options(function: Any) -> Any:
+    """Add the options that both Something data sets share."""
+    options = (
+        click.option(
+            "--split",
+            "splits",
+            multiple=True,
+            required=True,
+            metavar="NAME=FILE",
+            help="A split file; repeatable.",
+        ),
+        click.option("--labels", required=True, type=PATH, help="labels.json of the same data set."),
+        click.option("--videos", type=PATH, help="Video folder, to check that the clips' files are there."),
+        click.option("--suffix", default=".webm", show_default=True, help="Ending of the video files."),
+        click.option("-o", "--out", required=True, type=PATH, help="Manifest to write (JSON lines)."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@manifest.command("something-something")
+@split_options
+@click.option("--dataset", default="something-something-v2", show_default=True, help="Name of the data set.")
+def something_something(**options: Any) -> None:
+    """Read Something-Something V2's official train, validation and test files (or the demo's) and labels.json."""
+    from mmkd.data_manifests.something import read_something_something
+
+    made = read_something_something(
+        _splits(options), options["labels"], video_suffix=options["suffix"], dataset=options["dataset"]
+    )
+    _write_manifest(made, options)
+
+
+@manifest.command("something-else")
+@split_options
+@click.option("--dataset", default="something-else", show_default=True, help="Name of the data set.")
+def something_else(**options: Any) -> None:
+    """Read Something-Else split files (compositional, few-shot) and their labels.json."""
+    from mmkd.data_manifests.something import read_something_else
+
+    made = read_something_else(
+        _splits(options), options["labels"], video_suffix=options["suffix"], dataset=options["dataset"]
+    )
+    _write_manifest(made, options)
+
+
+def _splits(options: dict[str, Any]) -> dict[str, Path]:
+    splits: dict[str, Path] = {}
+    for text in options["splits"]:
+        name, _, path = text.partition("=")
+        if not path or name in splits:
+            raise InputError(f"--split {text!r}: expected NAME=FILE, each name once")
+        splits[name] = Path(path)
+    return splits
+
+
+def _write_manifest(made: Manifest, options: dict[str, Any]) -> None:
+    videos = options["videos"]
+    if videos is not None:
+        missing = [clip for clip in made.clips if not (videos / clip.video).is_file()]
+        if len(missing) == len(made.clips):
+            raise InputError(f"none of the {len(made.clips)} videos is in {videos}, e.g. {missing[0].video}")
+        if missing:
+            click.echo(
+                f"{len(missing)} of {len(made.clips)} videos are not in {videos}, e.g. {missing[0].video}",
+                err=True,
+            )
+    save_manifest(made, options["out"])
+    counts = ", ".join(f"{name} {len(made.split(name))}" for name in made.splits)
+    classes = ", ".join(f"{head.name} {len(head.classes)}" for head in made.heads)
+    click.echo(f"{options['out']}: clips {counts}; classes {classes}")
+
+
+@cli.command()
+@click.argument("name")
+@recipe_options
+@data_options
+@boxes_option
+@scratch_option
+@click.option("-o", "--out", required=True, type=PATH, help="Directory of the expert; unfinished training goes on.")
+@click.option("--seed", type=int, help="Seed of weights, order, views and augmentation.")
+@device_option
+@as_json
+def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
+    """Train the recipe's expert NAME on labels: rgb, flow or boxes."""
+    named = _named(options) | {f"experts.{name}.train.seed": options["seed"]}
+    recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
+    from mmkd.pipeline.teach import teach as teach_expert
+    from mmkd.student.devices import choose_device
+
+    report = teach_expert(recipe, name, options["out"], choose_device(options["device"]))
+    card = report.card
+    lines = [f"{options['out']}: expert {name!r} " + ("trained" if report.trained else "was there already")]
+    for head, found in card.training.get("held_out", {}).items():
+        lines.append(f"held-out {head}: top-1 {100 * found['top1']:.1f} on {found['clips']} clips")
+    value = {"name": name, "trained": report.trained, "training": card.training}
+    print_result(value, as_json=options["as_json"], lines=lines)
+
+
+@cli.command()
+@recipe_options
+@data_options
+@boxes_option
+@scratch_option
+@click.option(
+    "--expert", "experts", multiple=True, required=True, type=PATH, help="Directory of an expert; repeatable."
+)
+@click.option("-o", "--out", required=True, type=PATH, help="Directory of the cache; an unfinished one goes on.")
+@click.option("--views", type=int, help="Random views of each training clip.")
+@click.option(
+    "--max-unusable", type=click.IntRange(0), default=0, show_default=True, help="Clips that may be unusable."
+)
+@device_option
+@as_json
+def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
+    """Run the teacher once over every clip's views and write its logits to a cache.
+
+    Exit code 3: finished, but more clips are unusable than --max-unusable; 75: interrupted, run me again.
+    """
+    named = _named(options) | {"build.views": options["views"]}
+    recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
+    from mmkd.pipeline.build import build as build_cache
+    from mmkd.pipeline.teacher import load_teacher
+    from mmkd.student.devices import choose_device
+
+    teacher = load_teacher(options["experts"], choose_device(options["device"]))
+    report = build_cache(recipe, teacher, options["out"])
+    value = {
+        "clips": report.clips,
+        "shards": report.shards,
+        "skipped_shards": report.skipped_shards,
+        "unusable": report.unusable,
+        "seconds": report.seconds,
+    }
+    print_result(value, as_json=options["as_json"], lines=report.lines(options["out"]))
+    if len(report.unusable) > options["max_unusable"]:
+        clip, reason = next(iter(report.unusable.items()))
+        raise TooManyUnusableError(
+            f"{len(report.unusable)} clips are unusable, more than --max-unusable {options['max_unusable']}; the "
+            f"first is {clip}: {reason}. The cache is complete without them; `mmkd-cache inspect` lists all"
+        )
+
+
+@cli.command()
+@click.argument("cache", type=PATH)
+@as_json
+def inspect(cache: Path, as_json: bool) -> None:
+    """Print what is in a CACHE: splits, views, experts, classes, unusable clips, sizes."""
+    from mmkd.pipeline.inspect import describe, describe_lines
+
+    found = describe(cache)
+    print_result(found, as_json=as_json, lines=describe_lines(found))
+
+
+@cli.group()
+def config() -> None:
+    """Show recipes: the resolved one with each value's origin, or the schema."""
+
+
+@config.command("show")
+@recipe_options
+@data_options
+@boxes_option
+@scratch_option
+def config_show(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
+    """Print every value of the resolved recipe and where it comes from."""
+    _, values = resolved_with_origins(TeacherRecipe, files=files, overrides=overrides, named=_named(options))
+    for value in values:
+        click.echo(f"{value.path}: {json.dumps(value.value)}  # {value.origin}")
+
+
+@config.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of the recipe."""
+    click.echo(json.dumps(TeacherRecipe.model_json_schema(), indent=1))
+
+
+def _named(options: dict[str, Any]) -> dict[str, Any]:
+    boxes = [str(path) for path in options["boxes"]] or None
+    return named_data(options) | {"boxes.files": boxes, "flow_scratch": options["flow_scratch"]}
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(cli)

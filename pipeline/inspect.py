@@ -1,0 +1,81 @@
+"""What is in a cache, for people and for programs."""
+
+from pathlib import Path
+from typing import Any
+
+from mmkd.cache_tools.layout import Status
+from mmkd.cache_tools.reader import CacheReader
+
+LISTED = 20
+"""Unusable clips that are printed for each split and expert; --json has all."""
+
+
+def describe(cache: Path) -> dict[str, Any]:
+    """Return everything worth knowing of a finished cache, as JSON values."""
+    reader = CacheReader(cache)
+    splits = {}
+    for name, layout in reader.layouts.items():
+        splits[name] = {
+            "clips": layout.rows,
+            "views": layout.views,
+            "shards": len(list(layout.shards())),
+            "unusable": {
+                expert: [
+                    {
+                        "clip_id": item.clip_id,
+                        "status": Status(item.status).name.lower(),
+                        "reason": item.reason,
+                    }
+                    for item in items
+                ]
+                for expert, items in reader.unusable(name).items()
+                if items
+            },
+        }
+    base = reader.init["base"]
+    return {
+        "dataset": reader.dataset,
+        "fingerprint": reader.fingerprint,
+        "heads": {head.name: len(head.classes) for head in reader.heads},
+        "views": base["views"],
+        "view_seed": base["view_seed"],
+        "train_split": base["train_split"],
+        "held_out": reader.init["held_out"],
+        "precision": base["precision"],
+        "worst_kl_nats": max(
+            (value for record in reader.records for value in record.worst_kl.values()), default=0.0
+        ),
+        "experts": {
+            name: {"modality": fields["modality"], "weights_sha256": fields["weights"]}
+            for name, fields in reader.init["experts"].items()
+        },
+        "splits": splits,
+        "bytes": sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()),
+        "environment": reader.init["environment"],
+    }
+
+
+def describe_lines(found: dict[str, Any]) -> list[str]:
+    """Return the description as lines."""
+    views = found["views"]
+    heads = ", ".join(f"{head} ({classes} classes)" for head, classes in found["heads"].items())
+    lines = [
+        f"data set     {found['dataset']}: {heads}",
+        f"fingerprint  {found['fingerprint'][:16]}",
+        f"views        {views['sampling']}, {views['frames']} frames of {views['size_px']} x {views['size_px']}, "
+        f"seed {found['view_seed']}",
+        f"stored as    {found['precision']}, worst error {found['worst_kl_nats']:.1e} nats; "
+        f"{found['bytes'] / 2**20:.1f} MiB",
+    ]
+    for name, expert in found["experts"].items():
+        lines.append(f"expert       {name}: {expert['modality']}, weights {expert['weights_sha256'][:12]}")
+    for name, split in found["splits"].items():
+        lines.append(
+            f"split        {name}: {split['clips']} clips x {split['views']} views, {split['shards']} shards"
+        )
+        for expert, items in split["unusable"].items():
+            lines.append(f"  {len(items)} clips without {expert} logits:")
+            lines += [f"    {item['clip_id']}: {item['status']}: {item['reason']}" for item in items[:LISTED]]
+            if len(items) > LISTED:
+                lines.append(f"    ... {len(items) - LISTED} more; --json lists all")
+    return lines

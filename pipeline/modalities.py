@@ -1,0 +1,60 @@
+"""What an expert of each modality sees of one view: one function for teaching and for the build."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mmkd.cache_tools.data import ClipVideo
+from mmkd.cache_tools.records import UInt8Array, View
+from mmkd.cache_tools.views import ViewPolicy
+from mmkd.pipeline.boxes import BoxTrack, boxes_at
+from mmkd.pipeline.flow import FlowFields, crop_flow, pair_starts
+
+Inputs = dict[str, npt.NDArray[Any]]
+"""Name -> array of one view, without a batch axis."""
+
+
+@dataclass(frozen=True)
+class InputShapes:
+    """What fixes the shapes of every modality's input."""
+
+    policy: ViewPolicy
+    """T and S."""
+    max_boxes: int
+    """N, box slots in a frame."""
+
+    def empty(self, modality: str) -> Inputs:
+        """Return the all-zero input of a modality, for slots without a usable clip."""
+        t, s, n = self.policy.frames, self.policy.size_px, self.max_boxes
+        if modality == "rgb":
+            return {"rgb": np.zeros((t, s, s, 3), np.uint8)}
+        if modality == "flow":
+            return {"flow": np.zeros((t, 2, s, s), np.float32)}
+        return {
+            "boxes": np.zeros((t, n, 4), np.float32),
+            "categories": np.zeros((t, n), np.int64),
+            "scores": np.zeros((t, n), np.float32),
+        }
+
+
+def rgb_input(pixels: UInt8Array) -> Inputs:
+    """Return {"rgb": uint8 (T, S, S, 3)}, the canonical view."""
+    return {"rgb": pixels}
+
+
+def flow_input(flow: FlowFields, view: View, item: ClipVideo, *, step: int, size_px: int) -> Inputs:
+    """Return {"flow": float32 (T, 2, S, S)}: one field for each sampled frame, in the view's window."""
+    fields = flow.select(pair_starts(view.frame_indices, item.facts, step))
+    return {"flow": crop_flow(fields, view, item.facts, size_px=size_px)}
+
+
+def boxes_input(track: BoxTrack, view: View, item: ClipVideo) -> Inputs:
+    """Return boxes float32 (T, N, 4), full-frame normalised as in STLT, categories int64 and scores (T, N).
+
+    Raises BoxesMissingError when the annotation does not fit the video.
+    """
+    times_seconds = item.video.times_seconds[view.frame_indices]
+    found = boxes_at(track, times_seconds, width=item.facts.width, height=item.facts.height)
+    return {"boxes": found.boxes, "categories": found.categories, "scores": found.scores}

@@ -1,0 +1,137 @@
+"""What a decoding process does with one clip: read it once, make every view's pixels and the flow it needs.
+
+These functions run in worker processes that may die or be killed. On the CPU flow is computed here too, one
+thread to a process, since TV-L1 scales by processes there; on a GPU the build computes it from `frames`.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmkd.cache_tools.canonical import canonical_view
+from mmkd.cache_tools.data import ClipVideo
+from mmkd.cache_tools.frames import FrameSource
+from mmkd.cache_tools.records import ClipFrames, IntArray, UInt8Array, View
+from mmkd.data_manifests.errors import VideoError
+from mmkd.pipeline.flow import FlowFields, all_pairs, clip_flow, pair_ends, pair_starts
+from mmkd.pipeline.flow_store import FlowStore
+from mmkd.pipeline.recipe import FlowRecipe
+
+
+@dataclass(frozen=True)
+class FlowJob:
+    """How a worker gets a clip's flow."""
+
+    recipe: FlowRecipe
+    """What is computed."""
+    store: Path | None
+    """Scratch store that is read where it has the clip."""
+    device: str
+    """`cpu`: in the worker; else by the build."""
+
+
+@dataclass(frozen=True)
+class ClipJob:
+    """One clip to prepare."""
+
+    source: FrameSource
+    """Where frames come from."""
+    item: ClipVideo
+    """The clip with its facts."""
+    views: tuple[View, ...]
+    """The views wanted."""
+    size_px: int
+    """S, side of a view."""
+    flow: FlowJob | None
+    """None when no expert needs flow."""
+
+
+@dataclass(frozen=True)
+class PreparedClip:
+    """A clip ready for the experts."""
+
+    pixels: UInt8Array
+    """(V, T, S, S, 3) canonical views."""
+    flow: FlowFields | None
+    """Fields of all pairs that the views need; None when not wanted or not computed here."""
+    frames: ClipFrames | None
+    """The frames of those pairs, when flow is left to the build's device."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Stage -> seconds of this process."""
+
+
+def needed_pairs(views: tuple[View, ...], item: ClipVideo, step: int) -> IntArray:
+    """Return the ascending starts of all pairs that the views need."""
+    sampled = np.unique(np.concatenate([view.frame_indices for view in views]))
+    return np.unique(pair_starts(sampled, item.facts, step))
+
+
+def prepare_clip(job: ClipJob) -> PreparedClip:
+    """Decode the union of frames once, make the canonical views, and compute or fetch the flow.
+
+    Raises VideoError when the clip cannot be read exactly.
+    """
+    began = time.perf_counter()
+    sampled = [view.frame_indices for view in job.views]
+    store = FlowStore(job.flow.store, job.flow.recipe) if job.flow and job.flow.store else None
+    stored = store is not None and store.has(job.item)
+    starts = needed_pairs(job.views, job.item, job.flow.recipe.step) if job.flow else None
+    if job.flow and starts is not None and not stored:
+        sampled += [starts, pair_ends(starts, job.item.facts, job.flow.recipe.step)]
+    frames = job.source.read(job.item.clip.video, np.unique(np.concatenate(sampled)), job.item.video)
+    check_size(frames, job.item)
+    pixels = np.stack([canonical_view(frames, view, job.size_px) for view in job.views])
+    decoded = time.perf_counter()
+    flow = None
+    if job.flow and starts is not None:
+        if store is not None and stored:
+            flow = FlowFields(starts, store.read(job.item, starts))
+        elif job.flow.device == "cpu":
+            flow = _flow(frames, job.item, starts, job.flow)
+    seconds = {"decode": decoded - began, "flow": time.perf_counter() - decoded}
+    left = frames if job.flow and flow is None else None
+    return PreparedClip(pixels, flow, left, seconds)
+
+
+def check_size(frames: ClipFrames, item: ClipVideo) -> None:
+    """Raise VideoError when decoding gave frames of another size than the probe found."""
+    if frames.frames.shape[1:3] != (item.facts.height, item.facts.width):
+        height, width = frames.frames.shape[1:3]
+        raise VideoError(
+            f"frames of {width} x {height} where the header says {item.facts.width} x {item.facts.height}"
+        )
+
+
+@dataclass(frozen=True)
+class FlowFill:
+    """One clip whose every native pair goes to the scratch store."""
+
+    source: FrameSource
+    """Where frames come from."""
+    item: ClipVideo
+    """The clip with its facts."""
+    flow: FlowJob
+    """Recipe and store; computed in the worker when its device is `cpu`."""
+
+
+def fill_flow(job: FlowFill) -> ClipFrames | None:
+    """Decode a clip and store the flow of every native pair; off the CPU return the frames instead."""
+    facts = job.item.facts
+    whole = np.arange(facts.first_frame, facts.first_frame + facts.frame_count)
+    frames = job.source.read(job.item.clip.video, whole, job.item.video)
+    check_size(frames, job.item)
+    if job.flow.device != "cpu":
+        return frames
+    if job.flow.store is None:
+        raise ValueError("filling needs a store")
+    starts = all_pairs(facts, job.flow.recipe.step)
+    FlowStore(job.flow.store, job.flow.recipe).write(job.item, _flow(frames, job.item, starts, job.flow))
+    return None
+
+
+def _flow(frames: ClipFrames, item: ClipVideo, starts: IntArray, job: FlowJob) -> FlowFields:
+    torch.set_num_threads(1)
+    return clip_flow(frames, item.facts, starts, recipe=job.recipe, device="cpu")

@@ -1,0 +1,95 @@
+"""The recipe of stage one: data, views, flow, boxes, experts and build, in one YAML file; free of torch."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mmkd.cache_tools.data import DataRecipe
+from mmkd.cache_tools.recipes import Recipe
+from mmkd.cache_tools.views import ViewPolicy
+from mmkd.student.recipe import TrainRecipe
+
+Modality = Literal["rgb", "flow", "boxes"]
+
+
+class FlowRecipe(Recipe):
+    """How optical flow is computed and stored; the same for `teach` and `build`."""
+
+    preset: Literal["default", "opencv", "accurate", "fast"] = Field(
+        "default",
+        description="default follows OpenCV's CUDA TV-L1, as denseflow and EPIC; see mmkd.pipeline.tvl1",
+    )
+    short_side_px: int = Field(256, ge=16, le=2160, description="frames are resized to this before flow")
+    step: int = Field(1, ge=1, le=64, description="a pair is frames i and i + step")
+    precision: Literal["float16", "uint8"] = Field(
+        "float16", description="how fields are rounded before any expert sees them"
+    )
+    bound_px: float = Field(20.0, gt=0, description="uint8 only: values beyond +-bound are clipped")
+
+
+class BoxesRecipe(Recipe):
+    """Where object boxes come from."""
+
+    files: tuple[Path, ...] = Field((), description="annotations in the published Something-Else form (JSON)")
+    fps: float = Field(12.0, gt=0, description="frame rate that the annotation's frame numbers count")
+    max_boxes: int = Field(14, ge=1, le=64, description="boxes kept in a frame (STLT: 14)")
+
+
+class LayoutRecipe(Recipe):
+    """Size of the layout transformer (STLT); the defaults are the published ones."""
+
+    hidden: int = Field(768, ge=8, description="width")
+    attention_heads: int = Field(8, ge=1, description="divides hidden")
+    spatial_layers: int = Field(6, ge=1, description="layers over the boxes of a frame")
+    temporal_layers: int = Field(6, ge=1, description="layers over frames")
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
+class ExpertRecipe(Recipe):
+    """One unimodal expert."""
+
+    modality: Modality = Field(description="what the expert sees")
+    views: int | None = Field(None, ge=1, description="random views in turn; null: a fresh one every epoch")
+    train: TrainRecipe = Field(default_factory=TrainRecipe, description="network and optimisation")
+    layout: LayoutRecipe = Field(default_factory=LayoutRecipe, description="boxes only: the layout transformer")
+
+
+class HeldOutRecipe(Recipe):
+    """The part of the training split on which no expert trains, for fitting weights."""
+
+    fraction: float = Field(0.1, ge=0, le=0.5, description="share of the training clips; 0: none")
+    seed: int = Field(0, ge=0)
+
+
+class BuildRecipe(Recipe):
+    """What the cache holds."""
+
+    splits: tuple[str, ...] | None = Field(None, description="splits to cache; null: all that hold a label")
+    views: int = Field(8, ge=1, le=1024, description="random views of each training clip")
+    shard_rows: int = Field(512, ge=1, le=2048, description="clips in a shard")
+    shard_views: int | None = Field(None, ge=1, description="views in a shard; divides views; null: all")
+    batch_views: int = Field(32, ge=1, le=1024, description="views that an expert sees at once")
+
+    @model_validator(mode="after")
+    def _views_divide(self) -> Self:
+        if self.shard_views is not None and self.views % self.shard_views:
+            raise ValueError(f"shard_views {self.shard_views} must divide views {self.views}")
+        return self
+
+
+class TeacherRecipe(Recipe):
+    """Everything of stage one."""
+
+    data: DataRecipe
+    train_split: str = Field("train", description="the split that experts train on, with random views")
+    views: ViewPolicy = Field(default_factory=ViewPolicy)
+    view_seed: int = Field(0, ge=0, description="seed of the random views")
+    held_out: HeldOutRecipe = Field(default_factory=HeldOutRecipe)
+    flow: FlowRecipe = Field(default_factory=FlowRecipe)
+    flow_scratch: Path | None = Field(
+        None, description="folder for flow computed once; see mmkd.pipeline.flow_store"
+    )
+    boxes: BoxesRecipe = Field(default_factory=BoxesRecipe)
+    experts: dict[str, ExpertRecipe] = Field(default_factory=dict, description="name -> expert")
+    build: BuildRecipe = Field(default_factory=BuildRecipe)

@@ -1,0 +1,210 @@
+"""One shard in memory: experts run over its views in batches that depend on the shard alone.
+
+Batches have one fixed shape; every row x view of the shard has its slot, zeroed where the clip is unusable, and
+the last batch is padded. So the logits of a view do not depend on what was resumed or on who computed what.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mmkd.cache_tools.arrays import Objects, encode_block
+from mmkd.cache_tools.canonical import THUMBNAIL_SIZE, pixel_hash, thumbnail
+from mmkd.cache_tools.commits import CommitRecord, Unusable, hash_objects
+from mmkd.cache_tools.data import ClipVideo
+from mmkd.cache_tools.layout import (
+    THUMBPRINT,
+    Shard,
+    Status,
+    logits_array,
+    maximum_array,
+    status_array,
+    thumbprint_arrays,
+)
+from mmkd.cache_tools.precision import decode_logits, encode_logits, kl_divergence
+from mmkd.cache_tools.records import Float32Array, View
+from mmkd.data_manifests.records import Clip
+from mmkd.pipeline.boxes import BoxesMissingError, BoxFile
+from mmkd.pipeline.experts import Expert
+from mmkd.pipeline.modalities import Inputs, InputShapes, boxes_input, flow_input, rgb_input
+from mmkd.pipeline.prepare import PreparedClip
+from mmkd.pipeline.recipe import TeacherRecipe
+
+FP16_RANGE = 65504.0
+
+
+@dataclass(frozen=True)
+class NodeResult:
+    """One node of a finished shard, ready to be published."""
+
+    shard: Shard
+    """The shard."""
+    node: str
+    """`thumbprint` or the expert's name."""
+    blocks: dict[str, npt.NDArray[Any]]
+    """Array name -> (shard_rows, views, ...) block."""
+    unusable: tuple[Unusable, ...] = ()
+    """Rows without a usable result."""
+    worst_kl: dict[str, float] = field(default_factory=dict)
+    """Head -> worst storage error, in nats."""
+
+    def encode(self, metadata: Objects) -> Objects:
+        """Return the blocks as the objects that will lie in the group."""
+        start = (self.shard.rows.start, self.shard.views.start)
+        objects: Objects = {}
+        for name, block in self.blocks.items():
+            objects |= encode_block(name, metadata[f"{name}/zarr.json"], start=start, block=block)
+        return objects
+
+    def record(self, fingerprint: str, objects: Objects) -> CommitRecord:
+        """Return the commit record of the encoded objects."""
+        return CommitRecord(
+            shard=self.shard.name,
+            node=self.node,
+            fingerprint=fingerprint,
+            objects=hash_objects(objects),
+            unusable=self.unusable,
+            worst_kl=self.worst_kl,
+        )
+
+
+class ExpertBatcher:
+    """Feeds one expert with the shard's slots in order, a full batch at a time."""
+
+    def __init__(self, expert: Expert, shard: Shard, shapes: InputShapes, *, batch_views: int) -> None:
+        """Collect results for every row x view of the shard."""
+        self.expert = expert
+        grid = (shard.split.shard_rows, len(shard.views))
+        self.status = np.full(grid, Status.NOT_COMPUTED, np.uint8)
+        self.reasons: dict[int, str] = {}
+        heads = {head: len(classes) for head, classes in expert.card.heads.items()}
+        self.logits: dict[str, Float32Array] = {
+            head: np.full((*grid, classes), np.nan, np.float32) for head, classes in heads.items()
+        }
+        self._empty = shapes.empty(expert.modality)
+        self._batch_views = batch_views
+        self._slots: list[tuple[int, int]] = []
+        self._inputs: list[Inputs] = []
+
+    def add(self, slot: tuple[int, int], inputs: Inputs | None) -> None:
+        """Queue one view; None queues an empty slot, whose status the caller has set."""
+        self._slots.append(slot)
+        self._inputs.append(self._empty if inputs is None else inputs)
+        if len(self._slots) == self._batch_views:
+            self.run()
+
+    def run(self) -> None:
+        """Run the queued views, padded to a full batch."""
+        if not self._slots:
+            return
+        padded = self._inputs + [self._empty] * (self._batch_views - len(self._inputs))
+        batch = {name: torch.from_numpy(np.stack([item[name] for item in padded])) for name in self._empty}
+        outputs = self.expert.logits(batch)
+        for position, (row, view) in enumerate(self._slots):
+            if self.status[row, view] != Status.NOT_COMPUTED:
+                continue
+            values = {head: output[position] for head, output in outputs.items()}
+            if all(storable(value) for value in values.values()):
+                self.status[row, view] = Status.OK
+                for head, value in values.items():
+                    self.logits[head][row, view] = value
+            else:
+                self.status[row, view] = Status.NON_FINITE
+                self.reasons[row] = f"expert {self.expert.name} gave logits that are not finite or do not fit fp16"
+        self._slots, self._inputs = [], []
+
+
+def storable(logits: Float32Array) -> bool:
+    """Return whether one row of logits is finite and fits the stored format."""
+    return bool(np.isfinite(logits).all() and logits.max() - logits.min() <= FP16_RANGE)
+
+
+class ShardBlock:
+    """The results of one shard while it is computed."""
+
+    def __init__(
+        self, shard: Shard, experts: Sequence[Expert], recipe: TeacherRecipe, *, boxes: BoxFile | None
+    ) -> None:
+        """Start an empty block of a shard."""
+        self.shard = shard
+        self._recipe = recipe
+        self._boxes = boxes
+        shapes = InputShapes(recipe.views, recipe.boxes.max_boxes)
+        self._batchers = [
+            ExpertBatcher(expert, shard, shapes, batch_views=recipe.build.batch_views) for expert in experts
+        ]
+        grid = (shard.split.shard_rows, len(shard.views))
+        self._hashes = np.zeros(grid, np.uint64)
+        self._thumbnails = np.zeros((*grid, THUMBNAIL_SIZE), np.uint8)
+
+    def add(self, row: int, item: ClipVideo, views: Sequence[View], clip: PreparedClip) -> None:
+        """Give one prepared clip to every expert; boxes that are missing fail that expert alone."""
+        position = row - self.shard.rows.start
+        for number, pixels in enumerate(clip.pixels):
+            self._hashes[position, number] = pixel_hash(pixels)
+            self._thumbnails[position, number] = thumbnail(pixels)
+        for batcher in self._batchers:
+            try:
+                inputs = self._inputs(batcher.expert.modality, item, views, clip)
+            except BoxesMissingError as error:
+                self._fail(batcher, position, Status.BOXES_MISSING, str(error))
+                continue
+            for number, value in enumerate(inputs):
+                batcher.add((position, number), value)
+
+    def _inputs(self, modality: str, item: ClipVideo, views: Sequence[View], clip: PreparedClip) -> list[Inputs]:
+        if modality == "rgb":
+            return [rgb_input(pixels) for pixels in clip.pixels]
+        if modality == "flow" and clip.flow is not None:
+            step, size_px = self._recipe.flow.step, self._recipe.views.size_px
+            return [flow_input(clip.flow, view, item, step=step, size_px=size_px) for view in views]
+        if modality == "boxes" and self._boxes is not None:
+            track = self._boxes.track(item.clip.video)
+            return [boxes_input(track, view, item) for view in views]
+        raise ValueError(f"an expert wants {modality!r}, which the build did not prepare")
+
+    def fail(self, row: int, reason: str) -> None:
+        """Record that a clip cannot be decoded."""
+        for batcher in self._batchers:
+            self._fail(batcher, row - self.shard.rows.start, Status.DECODE_FAILED, reason)
+
+    def _fail(self, batcher: ExpertBatcher, position: int, status: Status, reason: str) -> None:
+        batcher.status[position] = status
+        batcher.reasons[position] = reason
+        for number in range(len(self.shard.views)):
+            batcher.add((position, number), None)
+
+    def finish(self) -> None:
+        """Run what is still queued."""
+        for batcher in self._batchers:
+            batcher.run()
+
+    def results(self, clips: Sequence[Clip]) -> dict[str, NodeResult]:
+        """Return node -> its result; `clips` are the split's rows."""
+        names = thumbprint_arrays(self.shard.split.name)
+        blocks: dict[str, npt.NDArray[Any]] = dict(zip(names, (self._hashes, self._thumbnails), strict=True))
+        nodes = {THUMBPRINT: NodeResult(self.shard, THUMBPRINT, blocks)}
+        return nodes | {batcher.expert.name: self._result(batcher, clips) for batcher in self._batchers}
+
+    def _result(self, batcher: ExpertBatcher, clips: Sequence[Clip]) -> NodeResult:
+        split, name = self.shard.split.name, batcher.expert.name
+        ok = batcher.status == Status.OK
+        blocks: dict[str, npt.NDArray[Any]] = {status_array(split, name): batcher.status}
+        worst_kl = {}
+        for head, logits in batcher.logits.items():
+            shifted = np.full(logits.shape, np.nan, np.float16)
+            maximum = np.full(ok.shape, np.nan, np.float32)
+            shifted[ok], maximum[ok] = encode_logits(logits[ok]) if ok.any() else (shifted[ok], maximum[ok])
+            error = kl_divergence(logits[ok], decode_logits(shifted[ok], maximum[ok]))
+            worst_kl[head] = float(error.max(initial=0.0))
+            blocks |= {logits_array(split, name, head): shifted, maximum_array(split, name, head): maximum}
+        start = self.shard.rows.start
+        unusable = tuple(
+            Unusable(start + row, clips[start + row].clip_id, int(batcher.status[row].max()), batcher.reasons[row])
+            for row in sorted(batcher.reasons)
+        )
+        return NodeResult(self.shard, name, blocks, unusable, worst_kl)

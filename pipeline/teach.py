@@ -1,0 +1,228 @@
+"""Teaching one expert: the student's loop on labels alone, with another modality at the input."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmkd.cache_tools.data import ClipSet, ClipVideo
+from mmkd.cache_tools.heldout import HeldOut
+from mmkd.cache_tools.interrupt import stop_on_signals
+from mmkd.cache_tools.pool import run_tasks
+from mmkd.cache_tools.progress import Progress
+from mmkd.cache_tools.view_streams import DrawnViews
+from mmkd.data_manifests.errors import InputError, VideoError
+from mmkd.data_manifests.records import Head
+from mmkd.pipeline.boxes import BoxesMissingError, BoxFile, boxes_at
+from mmkd.pipeline.expert_views import BoxViews, FlowViews
+from mmkd.pipeline.experts import ExpertCard, make_network, read_card, save_expert
+from mmkd.pipeline.flow import all_pairs, clip_flow, flow_identity
+from mmkd.pipeline.flow_store import FlowStore
+from mmkd.pipeline.prepare import FlowFill, FlowJob, fill_flow
+from mmkd.pipeline.recipe import ExpertRecipe, TeacherRecipe
+from mmkd.pipeline.teacher import boxes_fields, open_boxes
+from mmkd.student.batches import ViewDataset
+from mmkd.student.checkpoint import encode_network
+from mmkd.student.metrics import average_views, evaluate
+from mmkd.student.predict import predict
+from mmkd.student.rgb_views import RGBViews
+from mmkd.student.training import fit
+
+log = logging.getLogger("mmkd")
+
+
+@dataclass(frozen=True)
+class TeachReport:
+    """What teaching did."""
+
+    card: ExpertCard
+    """The expert."""
+    trained: bool
+    """False when it was there already."""
+
+
+def teach(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> TeachReport:
+    """Train the recipe's expert `name` into the directory `out`, unless it is there already.
+
+    Raises InputError for an unknown expert or one that was trained with another recipe.
+    """
+    if name not in recipe.experts:
+        raise InputError(f"the recipe has no expert {name!r}; it has: {', '.join(recipe.experts) or 'none'}")
+    expert = recipe.experts[name]
+    clip_set = ClipSet(recipe.data)
+    seen = expert_identity(recipe, expert, clip_set)
+    if (out / "expert.json").exists():
+        return TeachReport(same_expert(out, name, seen), trained=False)
+    clips = clip_set.manifest.split(recipe.train_split)
+    items = clip_set.probe(clips)
+    held = HeldOut(**recipe.held_out.model_dump()).mask(clip_set.manifest.dataset, [c.clip_id for c in clips])
+    training = expert_data(recipe, expert, clip_set, items=[i for i, h in zip(items, held, strict=True) if not h])
+    torch.manual_seed(expert.train.seed)
+    network = make_network(expert, {head.name: len(head.classes) for head in clip_set.manifest.heads})
+    fitted = fit(network, training.data, expert.train, targets=None, run_dir=out / "training", device=device)
+    held_items = [i for i, h in zip(items, held, strict=True) if h]
+    report: dict[str, Any] = {"steps": fitted.steps, "clips": training.data.rows, "skipped": training.skipped}
+    if held_items:
+        report["held_out"] = held_out_metrics(
+            network,
+            expert_data(recipe, expert, clip_set, items=held_items).data,
+            clip_set.manifest.heads,
+            device,
+        )
+    state = encode_network(network)
+    card = ExpertCard(name=name, weights_sha256=hashlib.sha256(state).hexdigest(), training=report, **seen)
+    save_expert(out, card, state)
+    return TeachReport(card, trained=True)
+
+
+def expert_identity(recipe: TeacherRecipe, expert: ExpertRecipe, clip_set: ClipSet) -> dict[str, Any]:
+    """Return the part of an expert's card that is known before training."""
+    manifest = clip_set.manifest
+    return {
+        "recipe": expert.model_dump(mode="json"),
+        "heads": {head.name: list(head.classes) for head in manifest.heads},
+        "manifest": manifest.fingerprint(),
+        "views": recipe.views.model_dump(mode="json"),
+        "flow": flow_identity(recipe.flow) if expert.modality == "flow" else None,
+        "boxes": boxes_fields(recipe.boxes) if expert.modality == "boxes" else None,
+        "held_out": recipe.held_out.model_dump(mode="json"),
+    }
+
+
+def same_expert(out: Path, name: str, seen: dict[str, Any]) -> ExpertCard:
+    """Return the card of the expert in `out`; raise InputError when another recipe or data set made it."""
+    card = read_card(out)
+    changed = [key for key, value in {**seen, "name": name}.items() if getattr(card, key) != value]
+    if changed:
+        raise InputError(
+            f"{out} holds an expert made with another {', '.join(changed)}; train into another directory, or "
+            "delete this one"
+        )
+    return card
+
+
+@dataclass(frozen=True)
+class ExpertData:
+    """Clips as one expert sees them."""
+
+    data: ViewDataset
+    """Views with labels."""
+    skipped: int
+    """Clips that this expert cannot use."""
+
+
+def expert_data(
+    recipe: TeacherRecipe, expert: ExpertRecipe, clip_set: ClipSet, *, items: Sequence[ClipVideo | VideoError]
+) -> ExpertData:
+    """Open clips for an expert; those that it cannot use are counted, logged and left out."""
+    clips = [item for item in items if isinstance(item, ClipVideo)]
+    reasons = [str(item) for item in items if not isinstance(item, ClipVideo)]
+    boxes = None
+    if expert.modality == "boxes":
+        boxes = open_boxes(recipe.boxes, {item.clip.video for item in clips})
+        clips, missing = with_boxes(clips, boxes)
+        reasons += missing
+    if expert.modality == "flow":
+        clips, failed = fill_store(recipe, clip_set, clips)
+        reasons += failed
+    if not clips:
+        raise InputError(f"no clip is left to train a {expert.modality} expert on; the first reason: {reasons[0]}")
+    if reasons:
+        log.warning("%d of %d clips are left out; the first reason: %s", len(reasons), len(items), reasons[0])
+    return ExpertData(view_dataset(recipe, expert, clip_set, clips=clips, boxes=boxes), len(reasons))
+
+
+def view_dataset(
+    recipe: TeacherRecipe,
+    expert: ExpertRecipe,
+    clip_set: ClipSet,
+    *,
+    clips: Sequence[ClipVideo],
+    boxes: BoxFile | None,
+) -> ViewDataset:
+    """Return the data set of a modality over usable clips."""
+    manifest, size_px = clip_set.manifest, recipe.views.size_px
+    stream = DrawnViews(
+        [item.facts for item in clips],
+        [item.clip.clip_id for item in clips],
+        recipe.views,
+        dataset=manifest.dataset,
+        seed=recipe.view_seed,
+        flip_allowed=manifest.flip_allowed,
+        views=expert.views,
+    )
+    if expert.modality == "flow":
+        store = FlowStore(scratch(recipe), recipe.flow)
+        return FlowViews(store, recipe.flow, clips, stream=stream, heads=manifest.heads, size_px=size_px)
+    if boxes is not None:
+        tracks = [boxes.track(item.clip.video) for item in clips]
+        return BoxViews(tracks, clips, stream=stream, heads=manifest.heads)
+    memory_bytes = int(expert.train.decoded_clips_gib * 2**30)
+    return RGBViews(
+        clip_set.source, clips, stream, heads=manifest.heads, size_px=size_px, memory_bytes=memory_bytes
+    )
+
+
+def with_boxes(clips: Sequence[ClipVideo], boxes: BoxFile) -> tuple[list[ClipVideo], list[str]]:
+    """Return the clips whose every frame has fitting boxes or none, and the reasons of the others."""
+    kept, reasons = [], []
+    for item in clips:
+        try:
+            times_seconds = item.video.times_seconds[item.facts.first_frame :][: item.facts.frame_count]
+            track = boxes.track(item.clip.video)
+            boxes_at(track, times_seconds, width=item.facts.width, height=item.facts.height)
+            kept.append(item)
+        except BoxesMissingError as error:
+            reasons.append(f"clip {item.clip.clip_id!r}: {error}")
+    return kept, reasons
+
+
+def scratch(recipe: TeacherRecipe) -> Path:
+    """Return the flow scratch folder: the recipe's, or one beside the manifest."""
+    return recipe.flow_scratch or recipe.data.manifest.with_name(recipe.data.manifest.name + ".flow")
+
+
+def fill_store(
+    recipe: TeacherRecipe, clip_set: ClipSet, clips: Sequence[ClipVideo], device: str = "cpu"
+) -> tuple[list[ClipVideo], list[str]]:
+    """Compute the flow of every native pair that the scratch store lacks; return usable clips and reasons."""
+    store = FlowStore(scratch(recipe), recipe.flow)
+    todo = [position for position, item in enumerate(clips) if not store.has(item)]
+    jobs = (FlowFill(clip_set.source, clips[i], FlowJob(recipe.flow, scratch(recipe), device)) for i in todo)
+    results = run_tasks(
+        fill_flow, jobs, workers=recipe.data.workers, timeout_seconds=recipe.data.clip_timeout_seconds
+    )
+    failed: dict[int, str] = {}
+    with (
+        stop_on_signals() as stop,
+        Progress("optical flow", total=len(clips), done=len(clips) - len(todo)) as bar,
+    ):
+        try:
+            for index, result in results:
+                stop.check("the flow computed so far is kept")
+                item = clips[todo[index]]
+                if isinstance(result, VideoError):
+                    failed[todo[index]] = f"clip {item.clip.clip_id!r}: {result}"
+                elif result is not None:
+                    starts = all_pairs(item.facts, recipe.flow.step)
+                    store.write(item, clip_flow(result, item.facts, starts, recipe=recipe.flow, device=device))
+                bar.advance()
+        finally:
+            results.close()
+    usable = [item for position, item in enumerate(clips) if position not in failed]
+    return usable, list(failed.values())
+
+
+def held_out_metrics(
+    network: torch.nn.Module, data: ViewDataset, heads: Sequence[Head], device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Return head -> top-1 and cross-entropy on held-out clips, from view 0 of each."""
+    rows = np.arange(data.rows)
+    logits = predict(network, data, rows, np.zeros(1, np.int64), batch_size=32, device=device)
+    found = {head.name: evaluate(average_views(logits[head.name]), data.labels[head.name]) for head in heads}
+    return {head: {"clips": m.count, "top1": m.top1, "nll": m.nll} for head, m in found.items()}

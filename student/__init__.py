@@ -1,0 +1,1 @@
+"""Networks, training, losses, targets, metrics and evaluation; the command `mmkd-student`."""

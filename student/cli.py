@@ -1,0 +1,171 @@
+"""The command `mmkd-student`: thin; every command parses, builds its recipe, calls one function and prints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mmkd.cache_tools.command import data_options, named_data, print_result, recipe_options, run_command
+from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
+from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.records import load_manifest
+from mmkd.student.student_recipe import StudentRecipe
+
+PATH = click.Path(path_type=Path)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+cache_option = click.option("--cache", required=True, type=PATH, help="Cache made by `mmkd-cache build`.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+
+
+@click.group()
+@click.version_option(package_name="mmkd")
+def cli() -> None:
+    """Train and evaluate RGB students on cached teacher logits; flow, boxes and teacher never load."""
+
+
+@cli.command()
+@recipe_options
+@data_options
+@cache_option
+@click.option("-o", "--out", required=True, type=PATH, help="Directory of the run; an unfinished run goes on.")
+@click.option("--labels-only", is_flag=True, help="Train the baseline: the same run without a teacher.")
+@click.option("--fresh-views", is_flag=True, help="With --labels-only: new views every epoch.")
+@click.option("--weights", help="Experts' weights: uniform, heldout, or e.g. rgb=1,flow=2.")
+@click.option("--temperature", type=float, help="T of the distillation loss.")
+@click.option("--label-weight", type=float, help="Weight of the label term, 0..1.")
+@click.option(
+    "--missing", type=click.Choice(["renormalise", "drop", "label-only"]), help="Views without an expert."
+)
+@click.option("--seed", type=int, help="Seed of weights, order, views and augmentation.")
+@device_option
+@as_json
+def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
+    """Train a student against a cache, then evaluate it on the cache's evaluation splits."""
+    named = named_data(options) | {
+        "teacher.weights": options["weights"],
+        "loss.temperature": options["temperature"],
+        "loss.label_weight": options["label_weight"],
+        "teacher.missing": options["missing"],
+        "train.seed": options["seed"],
+    }
+    recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named)
+    from mmkd.student.devices import choose_device
+    from mmkd.student.distil import Mode, train_student
+
+    mode = Mode(options["labels_only"], options["fresh_views"])
+    report = train_student(
+        recipe, options["cache"], options["out"], mode=mode, device=choose_device(options["device"])
+    )
+    metrics = json.loads((options["out"] / "evaluation.json").read_bytes())["metrics"]
+    value = {"run": str(options["out"]), "steps": report.steps, "metrics": metrics}
+    print_result(value, as_json=options["as_json"], lines=metric_lines(metrics))
+
+
+@cli.command()
+@recipe_options
+@data_options
+@cache_option
+@click.argument("run", type=PATH)
+@device_option
+@as_json
+def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
+    """Evaluate a finished RUN on every evaluation split and group of a cache."""
+    named = named_data(options)
+    recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named)
+    from mmkd.student.devices import choose_device
+    from mmkd.student.distil import evaluate_run
+
+    device = choose_device(options["device"])
+    metrics = evaluate_run(recipe, options["cache"], options["run"], device=device)
+    print_result(metrics, as_json=options["as_json"], lines=metric_lines(metrics))
+
+
+@cli.command()
+@click.option("--cache", type=PATH, help="Cache that the runs were trained and evaluated with.")
+@click.option("--manifest", type=PATH, help="Manifest of that cache.")
+@click.option(
+    "--run", "runs", multiple=True, metavar="NAME=DIR", help="A run and its name in the table; repeatable."
+)
+@click.option("--weights", default="uniform", show_default=True, help="Weights of the teacher's row.")
+@click.option("--weights-temperature", default=1.0, show_default=True, help="With --weights heldout.")
+@click.option("--train-split", default="train", show_default=True)
+@click.option("--tables", multiple=True, type=PATH, help="Merge tables of several seeds instead; repeatable.")
+@click.option("--out", type=PATH, help="Write the table as JSON, for --tables.")
+@as_json
+def compare(**options: Any) -> None:
+    """Print one table: each expert and the teacher (from cached logits), then the runs.
+
+    With --tables, merge the tables of several seeds into means and standard deviations.
+    """
+    from mmkd.student.compare import load_table, merge_tables, render
+
+    table = merge_tables([load_table(path) for path in options["tables"]]) if options["tables"] else _table(options)
+    if options["out"]:
+        options["out"].write_text(json.dumps(table.to_json(), indent=1) + "\n")
+    print_result(table.to_json(), as_json=options["as_json"], lines=[render(table)])
+
+
+def _table(options: dict[str, Any]) -> Any:
+    from mmkd.cache_tools.reader import CacheReader
+    from mmkd.student.cached_targets import choose_weights
+    from mmkd.student.compare import compare as compare_runs
+
+    if options["cache"] is None or options["manifest"] is None:
+        raise click.UsageError("give --cache and --manifest, or --tables to merge finished tables")
+    runs = {}
+    for text in options["runs"]:
+        name, _, directory = text.partition("=")
+        if not directory or name in runs:
+            raise InputError(f"--run {text!r}: expected NAME=DIR, each name once")
+        runs[name] = Path(directory)
+    reader = CacheReader(options["cache"])
+    weights, warning = choose_weights(
+        reader,
+        options["weights"],
+        weights_temperature=options["weights_temperature"],
+        train_split=options["train_split"],
+    )
+    if warning:
+        click.echo(warning, err=True)
+    manifest = load_manifest(options["manifest"])
+    return compare_runs(
+        reader, manifest, runs, weights=weights, missing="renormalise", train_split=options["train_split"]
+    )
+
+
+@cli.group()
+def config() -> None:
+    """Show recipes: the resolved one with each value's origin, or the schema."""
+
+
+@config.command("show")
+@recipe_options
+@data_options
+def config_show(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
+    """Print every value of the resolved recipe and where it comes from."""
+    _, values = resolved_with_origins(StudentRecipe, files=files, overrides=overrides, named=named_data(options))
+    for value in values:
+        click.echo(f"{value.path}: {json.dumps(value.value)}  # {value.origin}")
+
+
+@config.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of the recipe."""
+    click.echo(json.dumps(StudentRecipe.model_json_schema(), indent=1))
+
+
+def metric_lines(metrics: dict[str, Any]) -> list[str]:
+    """Return one line for each split, group and head."""
+    return [
+        f"{part} {head}: top-1 {100 * value['top1']:.1f}, top-5 {100 * value['top5']:.1f}, "
+        f"ECE {100 * value['ece']:.1f} ({value['count']} clips"
+        + (f", {value['left_out']} left out)" if value["left_out"] else ")")
+        for part, heads in metrics.items()
+        for head, value in heads.items()
+    ]
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(cli)

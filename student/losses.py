@@ -1,0 +1,83 @@
+"""The loss of one training step: distillation and labels, averaged over heads.
+
+For a head and a row r with student logits z_S and teacher logits z_T,
+
+    distill_r = T^2 KL(softmax(z_T / T) || softmax(z_S / T))        label_r = -log softmax(z_S)[label]
+
+and the row's loss is `label_weight` * label_r + (1 - `label_weight`) * distill_r. A row without a target is
+either left out or learns from its label with weight 1; an absent label (-1) leaves out the label term alone.
+A head's loss is the mean over the rows that contribute to it, the total is the mean over heads. With every
+target present and `label_weight` 0 this is exactly the authors' loss (batch mean, mean over heads).
+
+T^2 keeps the size of the gradient as T grows: d distill / d z_S = T (softmax(z_S / T) - softmax(z_T / T)),
+which for T -> infinity tends to that of the squared distance of the centred logits, per class.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that every torch user expects
+from torch import Tensor
+
+from mmkd.student.recipe import LossRecipe
+from mmkd.student.targets import Targets
+
+
+def distillation_rows(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Return T^2 KL(teacher || student) of each row (B,) from logits (B, C), in float32.
+
+    `temperature` T > 0: larger flattens both distributions, so that more of the teacher's order of the
+    unlikely classes is learned.
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Return the batch mean of T^2 KL(softmax(z_T / T) || softmax(z_S / T)) as a scalar."""
+    return distillation_rows(student_logits, teacher_logits, temperature).mean()
+
+
+def total_loss(
+    logits: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    targets: Targets | None,
+    *,
+    options: LossRecipe,
+) -> Tensor:
+    """Return the mean over heads of the loss in this module's docstring, a scalar.
+
+    `logits` {head: (B, C)}, `labels` {head: int64 (B,), -1 absent}; without `targets` the label term alone
+    with weight 1 (the baseline), whatever `label_weight` says.
+    """
+    return torch.stack([head_loss(name, logits, labels, targets, options=options) for name in logits]).mean()
+
+
+def head_loss(
+    head: str,
+    logits: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    targets: Targets | None,
+    *,
+    options: LossRecipe,
+) -> Tensor:
+    """Return one head's mean over its contributing rows; 0 where no row contributes."""
+    student, label = logits[head].float(), labels[head]
+    label_rows = F.cross_entropy(student, label, ignore_index=-1, reduction="none")
+    has_label = label >= 0
+    if targets is None:
+        return weighted_mean([(label_rows, has_label.float())])
+    with_target = targets.valid
+    without_target_weight = 1.0 if options.without_target == "label-only" else 0.0
+    label_weight = torch.where(with_target, options.label_weight, without_target_weight) * has_label
+    teacher = torch.where(with_target[:, None], targets.logits[head], 0.0)  # a masked NaN must not reach the sum
+    distill_rows = distillation_rows(student, teacher, options.temperature)
+    return weighted_mean([(label_rows, label_weight), (distill_rows, with_target * (1 - options.label_weight))])
+
+
+def weighted_mean(terms: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the sum of weight * value over all terms, divided by the number of rows with any weight."""
+    total = torch.stack([(values * weights).sum() for values, weights in terms]).sum()
+    contributing = (torch.stack([weights for _, weights in terms]) > 0).any(0).sum()
+    return total / contributing.clamp_min(1)

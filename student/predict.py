@@ -1,0 +1,55 @@
+"""Logits of chosen views of chosen clips, in batches of one fixed shape, so that they repeat bit for bit."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmkd.cache_tools.progress import Progress
+from mmkd.cache_tools.records import Float32Array, IntArray
+from mmkd.student.batches import ViewDataset, read_batches
+from mmkd.student.devices import reproducible, to_device
+
+
+def predict(
+    network: nn.Module,
+    dataset: ViewDataset,
+    rows: IntArray,
+    views: IntArray,
+    *,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    threads: int = 4,
+    autocast: bool = False,
+    progress: bool = True,
+    what: str = "evaluating",
+) -> dict[str, Float32Array]:
+    """Return head -> float32 (rows, views, classes) logits of each row under each view number.
+
+    The network runs in evaluation mode and is left in the mode it was in; the last batch is padded by
+    repeating its last view, since another batch size would give other bits. `autocast` computes in bfloat16
+    on CUDA: faster, and equal to about three digits.
+    """
+    device = torch.device(device)
+    pairs = np.stack(np.meshgrid(rows, views, indexing="ij"), -1).reshape(-1, 2)
+    padding = -len(pairs) % batch_size
+    padded = np.concatenate([pairs, np.repeat(pairs[-1:], padding, 0)]).reshape(-1, batch_size, 2)
+    steps = [(step[:, 0].copy(), step[:, 1].copy()) for step in padded]
+    outputs: dict[str, list[Float32Array]] = {}
+    was_training = network.training
+    network.to(device).eval()
+    use_bf16 = autocast and device.type == "cuda"
+    try:
+        with (
+            torch.inference_mode(),
+            reproducible(device),
+            torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
+            Progress(what, total=len(padded) * batch_size, unit="view", enabled=progress) as bar,
+        ):
+            for batch in read_batches(dataset, steps, threads=threads, ahead=4):
+                for head, logits in network(to_device(batch.inputs, device)).items():
+                    outputs.setdefault(head, []).append(logits.float().cpu().numpy())
+                bar.advance(batch_size)
+    finally:
+        network.train(was_training)
+    shape = (len(rows), len(views), -1)
+    return {head: np.concatenate(parts)[: len(pairs)].reshape(shape) for head, parts in outputs.items()}

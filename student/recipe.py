@@ -1,0 +1,103 @@
+"""What a training run does, as frozen models that refuse unknown keys; free of torch, so faults show at once.
+
+Defaults are the authors' recipe for real footage, from their public code unless a field says otherwise; the
+demo's recipes state what they change.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mmkd.cache_tools.recipes import Recipe
+
+NetworkName = Literal["small3d", "swin3d_t", "r3d_18"]
+
+WITHOUT_EFFECT = frozenset({"loader_threads", "prefetch_batches", "decoded_clips_gib"})
+"""Fields that change no number: a stopped run may be resumed with other values."""
+
+WARMUP_SHARE = 0.1
+"""The authors' 3 of 30 epochs."""
+
+
+class JitterRecipe(Recipe):
+    """Photometric jitter of RGB in training, one draw per clip; larger changes more, 0 switches it off."""
+
+    brightness: float = Field(0.25, ge=0, le=1, description="factor drawn from [1 - b, 1 + b]")
+    contrast: float = Field(0.25, ge=0, le=1, description="factor drawn from [1 - c, 1 + c]")
+    saturation: float = Field(0.25, ge=0, le=1, description="factor drawn from [1 - s, 1 + s]")
+    hue: float = Field(0.1, ge=0, le=0.5, description="turn of the colour wheel from [-h, h]; 0.5 is half a turn")
+
+
+class LossRecipe(Recipe):
+    """How targets and labels make the loss (see mmkd.student.losses)."""
+
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="T in T^2 KL(softmax(z_T / T) || softmax(z_S / T)); larger teaches more of the order of "
+        "the unlikely classes (later work of the same first author: 10)",
+    )
+    label_weight: float = Field(0.0, ge=0, le=1, description="weight of the label term; distillation has the rest")
+    without_target: Literal["drop", "label-only"] = Field(
+        "drop", description="a clip without a target is left out, or learns from its label with weight 1"
+    )
+
+
+class LoopRecipe(Recipe):
+    """The optimiser and the length of a run: all that the training loop itself reads."""
+
+    epochs: int = Field(30, ge=1, description="passes over the training clips")
+    batch_size: int = Field(
+        16, ge=1, description="clips per step; an epoch is cut into ceil(clips / batch_size) even batches"
+    )
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="peak rate of AdamW")
+    weight_decay: float = Field(
+        0.02, ge=0, le=1, description="decoupled decay of matrices and kernels, not of norms and biases"
+    )
+    warmup_epochs: float | None = Field(
+        None,
+        ge=0,
+        description="linear rise of the rate from 0, before its linear fall to 0, both per step; null: a "
+        "tenth of the epochs (authors: 3 of 30)",
+    )
+    clip_norm: float = Field(
+        5.0, gt=0, description="gradients are scaled down to this global norm; larger clips less"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="of initial weights, clips' order, views, jitter and dropout")
+    loader_threads: int = Field(4, ge=1, le=256, description="threads that read ahead; they change no number")
+    prefetch_batches: int = Field(4, ge=1, le=64, description="batches read ahead; larger needs more memory")
+
+    @model_validator(mode="after")
+    def _warmup_within_run(self) -> Self:
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be below epochs ({self.epochs})")
+        return self
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up, resolved."""
+        return WARMUP_SHARE * self.epochs if self.warmup_epochs is None else self.warmup_epochs
+
+
+class TrainRecipe(LoopRecipe):
+    """One training run of a network: student, baseline or expert."""
+
+    network: NetworkName = Field("swin3d_t", description="swin3d_t for real footage, small3d for the demo")
+    weights: Path | None = Field(
+        None, description="local file of Kinetics weights (safetensors, torch state dict); never downloaded"
+    )
+    drop_path: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="stochastic depth of swin3d_t's last block; null: the network's own, 0.2",
+    )
+    flow_scale_px: float = Field(
+        20.0, gt=0, description="flow in pixels per step that maps to 1, clipped beyond (I3D: 20); flow only"
+    )
+    jitter: JitterRecipe = Field(default_factory=JitterRecipe, description="photometric jitter; rgb only")
+    decoded_clips_gib: float = Field(
+        2.0, ge=0, description="memory in GiB for clips kept decoded between epochs; changes no number"
+    )

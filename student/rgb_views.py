@@ -1,0 +1,53 @@
+"""The student's data: canonical RGB views of clips, with labels, for training and for prediction."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mmkd.cache_tools.canonical import canonical_view
+from mmkd.cache_tools.clip_reader import ClipReader
+from mmkd.cache_tools.data import ClipVideo
+from mmkd.cache_tools.frames import FrameSource
+from mmkd.cache_tools.records import IntArray, UInt8Array
+from mmkd.cache_tools.view_streams import ViewStream
+from mmkd.data_manifests.records import Head
+
+
+class RGBViews:
+    """A view data set of modality rgb (see mmkd.student.batches.ViewDataset)."""
+
+    def __init__(
+        self,
+        source: FrameSource,
+        clips: Sequence[ClipVideo],
+        stream: ViewStream,
+        *,
+        heads: Sequence[Head],
+        size_px: int,
+        memory_bytes: int,
+    ) -> None:
+        """Serve views of `clips` from `stream`, keeping at most `memory_bytes` of decoded frames."""
+        self._reader = ClipReader(source, clips, memory_bytes=memory_bytes)
+        self._stream = stream
+        self._size_px = size_px
+        self.rows = len(clips)
+        self.views = stream.views
+        self.clip_ids = [item.clip.clip_id for item in clips]
+        self.labels: Mapping[str, IntArray] = label_arrays(clips, heads)
+
+    def item(self, row: int, view: int) -> dict[str, UInt8Array]:
+        """Return {"rgb": uint8 (T, S, S, 3)} of one view; raise VideoError when the clip cannot be read."""
+        wanted = self._stream.view(row, view)
+        frames = self._reader.read(row, wanted.frame_indices)
+        return {"rgb": canonical_view(frames, wanted, self._size_px)}
+
+
+def label_arrays(clips: Sequence[ClipVideo], heads: Sequence[Head]) -> dict[str, IntArray]:
+    """Return head -> int64 (rows,) labels, -1 where absent."""
+    return {
+        head.name: np.array([_number(item.clip.labels[head.name]) for item in clips], np.int64) for head in heads
+    }
+
+
+def _number(label: int | None) -> int:
+    return -1 if label is None else label

@@ -1,0 +1,115 @@
+"""Joining a cache, a manifest and RGB videos, by clip id, for training and for evaluation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mmkd.cache_tools.data import ClipSet, ClipVideo
+from mmkd.cache_tools.layout import Status
+from mmkd.cache_tools.reader import CacheReader, SplitTable
+from mmkd.cache_tools.records import IntArray
+from mmkd.cache_tools.view_streams import DrawnViews, StoredViews, ViewStream
+from mmkd.cache_tools.views import ViewPolicy
+from mmkd.data_manifests.errors import InputError, VerificationError, VideoError
+from mmkd.data_manifests.records import Manifest
+from mmkd.student.rgb_views import RGBViews
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """The usable clips of one split, ready to be read."""
+
+    table: SplitTable
+    """What the cache says of the split."""
+    rows: IntArray
+    """(n,) rows of the table, one for each row of `data`."""
+    clips: tuple[ClipVideo, ...]
+    """(n,) their clips."""
+    data: RGBViews
+    """Their views."""
+    left_out: int
+    """Clips of the split that cannot be read, now or when the cache was built."""
+
+
+def check_manifest(reader: CacheReader, manifest: Manifest) -> None:
+    """Raise InputError unless the cache was made from this manifest's clips and classes."""
+    heads = {head.name: list(head.classes) for head in manifest.heads}
+    if reader.dataset != manifest.dataset:
+        raise InputError(f"the cache is of data set {reader.dataset!r}, the manifest of {manifest.dataset!r}")
+    if reader.init["base"]["heads"] != heads:
+        raise InputError("the cache was made for other classes than the manifest's (names or order differ)")
+    if reader.init["base"]["manifest"] != manifest.fingerprint():
+        raise InputError(
+            "the cache was made from another manifest (clips, labels or splits differ); train with the one that "
+            "it was built from, or build a cache for this one"
+        )
+
+
+def open_split(
+    reader: CacheReader, clip_set: ClipSet, split: str, *, memory_bytes: int, fresh_views: bool = False
+) -> SplitData:
+    """Open the clips of a split that the teacher's build could read, under their stored views.
+
+    `fresh_views` draws a new view every epoch by the cache's policy instead. Raises VerificationError when a
+    video is not the one that the cache was built from, or cannot be read any more.
+    """
+    table = reader.split(split)
+    by_id = {clip.clip_id: clip for clip in clip_set.manifest.split(split)}
+    decoded = usable_rows(reader, table)
+    rows = np.flatnonzero(decoded)
+    if not len(rows):
+        raise InputError(f"no clip of split {split!r} is usable; see `mmkd-cache inspect`")
+    found = clip_set.probe([by_id[table.clip_ids[row]] for row in rows])
+    identities = reader.array(f"{split}/video_identity")
+    clips = tuple(
+        same_video(item, table.clip_ids[row], str(identities[row])) for row, item in zip(rows, found, strict=True)
+    )
+    policy = ViewPolicy.model_validate(reader.init["base"]["views"])
+    stream: ViewStream = StoredViews(table, rows.tolist())
+    if fresh_views:
+        stream = fresh_stream(reader, clip_set.manifest, clips, policy)
+    data = RGBViews(
+        clip_set.source,
+        clips,
+        stream,
+        heads=reader.heads,
+        size_px=policy.size_px,
+        memory_bytes=memory_bytes,
+    )
+    return SplitData(table, rows, clips, data, table.rows - len(rows))
+
+
+def usable_rows(reader: CacheReader, table: SplitTable) -> npt.NDArray[np.bool_]:
+    """Return (rows,) whether a clip could be decoded when the cache was built, whatever the experts made of it."""
+    status = reader.status(table.name, reader.experts[0])
+    mask: npt.NDArray[np.bool_] = table.readable & (status != Status.DECODE_FAILED).all(axis=1)
+    return mask
+
+
+def same_video(item: ClipVideo | VideoError, clip_id: str, identity: str) -> ClipVideo:
+    """Return the clip when its video is still the one that the teacher saw; else raise VerificationError."""
+    if isinstance(item, VideoError):
+        raise VerificationError(f"clip {clip_id!r} could be read when the cache was built, and now: {item}")
+    if item.video.identity != identity:
+        raise VerificationError(
+            f"clip {clip_id!r}: the video {item.clip.video} is not the file that the cache was built from; "
+            "restore it, or build the cache again"
+        )
+    return item
+
+
+def fresh_stream(
+    reader: CacheReader, manifest: Manifest, clips: Sequence[ClipVideo], policy: ViewPolicy
+) -> DrawnViews:
+    """Return views that are new in every epoch, drawn as the cache's were."""
+    return DrawnViews(
+        [item.facts for item in clips],
+        [item.clip.clip_id for item in clips],
+        policy,
+        dataset=reader.dataset,
+        seed=int(reader.init["base"]["view_seed"]),
+        flip_allowed=manifest.flip_allowed,
+        views=None,
+    )

@@ -1,0 +1,36 @@
+"""The recipe of stage two: data, network and optimisation, loss, and how the cached experts are mixed."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from mmkd.cache_tools.data import DataRecipe
+from mmkd.cache_tools.recipes import Recipe
+from mmkd.student.recipe import LossRecipe, TrainRecipe
+
+
+class TeacherMix(Recipe):
+    """How cached experts become a teacher; changing it costs seconds and no GPU."""
+
+    weights: str = Field("uniform", description="uniform, heldout, or a list such as rgb=1,flow=2,boxes=2")
+    weights_temperature: float = Field(1.0, gt=0, description="heldout only: larger is more uniform")
+    missing: Literal["renormalise", "drop", "label-only"] = Field(
+        "renormalise",
+        description="a view that lacks an expert: weigh the others, leave it out, or use its label",
+    )
+
+
+class StudentRecipe(Recipe):
+    """Everything of stage two."""
+
+    data: DataRecipe
+    train: TrainRecipe = Field(default_factory=TrainRecipe)
+    loss: LossRecipe = Field(default_factory=LossRecipe)
+    teacher: TeacherMix = Field(default_factory=TeacherMix)
+    train_split: str = Field("train", description="the split that the student trains on")
+    thumbprint_sample: int = Field(32, ge=0, description="views compared with the teacher's pixels before training")
+
+    def resolved_loss(self) -> LossRecipe:
+        """Return the loss with what `teacher.missing` says of clips without a target."""
+        rule = "label-only" if self.teacher.missing == "label-only" else "drop"
+        return self.loss.model_copy(update={"without_target": rule})

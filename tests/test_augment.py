@@ -1,0 +1,72 @@
+"""The batched jitter against torchvision, clip by clip."""
+
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as tv
+
+from mmkd.student.augment import NO_JITTER, OPERATIONS, Jitter, jitter_clips
+from mmkd.student.networks import VideoClassifier, headed_network
+
+
+def clips(seed=0, count=3):
+    draw = torch.Generator().manual_seed(seed)
+    video = torch.rand((count, 3, 4, 10, 12), generator=draw)
+    video[0, :, 0] = 0.5  # grey has no hue
+    video[1, :, 1] = 0.0
+    return video
+
+
+@pytest.mark.parametrize("name", list(OPERATIONS))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_each_operation_equals_torchvision(name, seed):
+    video = clips(seed)
+    factors = torch.tensor([-0.3, 0.1, 0.5] if name == "hue" else [0.6, 1.0, 1.4])
+    ours = OPERATIONS[name](video, factors)
+    for clip, factor, result in zip(video, factors.tolist(), ours, strict=True):
+        frames = clip.transpose(0, 1)  # torchvision's videos are (T, 3, H, W)
+        expected = getattr(tv, f"adjust_{name}_video")(frames, factor).transpose(0, 1)
+        torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)
+
+
+def test_all_frames_of_a_clip_share_one_draw_and_clips_differ():
+    frame = torch.rand((1, 3, 1, 8, 8), generator=torch.Generator().manual_seed(3))
+    video = frame.expand(2, 3, 5, 8, 8)
+    torch.manual_seed(0)
+    result = jitter_clips(video, Jitter())
+    torch.testing.assert_close(result, result[:, :, :1].expand_as(result))
+    assert (result[0] - result[1]).abs().max() > 0.01
+
+
+def test_no_jitter_is_exactly_nothing_and_the_same_seed_the_same_jitter():
+    video = clips()
+    assert torch.equal(jitter_clips(video, NO_JITTER), video)
+    torch.manual_seed(5)
+    first = jitter_clips(video, Jitter())
+    torch.manual_seed(5)
+    assert torch.equal(jitter_clips(video, Jitter()), first)
+    assert 0 <= first.min() <= first.max() <= 1
+
+
+def test_factors_stay_within_their_range():
+    video = torch.full((64, 3, 1, 2, 2), 0.5)
+    torch.manual_seed(0)
+    values = jitter_clips(video, Jitter(brightness=0.25, contrast=0, saturation=0, hue=0))[:, 0, 0, 0, 0]
+    assert 0.5 * 0.75 <= values.min() < 0.5 * 0.8
+    assert 0.5 * 1.2 < values.max() <= 0.5 * 1.25
+
+
+def test_the_classifier_jitters_in_training_only():
+    classifier = VideoClassifier(headed_network("small3d", heads={"action": 3}, channels=3), "rgb", jitter=Jitter())
+    frames = torch.randint(0, 256, (2, 4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    still = classifier.eval().prepare_rgb(frames)
+    assert torch.equal(still, classifier.prepare_rgb(frames))
+    assert not torch.equal(still, classifier.train().prepare_rgb(frames))
+    mean = torch.tensor([0.485, 0.456, 0.406])
+    std = torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(still, ((frames / 255 - mean) / std).permute(0, 4, 1, 2, 3))
+
+
+@pytest.mark.parametrize("bad", [{"hue": 0.6}, {"brightness": -0.1}])
+def test_impossible_strengths_are_refused(bad):
+    with pytest.raises(ValueError, match="jitter strengths"):
+        Jitter(**bad)
