@@ -7,17 +7,28 @@ failed, 5 fingerprint differs, 74 I/O (disk full), 75 stopped cleanly: run me ag
 import errno
 import json
 import logging
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from mmkd.data_manifests.errors import EXIT_INTERRUPTED, MmkdError, StorageError
+from mmkd.data_manifests.errors import EXIT_INTERRUPTED, InputError, MmkdError, StorageError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 log = logging.getLogger("mmkd")
+
+WRONG_PATH = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP})
+"""The path that the user named cannot be what the command needs: usage."""
+STORAGE = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
+        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOLCK, errno.EMFILE, errno.ENFILE),
+    }
+)
+"""The machine refuses: mend it and run the command again."""
 
 
 def run_command(group: click.Group) -> None:
@@ -37,10 +48,14 @@ def run_command(group: click.Group) -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
+        where = f"{error.filename}: " if error.filename else ""
+        if error.errno in STORAGE:
+            click.echo(f"error: {where}{error.strerror}; mend that and run the same command again", err=True)
+            sys.exit(StorageError.exit_code)
+        if error.errno not in WRONG_PATH or not where:
             raise
-        click.echo(f"error: {error}; mend that and run the same command again", err=True)
-        sys.exit(StorageError.exit_code)
+        click.echo(f"error: {where}{error.strerror}; name another path", err=True)
+        sys.exit(InputError.exit_code)
 
 
 def recipe_options(function: Function) -> Function:
@@ -82,5 +97,14 @@ def named_data(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_result(value: Any, *, as_json: bool, lines: Sequence[str]) -> None:
-    """Print a result on stdout: one JSON object, or lines for people."""
-    click.echo(json.dumps(value, indent=1) if as_json else "\n".join(lines))
+    """Print a result on stdout: one JSON object (null where a number is not defined), or lines for people."""
+    click.echo(json.dumps(without_nan(value), indent=1, allow_nan=False) if as_json else "\n".join(lines))
+
+
+def without_nan(value: Any) -> Any:
+    """Return JSON values with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,6 @@
 """Opening a data set: manifest, videos and the facts of every clip, before any long work starts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,14 +56,18 @@ class ClipSet:
         self.source = VideoFiles(recipe.videos, limits)
 
     def probe(self, clips: Sequence[Clip]) -> list[ClipVideo | VideoError]:
-        """Return the facts of each clip, or why it is unusable; raise InputError when none can be read."""
+        """Return the facts of each clip, or why it is unusable.
+
+        Raises InputError when none can be read, or when a clip's segment is not inside its (readable) video: then
+        the manifest is wrong, not the video.
+        """
         store = self.recipe.facts or self.recipe.manifest.with_name(self.recipe.manifest.name + ".facts")
         videos = list(dict.fromkeys(clip.video for clip in clips))
         with Progress("probing videos", total=len(videos), unit="video") as progress:
             found = probe_all(
                 self.source, videos, store=store, workers=self.recipe.workers, progress=progress.advance
             )
-        result = list(self._clip_videos(clips, found))
+        result = clip_videos(clips, found)
         errors = [item for item in result if isinstance(item, VideoError)]
         if len(errors) == len(result):
             raise InputError(
@@ -72,16 +76,21 @@ class ClipSet:
             )
         return result
 
-    @staticmethod
-    def _clip_videos(
-        clips: Sequence[Clip], found: dict[str, VideoFacts | VideoError]
-    ) -> Iterator[ClipVideo | VideoError]:
-        for clip in clips:
-            video = found[clip.video]
-            if isinstance(video, VideoError):
-                yield video
-                continue
-            try:
-                yield ClipVideo(clip, video, clip_facts(clip, video))
-            except VideoError as error:
-                yield error
+
+def clip_videos(clips: Sequence[Clip], found: Mapping[str, VideoFacts | VideoError]) -> list[ClipVideo | VideoError]:
+    """Join clips with their videos' facts; raise InputError, naming the first, for segments outside their video."""
+    items: list[ClipVideo | VideoError] = []
+    outside: list[str] = []
+    for clip in clips:
+        video = found[clip.video]
+        if isinstance(video, VideoError):
+            items.append(video)
+            continue
+        try:
+            items.append(ClipVideo(clip, video, clip_facts(clip, video)))
+        except VideoError as error:
+            outside.append(f"clip {clip.clip_id!r} of {clip.video}: {error}")
+    if outside:
+        more = f" ({len(outside) - 1} more clips likewise)" if len(outside) > 1 else ""
+        raise InputError(f"{outside[0]}{more}; mend start_seconds and end_seconds in the manifest")
+    return items

@@ -96,6 +96,8 @@ def open_video(path: Path, limits: Limits) -> Iterator[tuple[Any, Any]]:
             stream = container.streams.best("video")  # the same choice as decord's
             if stream is None or stream.disposition & Disposition.attached_pic:
                 raise VideoError("the file has no video stream")
+            if stream.codec_context is None:
+                raise VideoError("its video codec is not known")
             check_header(container, stream, limits)
             stream.codec_context.thread_count = 1
             stream.codec_context.thread_type = "NONE"

@@ -98,12 +98,13 @@ class CacheReader:
         self._check_seal(root)
         init_bytes = read_verified(directory, "init.json", root["init"])
         self.init: dict[str, Any] = _json(init_bytes, self.paths.init)
-        self._objects: dict[str, str] = dict(self.init["objects"])
+        self.objects: dict[str, str] = dict(self.init["objects"])
+        """Object key within the group -> SHA-256, over init and all commit records."""
         self.records: list[CommitRecord] = []
         for key, sha256 in root["records"].items():
             record = CommitRecord.from_bytes(read_verified(directory, key, sha256), key)
             self.records.append(record)
-            self._objects.update(record.objects)
+            self.objects.update(record.objects)
         self.fingerprint: str = root["seal"]
 
     def _check_seal(self, root: dict[str, Any]) -> None:
@@ -190,8 +191,8 @@ class CacheReader:
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """Read one array whole, each object checked against its hash."""
-        keys = [key for key in self._objects if key.startswith(f"{name}/")]
-        objects = {key: read_verified(self.paths.group, key, self._objects[key]) for key in keys}
+        keys = [key for key in self.objects if key.startswith(f"{name}/")]
+        objects = {key: read_verified(self.paths.group, key, self.objects[key]) for key in keys}
         if f"{name}/zarr.json" not in objects:
             raise VerificationError(f"{self.paths.root} holds no array {name!r}")
         return decode_array(name, objects)

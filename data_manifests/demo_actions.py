@@ -134,7 +134,7 @@ def _grasp(draw: Draw, setting: Setting) -> tuple[float, float]:
 
 def push(draw: Draw, setting: Setting, *, direction: float) -> Motion:
     """Push along x in `direction` (1 to the right, -1 to the left)."""
-    way = draw.uniform(0.14, 0.42) * (setting.progress() - 0.5)
+    way = draw.uniform(0.2, 0.46) * (setting.progress() - 0.5)
     target = _target(setting, direction * way, draw.uniform(-0.25, 0.25) * way, draw.uniform(-0.8, 0.8) * way)
     contact = -direction * draw.uniform(0.3, 0.95) * setting.radius
     hand = _hand(
@@ -149,7 +149,7 @@ def push(draw: Draw, setting: Setting, *, direction: float) -> Motion:
 
 def carry(draw: Draw, setting: Setting, *, direction: float) -> Motion:
     """Move along y in `direction` (1 down, -1 up) in the grip of the hand."""
-    way = draw.uniform(0.13, 0.36) * (setting.progress() - 0.5)
+    way = draw.uniform(0.18, 0.42) * (setting.progress() - 0.5)
     target = _target(setting, draw.uniform(-0.3, 0.3) * way, direction * way, draw.uniform(-0.8, 0.8) * way)
     dx, dy = _grasp(draw, setting)
     return Motion(target, _hand(draw, setting, target.x + dx, target.y + dy, 0.0), None)
@@ -157,7 +157,7 @@ def carry(draw: Draw, setting: Setting, *, direction: float) -> Motion:
 
 def lift_and_drop(draw: Draw, setting: Setting) -> Motion:
     """Lift the target, then let it fall back while the hand stays up."""
-    height = draw.uniform(0.13, 0.36)
+    height = draw.uniform(0.2, 0.42)
     middle = setting.start + draw.uniform(0.5, 0.7) * (setting.end - setting.start)
     up = ease(setting.time, setting.start, middle)
     fallen = np.clip((setting.time - middle - 0.03) / draw.uniform(0.08, 0.16), 0.0, 1.0) ** 2
@@ -169,7 +169,7 @@ def lift_and_drop(draw: Draw, setting: Setting) -> Motion:
 
 def approach(draw: Draw, setting: Setting, *, direction: float) -> Motion:
     """Move towards the camera (1) or away from it (-1): the thing and hand change size."""
-    way = direction * draw.uniform(0.3, 0.75) * (setting.progress() - 0.5)
+    way = direction * draw.uniform(0.45, 0.95) * (setting.progress() - 0.5)
     scale = np.exp(way)
     base = _target(setting, draw.uniform(-0.1, 0.1) * way, draw.uniform(-0.05, 0.12) * way, 0.2 * way)
     target = Track(base.x, base.y, base.size * scale, base.angle)
@@ -180,7 +180,7 @@ def approach(draw: Draw, setting: Setting, *, direction: float) -> Motion:
 
 def turn(draw: Draw, setting: Setting, *, direction: float) -> Motion:
     """Turn on the spot, clockwise (1) or counterclockwise (-1)."""
-    turned = direction * draw.uniform(0.6, 2.0) * setting.progress()
+    turned = direction * draw.uniform(0.8, 2.2) * setting.progress()
     way = draw.uniform(-0.04, 0.04) * setting.progress()
     target = _target(setting, way, draw.uniform(-1, 1) * way, turned)
     rim, first = draw.uniform(0.4, 0.9) * setting.radius, draw.uniform(0.3, 2.8)
@@ -219,7 +219,7 @@ def pretend_to_lift(draw: Draw, setting: Setting) -> Motion:
     """Grasp at the target and raise the hand without it."""
     dx, dy = _grasp(draw, setting)
     target = _target(setting, 0.0, 0.1, 0.0)
-    raised = draw.uniform(0.13, 0.36) * setting.progress()
+    raised = draw.uniform(0.2, 0.42) * setting.progress()
     return Motion(target, _hand(draw, setting, target.x + dx, target.y + dy - raised, 0.0), None)
 
 
@@ -234,7 +234,7 @@ ACTIONS = (
     Action("Turning [something] counterclockwise", 1, partial(turn, direction=-1.0)),
     Action("Covering [something] with [something]", 0, partial(cover, direction=1.0)),
     Action("Uncovering [something]", 1, partial(cover, direction=-1.0)),
-    Action("Poking [something] so it slightly moves", 0, partial(poke, least=0.06, most=0.16)),
+    Action("Poking [something] so it slightly moves", 0, partial(poke, least=0.08, most=0.2)),
     Action(
         "Poking [something] so lightly that it doesn't or almost doesn't move",
         1,

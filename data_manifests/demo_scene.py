@@ -92,7 +92,7 @@ def _times(frames: int) -> FloatArray:
 
 def _camera(draw: Draw, time: FloatArray, target: Track) -> Camera:
     """Draw a drift, two shaking sines per axis and a head that follows the target a little."""
-    along, drift, follow = draw.uniform(0, 6.2832), draw.uniform(0.0, 0.22), draw.uniform(0.0, 0.5)
+    along, drift, follow = draw.uniform(0, 6.2832), draw.uniform(0.0, 0.18), draw.uniform(0.0, 0.4)
     x = drift * np.cos(along) * (time - 0.5) + follow * (target.x - target.x.mean())
     y = drift * np.sin(along) * (time - 0.5) + follow * (target.y - target.y.mean())
     for rate in (draw.uniform(0.5, 1.5), draw.uniform(2.0, 5.0)):

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mmkd.data_manifests.demo_draw import Draw
 from mmkd.data_manifests.demo_shapes import RADIUS, SHAPES, SPRITE_SIZE, Point, UInt8Array, draw_polygon
 
-TYPICAL = 0.5
+TYPICAL = 0.8
 """Share of objects in the colours typical of their kind; the others have any colour, as mugs do."""
 
 Float32Array = npt.NDArray[np.float32]

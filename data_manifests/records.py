@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.errors import InputError, StorageError
+from mmkd.data_manifests.json_file import unique_keys
 
 SCHEMA = "mmkd-manifest-1"
 MAX_HEADER_BYTES = 64 * 2**20
@@ -30,13 +31,15 @@ class Head:
 
     def __post_init__(self) -> None:
         """Raise InputError when the name is no identifier or the classes are not unique."""
-        if not self.name.isidentifier():
-            raise InputError(f"head name {self.name!r} is not an identifier")
+        if not self.name.isidentifier() or self.name != self.name.lower():
+            raise InputError(f"head name {self.name!r} is not a lower-case identifier")
         if len(self.classes) < 2:
             raise InputError(f"head {self.name!r} needs at least two classes, got {len(self.classes)}")
         if len(set(self.classes)) != len(self.classes):
             repeated = next(name for name in self.classes if self.classes.count(name) > 1)
             raise InputError(f"head {self.name!r} lists class {repeated!r} twice")
+        if not all(_is_text(name) for name in self.classes):
+            raise InputError(f"head {self.name!r} has a class name that is not Unicode text")
 
 
 @dataclass(frozen=True)
@@ -60,18 +63,20 @@ class Clip:
 
     def __post_init__(self) -> None:
         """Raise InputError for an empty id, a path out of the root or a segment that holds no time."""
-        if not self.clip_id or any(ord(c) < 32 for c in self.clip_id):
+        if not self.clip_id or not _is_text(self.clip_id):
             raise InputError(f"clip id {self.clip_id!r} is empty or holds control characters")
         if not self.split.isidentifier():
             raise InputError(f"clip {self.clip_id!r}: split {self.split!r} is not an identifier")
         path = PurePosixPath(self.video)
-        if not self.video or path.is_absolute() or ".." in path.parts or ":" in self.video:
+        if not path.parts or path.is_absolute() or ".." in path.parts or ":" in self.video:
             raise InputError(
                 f"clip {self.clip_id!r}: video {self.video!r} must be a path inside the video root, "
                 "relative, without '..' or ':'"
             )
-        end = math.inf if self.end_seconds is None else self.end_seconds
-        if not (math.isfinite(self.start_seconds) and 0 <= self.start_seconds < end):
+        if not _is_text(self.video) or not all(_is_text(group) for group in self.groups):
+            raise InputError(f"clip {self.clip_id!r}: its video or a group holds control characters")
+        end = self.start_seconds + 1 if self.end_seconds is None else self.end_seconds
+        if not (math.isfinite(end) and 0 <= self.start_seconds < end):
             raise InputError(
                 f"clip {self.clip_id!r}: the segment {self.start_seconds} s to {self.end_seconds} s is empty"
             )
@@ -124,6 +129,11 @@ class Manifest:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def _is_text(text: str) -> bool:
+    """Return whether the text can be written as UTF-8 and holds no control characters."""
+    return not any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in text)
+
+
 def check_labels(clip: Clip, heads: Sequence[Head]) -> None:
     """Raise InputError unless the clip has one label (or None) inside the class list of each head."""
     sizes = {head.name: len(head.classes) for head in heads}
@@ -153,8 +163,8 @@ def manifest_lines(manifest: Manifest) -> Iterable[str]:
             "video": clip.video,
             "split": clip.split,
             "labels": {head.name: clip.labels[head.name] for head in manifest.heads},
-            "start_seconds": clip.start_seconds,
-            "end_seconds": clip.end_seconds,
+            "start_seconds": float(clip.start_seconds),
+            "end_seconds": None if clip.end_seconds is None else float(clip.end_seconds),
             "groups": list(clip.groups),
         }
         yield json.dumps(row, ensure_ascii=False)
@@ -164,8 +174,12 @@ def save_manifest(manifest: Manifest, path: Path) -> None:
     """Write the manifest as JSON lines, replacing `path` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n".join(manifest_lines(manifest)) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text("\n".join(manifest_lines(manifest)) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -174,19 +188,14 @@ def load_manifest(path: Path) -> Manifest:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the manifest {path}: {error}") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not splitlines(), which also breaks at characters that JSON strings may hold, such as U+2028.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise InputError(f"{path} is empty; make it with `mmkd-cache manifest`")
-    header = _object(lines[0][1], f"{path}:1")
-    if header.get("schema") != SCHEMA:
-        raise InputError(f"{path}:1: not a manifest of schema {SCHEMA!r}; make it with `mmkd-cache manifest`")
-    _only(header, {"schema", "dataset", "flip_allowed", "heads"}, f"{path}:1")
+    header = f"{path}:{lines[0][0]}"
+    dataset, heads, flip_allowed = _header(_object(lines[0][1], header), header)
     seen: dict[str, int] = {}
     clips = []
-    try:
-        heads = tuple(Head(name, tuple(classes)) for name, classes in header["heads"].items())
-    except (KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}:1: the header's heads are malformed: {error!r}") from error
     for number, line in lines[1:]:
         where = f"{path}:{number}"
         try:
@@ -201,7 +210,7 @@ def load_manifest(path: Path) -> Manifest:
         seen[key] = number
         clips.append(clip)
     try:
-        return Manifest(str(header["dataset"]), heads, tuple(clips), bool(header.get("flip_allowed", False)))
+        return Manifest(dataset, heads, tuple(clips), flip_allowed)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -210,8 +219,8 @@ def _object(line: str, where: str) -> dict[str, Any]:
     if len(line) > MAX_HEADER_BYTES:
         raise InputError(f"{where}: the line is longer than {MAX_HEADER_BYTES} bytes")
     try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(line, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected a JSON object")
@@ -222,6 +231,28 @@ def _only(value: dict[str, Any], allowed: set[str], where: str) -> None:
     unknown = sorted(set(value) - allowed)
     if unknown:
         raise InputError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
+
+
+def _header(value: dict[str, Any], where: str) -> tuple[str, tuple[Head, ...], bool]:
+    """Return data set, heads and whether flips are allowed."""
+    if value.get("schema") != SCHEMA:
+        raise InputError(f"{where}: not a manifest of schema {SCHEMA!r}; make it with `mmkd-cache manifest`")
+    _only(value, {"schema", "dataset", "flip_allowed", "heads"}, where)
+    dataset, heads, flip_allowed = value.get("dataset"), value.get("heads"), value.get("flip_allowed", False)
+    if not isinstance(dataset, str) or not dataset:
+        raise InputError(f"{where}: 'dataset' must be a name, got {dataset!r}")
+    if not isinstance(flip_allowed, bool):
+        raise InputError(f"{where}: 'flip_allowed' must be true or false, got {flip_allowed!r}")
+    if not isinstance(heads, dict) or not all(_is_list_of_strings(names) for names in heads.values()):
+        raise InputError(f"{where}: 'heads' must map each head to its list of class names")
+    try:
+        return dataset, tuple(Head(name, tuple(classes)) for name, classes in heads.items()), flip_allowed
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _is_list_of_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _clip(row: dict[str, Any], where: str) -> Clip:
@@ -235,13 +266,19 @@ def _clip(row: dict[str, Any], where: str) -> Clip:
     times = row.get("start_seconds", 0.0), row.get("end_seconds")
     if not all(t is None or (isinstance(t, int | float) and not isinstance(t, bool)) for t in times):
         raise InputError(f"{where}: start_seconds and end_seconds must be numbers, got {times}")
-    start, end = times
+    try:
+        start, end = (None if t is None else float(t) for t in times)
+    except OverflowError:
+        raise InputError(f"{where}: start_seconds or end_seconds is too large a number") from None
+    groups = row.get("groups", [])
+    if not _is_list_of_strings(groups):
+        raise InputError(f"{where}: 'groups' must be a list of names, got {groups!r}")
     return Clip(
         clip_id=row["clip_id"],
         video=row["video"],
         split=row["split"],
         labels=labels,
-        start_seconds=float(start or 0.0),
-        end_seconds=None if end is None else float(end),
-        groups=tuple(str(group) for group in row.get("groups", ())),
+        start_seconds=start or 0.0,
+        end_seconds=end,
+        groups=tuple(groups),
     )

@@ -17,7 +17,7 @@ from mmkd.cache_tools.atomic import write_atomically
 from mmkd.cache_tools.canonical import CANONICAL_RULES, THUMBNAIL_SIZE
 from mmkd.cache_tools.commits import hash_objects
 from mmkd.cache_tools.data import ClipVideo
-from mmkd.cache_tools.fingerprints import canonical_json, fingerprint, require_same
+from mmkd.cache_tools.fingerprints import fingerprint, require_same
 from mmkd.cache_tools.frames import DECODER_RULES
 from mmkd.cache_tools.heldout import HeldOut
 from mmkd.cache_tools.layout import SCHEMA, CachePaths, SplitLayout
@@ -155,7 +155,7 @@ def initialise(
         for key, data in objects.items():
             write_atomically(paths.group / key, data)
         # Written last: a group without it is a leftover, and is written again.
-        write_atomically(paths.init, (canonical_json(init | {"environment": environment()}) + "\n").encode())
+        write_atomically(paths.init, (json.dumps(init | {"environment": environment()}, indent=1) + "\n").encode())
     return objects
 
 
@@ -172,7 +172,7 @@ def _check_same(paths: CachePaths, init: Mapping[str, Any]) -> None:
     changed = [key for key, value in init["objects"].items() if stored["objects"].get(key) != value]
     if changed:
         raise FingerprintError(
-            f"{paths.root}: the videos have changed since the cache was started (first in {changed[0]}). {NEW_PLACE}"
+            f"{paths.root}: the videos changed since the cache was started (in {changed[0]}). {NEW_PLACE}"
         )
 
 

@@ -32,11 +32,11 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("directory", type=PATH)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--train-clips", type=int, help="Training clips.")
-@click.option("--standard-clips", type=int, help="Test clips with training's verb-object pairs.")
-@click.option("--compositional-clips", type=int, help="Test clips with the pairs swapped.")
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other videos.")
+@click.option("--train-clips", type=click.IntRange(1), help="Training clips.")
+@click.option("--standard-clips", type=click.IntRange(1), help="Test clips with training's verb-object pairs.")
+@click.option("--compositional-clips", type=click.IntRange(1), help="Test clips with the pairs swapped.")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Encoding processes.")
 def demo(directory: Path, workers: int, **options: int | None) -> None:
     """Write the demo data set and its recipes into DIRECTORY: WebM videos, labels, splits and boxes."""
     from mmkd.data_manifests.demo import write_demo
@@ -147,7 +147,11 @@ def _write_manifest(made: Manifest, options: dict[str, Any]) -> None:
 @as_json
 def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
     """Train the recipe's expert NAME on labels: rgb, flow or boxes."""
-    named = _named(options) | {f"experts.{name}.train.seed": options["seed"]}
+    named = _named(options)
+    known = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named).experts
+    if name not in known:  # --seed would begin a new expert, and the error be about its missing modality
+        raise InputError(f"NAME: the recipe has no expert {name!r}; it has: {', '.join(known) or 'none'}")
+    named |= {f"experts.{name}.train.seed": options["seed"]}
     recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
     from mmkd.pipeline.teach import teach as teach_expert
     from mmkd.student.devices import choose_device
@@ -218,7 +222,7 @@ def inspect(cache: Path, as_json: bool) -> None:
 
 @cli.group()
 def config() -> None:
-    """Show recipes: the resolved one with each value's origin, or the schema."""
+    """Show recipes: an example, the resolved one with each value's origin, or the schema."""
 
 
 @config.command("show")
@@ -231,6 +235,15 @@ def config_show(files: tuple[Path, ...], overrides: tuple[str, ...], **options: 
     _, values = resolved_with_origins(TeacherRecipe, files=files, overrides=overrides, named=_named(options))
     for value in values:
         click.echo(f"{value.path}: {json.dumps(value.value)}  # {value.origin}")
+
+
+@config.command("example")
+@click.argument("data_set", type=click.Choice(["demo", "something-something"]))
+def config_example(data_set: str) -> None:
+    """Print a commented recipe to start from: the demo's, or the authors' for Something-Something."""
+    from mmkd.data_manifests.demo_recipes import example_recipe
+
+    click.echo(example_recipe(f"{data_set}-teacher.yaml"), nl=False)
 
 
 @config.command("schema")

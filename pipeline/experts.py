@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -128,10 +129,14 @@ def load_expert(directory: Path, device: torch.device) -> Expert:
     weights = directory / "weights.safetensors"
     if not weights.is_file() or file_sha256(weights) != card.weights_sha256:
         raise VerificationError(f"{weights} is missing or not the file that expert.json describes; train it again")
-    recipe = ExpertRecipe.model_validate(card.recipe)
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"weights": None})})
-    network = make_network(recipe, {head: len(classes) for head, classes in card.heads.items()})
-    network.load_state_dict(load_file(weights))
+    try:
+        recipe = ExpertRecipe.model_validate(card.recipe)
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"weights": None})})
+        network = make_network(recipe, {head: len(classes) for head, classes in card.heads.items()})
+        network.load_state_dict(load_file(weights))
+    except (ValueError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{directory}: expert.json does not describe its weights: {reason}") from error
     return Expert(card, network.to(device).eval(), device)
 
 

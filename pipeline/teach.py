@@ -64,7 +64,9 @@ def teach(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> 
     training = expert_data(recipe, expert, clip_set, items=[i for i, h in zip(items, held, strict=True) if not h])
     torch.manual_seed(expert.train.seed)
     network = make_network(expert, {head.name: len(head.classes) for head in clip_set.manifest.heads})
-    fitted = fit(network, training.data, expert.train, targets=None, run_dir=out / "training", device=device)
+    fitted = fit(
+        network, training.data, expert.train, run_dir=out / "training", device=device, identity=seen, what=name
+    )
     held_items = [i for i, h in zip(items, held, strict=True) if h]
     report: dict[str, Any] = {"steps": fitted.steps, "clips": training.data.rows, "skipped": training.skipped}
     if held_items:
@@ -131,7 +133,8 @@ def expert_data(
         clips, failed = fill_store(recipe, clip_set, clips)
         reasons += failed
     if not clips:
-        raise InputError(f"no clip is left to train a {expert.modality} expert on; the first reason: {reasons[0]}")
+        reason = f"the first reason: {reasons[0]}" if reasons else "all are held out; lower held_out.fraction"
+        raise InputError(f"no clip is left for a {expert.modality} expert; {reason}")
     if reasons:
         log.warning("%d of %d clips are left out; the first reason: %s", len(reasons), len(items), reasons[0])
     return ExpertData(view_dataset(recipe, expert, clip_set, clips=clips, boxes=boxes), len(reasons))

@@ -9,6 +9,7 @@ last column and row are zero, so p is zero there, so a backward difference that 
 or a pair reads a zero, as it should: a strip is one flat operation, for any number of pairs.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +42,12 @@ class PrimalViews:
     """(2, n), the same one row up."""
     data: Tensor
     """(n,), scratch."""
-    scratch: Tensor
+    update: Tensor
     """(2, n), scratch for the update of U divided by τ."""
-    kept: Tensor
-    """(2, n), place for the same where the error is wanted."""
+    update_parts: tuple[Tensor, ...]
+    """Both components of the scratch."""
+    row_errors: Tensor
+    """(rows,), place for the sum of squares of each row."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,9 @@ class Iterations:
         self._u = self._u_padded[:, :pixels]
         self._p_padded = new(2, 2, pixels + line)
         self._p = self._p_padded[:, :, line:]
-        self._slope, self._gradient, self._update = new(2, pixels), new(2, pixels), new(2, pixels)
+        self._slope, self._gradient = new(2, pixels), new(2, pixels)
         self._constant = new(pixels)
+        self._row_errors = new(pixels // line)
         self._strip = max(1, min(pixels // line, strip_pixels // line)) * line
         self._scratch = new(8, self._strip + line)
         self._one = flow.new_ones(())
@@ -166,8 +170,9 @@ class Iterations:
             p_y=self._p[1, :, start:stop],
             p_above=self._p_padded[1, :, start:stop],
             data=self._scratch[0, :count],
-            scratch=self._scratch[1:3, :count],
-            kept=self._update[:, start:stop],
+            update=self._scratch[1:3, :count],
+            update_parts=self._scratch[1:3, :count].unbind(),
+            row_errors=self._row_errors[start // line : stop // line],
         )
 
     def _dual_views(self, start: int, stop: int) -> DualViews:
@@ -195,16 +200,22 @@ class Iterations:
         equations (9) to (11) and algorithm 1.
         """
         for primal, dual in self._strips:
-            self._update_u(primal, primal.kept if with_error else primal.scratch)
+            self._update_u(primal)
+            if with_error:
+                _row_errors(primal)
             self._update_p(dual)
-        return self._errors() if with_error else []
+        if not with_error:
+            return []
+        rows, height = self._row_errors[: self.active * self.height].tolist(), self.height
+        # fsum rounds the exact sum once, so that no order is left.
+        return [self.theta**2 * math.fsum(rows[start : start + height]) for start in range(0, len(rows), height)]
 
-    def _update_u(self, view: PrimalViews, update: Tensor) -> None:
+    def _update_u(self, view: PrimalViews) -> None:
         torch.addcmul(view.constant, view.slope_parts[0], view.u_parts[0], out=view.data)
         view.data.addcmul_(view.slope_parts[1], view.u_parts[1]).clamp_(-self.lambda_, self.lambda_)
-        torch.sub(view.p_x, view.p_left, out=update)
-        update.add_(view.p_y).sub_(view.p_above).addcmul_(view.gradient, view.data)
-        view.u.add_(update, alpha=self.tau)
+        torch.sub(view.p_x, view.p_left, out=view.update)
+        view.update.add_(view.p_y).sub_(view.p_above).addcmul_(view.gradient, view.data)
+        view.u.add_(view.update, alpha=self.tau)
 
     def _update_p(self, view: DualViews) -> None:
         across, down = view.forward_parts
@@ -215,13 +226,20 @@ class Iterations:
         torch.mul(across, across, out=view.norm).addcmul_(down, down).sqrt_().add_(self._one)
         view.p.add_(view.forward).div_(view.norm)
 
-    def _errors(self) -> list[float]:
-        """Sum the squares of the kept update over each pair by halving: one order on any device and batch."""
-        count = self.height * self.width
-        values = self._update[:, : self.active * count].square_()
-        total = values[0].add_(values[1]).view(self.active, count)
-        while count > 1:
-            half = count // 2
-            total[:, :half].add_(total[:, count - half : count])
-            count -= half
-        return [error * self.theta**2 for error in total[:, 0].tolist()]
+
+def _row_errors(view: PrimalViews) -> None:
+    """Set each row's sum of squared updates, in an order that depends on the width of the row alone."""
+    one, two = view.update_parts
+    torch.mul(one, one, out=view.data).addcmul_(two, two)
+    values = view.data.view(len(view.row_errors), -1)
+    if values.device.type == "cpu":
+        # torch sums contiguous rows one by one and shares only whole rows among threads.
+        torch.sum(values, 1, out=view.row_errors)
+        return
+    # On a GPU the shape of torch's sum depends on the number of rows, so it is written out: halving.
+    width = values.shape[1]
+    while width > 1:
+        half = width // 2
+        values[:, :half].add_(values[:, width - half : width])
+        width -= half
+    view.row_errors.copy_(values[:, 0])

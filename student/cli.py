@@ -50,6 +50,8 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
         "train.seed": options["seed"],
     }
     recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named)
+    if options["fresh_views"] and not options["labels_only"]:
+        raise click.UsageError("--fresh-views needs --labels-only: cached targets belong to cached views")
     from mmkd.student.devices import choose_device
     from mmkd.student.distil import Mode, train_student
 
@@ -89,7 +91,7 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
 )
 @click.option("--weights", default="uniform", show_default=True, help="Weights of the teacher's row.")
 @click.option("--weights-temperature", default=1.0, show_default=True, help="With --weights heldout.")
-@click.option("--train-split", default="train", show_default=True)
+@click.option("--train-split", default="train", show_default=True, help="The split that no row is about.")
 @click.option("--tables", multiple=True, type=PATH, help="Merge tables of several seeds instead; repeatable.")
 @click.option("--out", type=PATH, help="Write the table as JSON, for --tables.")
 @as_json
@@ -136,7 +138,7 @@ def _table(options: dict[str, Any]) -> Any:
 
 @cli.group()
 def config() -> None:
-    """Show recipes: the resolved one with each value's origin, or the schema."""
+    """Show recipes: an example, the resolved one with each value's origin, or the schema."""
 
 
 @config.command("show")
@@ -147,6 +149,15 @@ def config_show(files: tuple[Path, ...], overrides: tuple[str, ...], **options: 
     _, values = resolved_with_origins(StudentRecipe, files=files, overrides=overrides, named=named_data(options))
     for value in values:
         click.echo(f"{value.path}: {json.dumps(value.value)}  # {value.origin}")
+
+
+@config.command("example")
+@click.argument("data_set", type=click.Choice(["demo", "something-something"]))
+def config_example(data_set: str) -> None:
+    """Print a commented recipe to start from: the demo's, or the authors' for Something-Something."""
+    from mmkd.data_manifests.demo_recipes import example_recipe
+
+    click.echo(example_recipe(f"{data_set}-student.yaml"), nl=False)
 
 
 @config.command("schema")

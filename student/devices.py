@@ -1,5 +1,7 @@
 """Arrays to a device, and computation there that repeats bit for bit."""
 
+import ctypes
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -8,6 +10,9 @@ from torch import Tensor
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.batches import AnyArray
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names and numbers from glibc's malloc.h."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -36,3 +41,17 @@ def reproducible(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
     ):
         yield
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large freed blocks instead of returning them to the system; elsewhere do nothing.
+
+    A training step on a CPU frees and allocates the same tensors again: without this, zeroing their pages
+    anew took 10 to 20 % of a small network's step. The process then keeps the memory of its largest step.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that glibc accepts
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -20,7 +20,7 @@ def make_optimizer(network: nn.Module, recipe: LoopRecipe) -> AdamW:
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return AdamW([group for group in groups if group["params"]], lr=recipe.learning_rate)
+    return AdamW([group for group in groups if group["params"]], lr=recipe.learning_rate, fused=True)
 
 
 def learning_rate(recipe: LoopRecipe, step: int, steps_per_epoch: int) -> float:

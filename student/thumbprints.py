@@ -9,6 +9,7 @@ from mmkd.cache_tools.reader import CacheReader, SplitTable
 from mmkd.cache_tools.records import IntArray
 from mmkd.cache_tools.views import KeyedWords
 from mmkd.data_manifests.errors import VerificationError
+from mmkd.student.batches import read_item
 from mmkd.student.rgb_views import RGBViews
 
 MEAN_DIFFERENCE_LIMIT = 3.0
@@ -38,7 +39,7 @@ def check_thumbprints(
     for _ in range(sample):
         position, view = words.below(len(rows)), words.below(table.views)
         row = int(rows[position])
-        pixels = data.item(position, view)["rgb"]
+        pixels = read_item(data, position, view)["rgb"]
         if pixel_hash(pixels) == int(hashes[row, view]):
             continue
         difference = float(np.abs(thumbnail(pixels).astype(np.int16) - thumbnails[row, view]).mean())

@@ -31,7 +31,7 @@ from mmkd.student.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from mmkd.student.devices import reproducible, to_device
+from mmkd.student.devices import keep_freed_memory, reproducible, to_device
 from mmkd.student.losses import total_loss
 from mmkd.student.optimiser import learning_rate, make_optimizer, step_seed
 from mmkd.student.recipe import WITHOUT_EFFECT, LoopRecipe, LossRecipe
@@ -94,6 +94,8 @@ def fit(
     or a loss that is not finite.
     """
     device = torch.device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     loss = LossRecipe() if loss is None else loss
     check_dataset(dataset, needs_labels=targets is None)
     run_identity = describe_run(network, dataset, recipe, loss=loss if targets else None, extra=identity)

@@ -1,0 +1,237 @@
+"""Facts of videos are kept between runs while they are true, and no longer."""
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmkd.cache_tools.facts import decode_facts, encode_facts, facts_path, probe_all
+from mmkd.cache_tools.frames import Limits, VideoFiles
+from mmkd.cache_tools.records import VideoFacts
+from mmkd.data_manifests.errors import StorageError, VideoError
+
+
+def sibling(name: str):
+    """Import a helper module that lies beside this file."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+barcode = sibling("barcode_videos")
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for i in range(3):
+        sample = barcode.Sample(f"{i}.webm", "libvpx-vp9", barcode.VP9, frames=6 + i)
+        barcode.write_sample(folder, sample)
+    (folder / "text.webm").write_text("no video")
+    return folder
+
+
+def same(one: VideoFacts, other: VideoFacts) -> bool:
+    return (
+        replace(one, times_seconds=other.times_seconds) == other
+        and one.times_seconds.tobytes() == other.times_seconds.tobytes()
+    )
+
+
+class CountingFiles(VideoFiles):
+    """Video files that note which videos are probed."""
+
+    probed: list[str] = []  # noqa: RUF012 - one list for all, emptied by each test
+
+    def probe(self, video: str) -> VideoFacts:
+        self.probed.append(video)
+        return super().probe(video)
+
+
+def probe_counted(root, store, videos, limits: Limits | None = None):
+    CountingFiles.probed.clear()
+    found = probe_all(CountingFiles(root, limits or Limits()), videos, store=store, workers=0)
+    return found, list(CountingFiles.probed)
+
+
+VIDEOS = ["0.webm", "1.webm", "2.webm"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_video_is_probed_once_and_failures_are_named(root, tmp_path, workers):
+    done = []
+    videos = ["1.webm", "missing.webm", "text.webm", "0.webm", "1.webm", "../out.webm"]
+    found = probe_all(VideoFiles(root), videos, store=tmp_path / "facts", workers=workers, progress=done.append)
+    assert list(found) == ["1.webm", "missing.webm", "text.webm", "0.webm", "../out.webm"]
+    assert sum(done) == 5
+    assert found["1.webm"].frame_count == 7
+    assert found["0.webm"].frame_count == 6
+    assert str(found["missing.webm"]) == "video not found: missing.webm"
+    assert "not a video" in str(found["text.webm"])
+    assert "out of the video root" in str(found["../out.webm"])
+    assert len([path for path in (tmp_path / "facts").rglob("*") if path.is_file()]) == 2  # failures are not kept
+
+
+def test_the_second_run_probes_nothing(root, tmp_path):
+    first, probed = probe_counted(root, tmp_path / "facts", VIDEOS)
+    assert probed == VIDEOS
+    second, probed = probe_counted(root, tmp_path / "facts", VIDEOS)
+    assert probed == []
+    assert all(same(first[video], second[video]) for video in VIDEOS)
+
+
+def test_what_is_kept_is_what_is_given(root, tmp_path):
+    """Only an altered kept file shows that it is read at all."""
+    probe_counted(root, tmp_path / "facts", VIDEOS)
+    files = VideoFiles(root)
+    path = facts_path(tmp_path / "facts", "1.webm")
+    facts = decode_facts(path.read_bytes(), video="1.webm", stamp=files.stamp("1.webm"))
+    path.write_bytes(encode_facts(replace(facts, width=1234), video="1.webm", stamp=files.stamp("1.webm")))
+    found, _ = probe_counted(root, tmp_path / "facts", VIDEOS)
+    assert found["1.webm"].width == 1234
+
+
+def test_only_what_is_missing_is_probed(root, tmp_path):
+    probe_counted(root, tmp_path / "facts", VIDEOS[:2])
+    facts_path(tmp_path / "facts", "0.webm").unlink()
+    _, probed = probe_counted(root, tmp_path / "facts", VIDEOS)
+    assert probed == ["0.webm", "2.webm"]
+
+
+def test_without_a_store_nothing_is_kept(root, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    assert probe_counted(root, None, VIDEOS)[1] == probe_counted(root, None, VIDEOS)[1] == VIDEOS
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_changed_video_is_probed_again(root, tmp_path):
+    probe_counted(root, tmp_path / "facts", VIDEOS)
+    shutil.copyfile(root / "2.webm", root / "0.webm")
+    found, probed = probe_counted(root, tmp_path / "facts", VIDEOS)
+    assert probed == ["0.webm"]
+    assert found["0.webm"].frame_count == 8
+    assert probe_counted(root, tmp_path / "facts", VIDEOS)[1] == []
+
+
+def test_the_same_size_at_another_time_is_a_change(root, tmp_path):
+    probe_counted(root, tmp_path / "facts", VIDEOS)
+    os.utime(root / "1.webm", ns=(0, 1))
+    assert probe_counted(root, tmp_path / "facts", VIDEOS)[1] == ["1.webm"]
+
+
+def test_stricter_limits_hold_for_what_is_kept(root, tmp_path):
+    probe_counted(root, tmp_path / "facts", VIDEOS)
+    found, probed = probe_counted(root, tmp_path / "facts", VIDEOS, Limits(max_pixels=100))
+    assert probed == VIDEOS
+    assert all("the limit is 100 pixels" in str(found[video]) for video in VIDEOS)
+
+
+def test_other_decoder_rules_are_not_served_from_what_is_kept(root, tmp_path):
+    probe_all(VideoFiles(root), VIDEOS, store=tmp_path / "facts", workers=0)
+    found = probe_all(VideoFiles(root, force_pyav=True), VIDEOS, store=tmp_path / "facts", workers=0)
+    assert {facts.decoder for facts in found.values()} == {"pyav"}
+
+
+def test_a_video_removed_after_the_first_run_is_missing(root, tmp_path):
+    probe_counted(root, tmp_path / "facts", VIDEOS)
+    (root / "1.webm").unlink()
+    found, _ = probe_counted(root, tmp_path / "facts", VIDEOS)
+    assert str(found["1.webm"]) == "video not found: 1.webm"
+
+
+def test_a_repaired_video_is_found_by_the_next_run(root, tmp_path):
+    assert isinstance(probe_counted(root, tmp_path / "facts", ["text.webm"])[0]["text.webm"], VideoError)
+    shutil.copyfile(root / "2.webm", root / "text.webm")
+    assert probe_counted(root, tmp_path / "facts", ["text.webm"])[0]["text.webm"].frame_count == 8
+
+
+@pytest.mark.parametrize("length", [0, 1, 50, -1])
+def test_a_torn_file_is_probed_again_and_repaired(root, tmp_path, length):
+    probe_counted(root, tmp_path / "facts", VIDEOS)
+    path = facts_path(tmp_path / "facts", "0.webm")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:length])
+    assert probe_counted(root, tmp_path / "facts", VIDEOS)[1] == ["0.webm"]
+    assert path.read_bytes() == whole
+
+
+def test_a_store_that_cannot_be_written_is_named(root, tmp_path):
+    (tmp_path / "facts").write_text("a file where the folder should be")
+    with pytest.raises(StorageError, match="cannot keep video facts in"):
+        probe_all(VideoFiles(root), VIDEOS, store=tmp_path / "facts", workers=0)
+
+
+ABORTING = """
+import os
+from mmkd.cache_tools.frames import VideoFiles
+
+class AbortingFiles(VideoFiles):
+    def probe(self, video):
+        if video == "1.webm":
+            os.abort()  # as decord does for huge frames
+        return super().probe(video)
+"""
+
+
+def test_a_probe_that_kills_its_process_is_one_failure(root, tmp_path, monkeypatch):
+    (tmp_path / "aborting_source.py").write_text(ABORTING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = importlib.import_module("aborting_source").AbortingFiles(root)
+    found = probe_all(source, VIDEOS, store=None, workers=2)
+    assert str(found.pop("1.webm")) == "decoder died"
+    assert [facts.frame_count for facts in found.values()] == [6, 8]
+
+
+facts_strategy = st.builds(
+    VideoFacts,
+    width=st.integers(1, 10_000),
+    height=st.integers(1, 10_000),
+    times_seconds=st.lists(st.floats(0, 1e5), min_size=1, max_size=50).map(lambda t: np.array(sorted(t))),
+    decoder=st.sampled_from(["pyav", "decord"]),
+    identity=st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1),
+)
+
+
+@settings(deadline=None)
+@given(facts=facts_strategy, video=st.text(min_size=1), stamp=st.text())
+def test_kept_facts_come_back_the_same_bits(facts, video, stamp):
+    data = encode_facts(facts, video=video, stamp=stamp)
+    assert same(decode_facts(data, video=video, stamp=stamp), facts)
+    assert decode_facts(data, video=video + "x", stamp=stamp) is None
+    assert decode_facts(data, video=video, stamp=stamp + "x") is None
+    assert facts_path(Path("store"), video).is_relative_to("store")
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_damaged_kept_facts_are_never_served_wrong(data):
+    facts = VideoFacts(64, 48, np.arange(5) / 12, "pyav", "abc")
+    kept = bytearray(encode_facts(facts, video="v", stamp="s"))
+    header = kept.index(b"\n")
+    position = data.draw(st.integers(header, len(kept) - 1))
+    kept[position] ^= data.draw(st.integers(1, 255))
+    assert decode_facts(bytes(kept), video="v", stamp="s") is None
+
+
+@pytest.mark.parametrize("header", [b"", b"[]", b"null", b'{"schema": "mmkd-facts-1"}', b"\xff", b"[" * 100_000])
+def test_a_header_that_is_none_is_ignored(header):
+    assert decode_facts(header + b"\n1234", video="v", stamp="s") is None
+
+
+def test_kept_files_spread_over_folders(tmp_path):
+    folders = {facts_path(tmp_path, f"{i}.webm").parent for i in range(5000)}
+    assert len(folders) == 256
+    header, _, _ = encode_facts(VideoFacts(64, 48, np.zeros(1), "pyav", "a"), video="v", stamp="s").partition(b"\n")
+    assert json.loads(header)["schema"] == "mmkd-facts-1"

@@ -1,0 +1,271 @@
+"""Workers that die, hang, raise or tear their pipe take their item, never the job; and none is left behind."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmkd.cache_tools import pool
+from mmkd.cache_tools.pool import LOOK_AHEAD, run_tasks
+from mmkd.data_manifests.errors import StorageError, VideoError
+
+# The items are expressions and the function is `eval`: workers can import it, and never import this module.
+KILL = "__import__('os').kill(__import__('os').getpid(), {})"
+HANG = "__import__('time').sleep(600)"
+VIDEO_ERROR = "exec('from mmkd.data_manifests.errors import VideoError; raise VideoError(\"no frame\")')"
+TEAR = (
+    'exec(\'import os, re, signal; fd = re.search(r"serve.(\\\\d+)", open("/proc/self/cmdline").read())[1];'
+    'os.write(int(fd), (1000).to_bytes(4, "big") + b"half a message"); os.kill(os.getpid(), 9)\')'
+)
+
+
+def workers_of(parent: int) -> list[int]:
+    """Return the process ids of the pool workers among a process's children."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (folder / "stat").read_text().rpartition(")")[2].split()
+            command = (folder / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(status[1]) == parent and b"cache_tools.pool" in command:
+            found.append(int(folder.name))
+    return found
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_is_left():
+    yield
+    assert not workers_of(os.getpid())
+
+
+def plain(results) -> list:
+    """Return the values in order, errors as their text, having checked the positions."""
+    values = []
+    for position, (index, value) in enumerate(results):
+        assert index == position
+        values.append(f"error: {value}" if isinstance(value, VideoError) else value)
+    return values
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_results_come_in_the_order_of_the_items(workers):
+    items = [f"(__import__('time').sleep({0.2 if i == 0 else 0.0}), {i})[1]" for i in range(20)]
+    assert plain(run_tasks(eval, items, workers=workers)) == list(range(20))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_item_gives_no_result(workers):
+    assert plain(run_tasks(eval, [], workers=workers)) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_video_error_is_its_items_value(workers):
+    assert plain(run_tasks(eval, ["1", VIDEO_ERROR, "3"], workers=workers)) == [1, "error: no frame", 3]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_another_exception_is_raised(workers):
+    results = run_tasks(eval, ["1", "1 / 0", "3"], workers=workers)
+    assert next(results) == (0, 1)
+    with pytest.raises(ZeroDivisionError) as caught:
+        next(results)
+    if workers:
+        assert "raised in a worker process" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    "death", [KILL.format(9), KILL.format(int(signal.SIGSEGV)), "__import__('os').abort()", TEAR, "exit(3)"]
+)
+def test_a_worker_that_dies_takes_one_item(death):
+    items = ["0", death, *map(str, range(2, 12))]
+    expected = [0, "error: decoder died", *range(2, 12)]
+    assert plain(run_tasks(eval, items, workers=2, timeout_seconds=60)) == expected
+
+
+def test_a_worker_that_hangs_takes_one_item():
+    began = time.monotonic()
+    results = run_tasks(eval, ["0", HANG, "2", "3"], workers=2, timeout_seconds=0.5)
+    assert plain(results) == [0, "error: took longer than 0.5 s", 2, 3]
+    assert 1.0 <= time.monotonic() - began < 20
+
+
+def test_all_workers_may_die_at_once():
+    items = [KILL.format(9)] * 4 + ["4"]
+    assert plain(run_tasks(eval, items, workers=4)) == ["error: decoder died"] * 4 + [4]
+
+
+@pytest.mark.parametrize("fault", [KILL.format(9), HANG])
+def test_an_item_is_tried_again_once_in_a_fresh_worker(tmp_path, fault):
+    log = tmp_path / "processes"
+    note = f"print(__import__('os').getpid(), file=open({str(log)!r}, 'a'))"
+    items = ["'warm'", f"({note}, {fault} if len(open({str(log)!r}).readlines()) < 2 else 'second')[1]"]
+    assert plain(run_tasks(eval, items, workers=1, timeout_seconds=2)) == ["warm", "second"]
+    assert len(set(log.read_text().split())) == 2
+
+
+def test_an_item_is_not_tried_a_third_time(tmp_path):
+    log = tmp_path / "processes"
+    item = f"(print('x', file=open({str(log)!r}, 'a')), {KILL.format(9)})"
+    assert plain(run_tasks(eval, [item], workers=1)) == ["error: decoder died"]
+    assert log.read_text().split() == ["x", "x"]
+
+
+def test_items_are_taken_with_a_bounded_look_ahead():
+    taken = []
+
+    def items():
+        for i in range(50):
+            taken.append(i)
+            yield str(i)
+
+    results = run_tasks(eval, items(), workers=2)
+    for i in range(10):
+        assert next(results) == (i, i)
+        assert len(taken) <= i + LOOK_AHEAD * 2
+    results.close()
+
+
+def test_an_error_in_the_items_is_raised_and_the_workers_end():
+    def items():
+        yield "1"
+        raise KeyError("items")
+
+    with pytest.raises(KeyError, match="items"):
+        list(run_tasks(eval, items(), workers=2))
+
+
+def test_closing_early_ends_workers_in_the_middle_of_their_work():
+    results = run_tasks(eval, ["0", HANG, HANG, "3"], workers=2)
+    assert next(results) == (0, 0)
+    assert wait_until(lambda: len(workers_of(os.getpid())) == 2)
+    began = time.monotonic()
+    results.close()
+    assert time.monotonic() - began < 5
+    assert not workers_of(os.getpid())
+
+
+def test_nothing_is_started_before_the_first_result_is_asked_for():
+    results = run_tasks(eval, ["1"], workers=2)
+    assert not workers_of(os.getpid())
+    results.close()
+
+
+def test_workers_have_one_thread_and_do_not_import_the_main_module(capfd):
+    modules = "sorted({'torch', 'numpy', 'pytest'} & set(__import__('sys').modules))"
+    items = ["__import__('os').environ['OMP_NUM_THREADS']", modules, "print('from a worker')"]
+    assert plain(run_tasks(eval, items, workers=1)) == ["1", [], None]
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "from a worker\n")
+
+
+def test_a_result_that_cannot_be_sent_is_raised():
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError), match="pickle"):
+        list(run_tasks(eval, ["lambda: 0"], workers=1))
+
+
+def test_an_exception_that_cannot_be_sent_is_raised_as_text():
+    bad = "exec('class E(Exception):\\n def __init__(self, a, b): pass\\nraise E(1, 2)')"
+    with pytest.raises(RuntimeError, match="raised in a worker process"):
+        list(run_tasks(eval, [bad], workers=1))
+
+
+def test_a_function_of_the_main_module_is_refused_with_advice(monkeypatch):
+    def function(item):
+        return item
+
+    monkeypatch.setattr(function, "__module__", "__main__")
+    with pytest.raises(ValueError, match="define it in a module"):
+        run_tasks(function, [1], workers=1)
+    assert plain(run_tasks(function, [1], workers=0)) == [1]
+    with pytest.raises(ValueError, match="0 or more"):
+        run_tasks(function, [1], workers=-1)
+
+
+def test_workers_that_cannot_start_stop_the_job(monkeypatch):
+    monkeypatch.setattr(pool.sys, "executable", "/bin/false")
+    with pytest.raises(StorageError, match="cannot be started"):
+        list(run_tasks(eval, ["1", "2"], workers=2))
+
+
+PARENT = f"""
+import sys
+from mmkd.cache_tools.pool import run_tasks
+for index, value in run_tasks(eval, ["'ready'", {HANG!r}, {HANG!r}], workers=2, timeout_seconds=300):
+    print(value, flush=True)
+"""
+
+
+def start_parent() -> tuple[subprocess.Popen, list[int]]:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert parent.stdout.readline() == "ready\n"
+    assert wait_until(lambda: len(workers_of(parent.pid)) == 2)
+    return parent, workers_of(parent.pid)
+
+
+def test_ctrl_c_ends_the_job_once_and_leaves_no_process():
+    """A terminal sends the signal to the whole group; workers must not print tracebacks of their own."""
+    parent, workers = start_parent()
+    os.killpg(parent.pid, signal.SIGINT)
+    _, errors = parent.communicate(timeout=20)
+    assert parent.returncode == -signal.SIGINT
+    assert errors.count("KeyboardInterrupt") == 1
+    assert errors.count("Traceback") == 1
+    assert not any(alive(worker) for worker in workers)
+
+
+def test_idle_workers_end_when_the_parent_is_killed():
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT.replace(repr(HANG), "'1'") + "\n    sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with parent:
+        assert parent.stdout.readline() == "ready\n"
+        assert wait_until(lambda: len(workers_of(parent.pid)) == 2)
+        workers = workers_of(parent.pid)
+        parent.kill()
+    assert wait_until(lambda: not any(alive(worker) for worker in workers))
+
+
+@settings(deadline=None, max_examples=5)
+@given(
+    faults=st.lists(st.sampled_from(["ok", "ok", "ok", "kill", "video error"]), max_size=12),
+    workers=st.integers(1, 3),
+)
+def test_each_item_gets_its_own_outcome_whatever_the_others_do(faults, workers):
+    codes = {"kill": KILL.format(9), "video error": VIDEO_ERROR}
+    texts = {"kill": "error: decoder died", "video error": "error: no frame"}
+    items = [codes.get(fault, str(i)) for i, fault in enumerate(faults)]
+    expected = [texts.get(fault, i) for i, fault in enumerate(faults)]
+    assert plain(run_tasks(eval, items, workers=workers)) == expected
