@@ -17,7 +17,7 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from mmkd.cache_tools.layout import (
-    THUMBPRINT,
+    RESERVED_NAMES,
     SplitLayout,
     label_array,
     logits_array,
@@ -25,6 +25,7 @@ from mmkd.cache_tools.layout import (
     status_array,
     thumbprint_arrays,
 )
+from mmkd.data_manifests.errors import InputError
 
 Objects = dict[str, bytes]
 """Object key within the Zarr group -> its bytes."""
@@ -49,13 +50,19 @@ class ArraySpec:
 def split_arrays(
     split: SplitLayout, experts: Iterable[str], heads: Mapping[str, int], *, thumbnail_size: int
 ) -> tuple[ArraySpec, ...]:
-    """Return the sharded arrays of one split: thumbprints, and logits, maxima and status of each expert."""
+    """Return the sharded arrays of one split: thumbprints, and logits, maxima and status of each expert.
+
+    Raises InputError for an expert whose name would stand where another array is.
+    """
     grid = (split.padded_rows, split.views)
     hashes, thumbnails = thumbprint_arrays(split.name)
     specs = [ArraySpec(hashes, grid, "uint64", 0), ArraySpec(thumbnails, (*grid, thumbnail_size), "uint8", 0)]
     for expert in experts:
-        if expert == THUMBPRINT or not expert.isidentifier():
-            raise ValueError(f"{expert!r} cannot name an expert")
+        if expert in RESERVED_NAMES or not expert.isidentifier():
+            raise InputError(
+                f"{expert!r} cannot name an expert: it must be an identifier other than "
+                f"{', '.join(sorted(RESERVED_NAMES))}"
+            )
         specs.append(ArraySpec(status_array(split.name, expert), grid, "uint8", 255))
         for head, classes in heads.items():
             nan = float("nan")
@@ -79,7 +86,14 @@ def encode_group(static: Mapping[str, Any], specs: Iterable[tuple[ArraySpec, Spl
         dtype: Any = str if isinstance(value, list) else value.dtype
         shape = np.shape(value)
         rows = min(shape[0], 16384)
-        array = group.create_array(name, shape=shape, chunks=(rows, *shape[1:]), dtype=dtype, compressors=codec)
+        array = group.create_array(
+            name,
+            shape=shape,
+            chunks=(rows, *shape[1:]),
+            dtype=dtype,
+            compressors=codec,
+            config={"write_empty_chunks": True},
+        )
         array[...] = np.array(value, dtype=object) if isinstance(value, list) else value
     for spec, split in specs:
         inner = next(n for n in range(min(INNER_ROWS, split.shard_rows), 0, -1) if split.shard_rows % n == 0)
@@ -103,11 +117,13 @@ def encode_block(name: str, metadata: bytes, *, start: tuple[int, int], block: n
     """
     array, objects = _open(name, {f"{name}/zarr.json": metadata})
     rows, views = start
+    if block.shape != array.shards or block.dtype != array.dtype or rows % block.shape[0] or views % block.shape[1]:
+        raise ValueError(
+            f"{name}: a block at {start} of {block.dtype} {block.shape} is not one whole shard of {array.dtype} "
+            f"{array.shards}"
+        )
     array[rows : rows + block.shape[0], views : views + block.shape[1]] = block
-    encoded = {key: buffer.to_bytes() for key, buffer in objects.items() if not key.endswith("zarr.json")}
-    if len(encoded) != 1:
-        raise ValueError(f"{name}: a block at {start} of shape {block.shape} is not one whole shard")
-    return encoded
+    return {key: buffer.to_bytes() for key, buffer in objects.items() if not key.endswith("zarr.json")}
 
 
 def decode_array(name: str, objects: Mapping[str, bytes]) -> npt.NDArray[Any]:

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from mmkd.data_manifests.errors import StorageError
@@ -12,7 +14,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Raises StorageError, naming the path, when the disk is full or may not be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Unique also among containers on several machines, whose process ids are often equal.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -22,11 +25,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.replace(path)
         sync_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         hint = (
             "free some space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "nothing was lost"
         )
-        raise StorageError(f"cannot write {path}: {error.strerror}; {hint}") from error
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; {hint}") from error
 
 
 def sync_directory(path: Path) -> None:

@@ -23,7 +23,7 @@ def canonical_view(clip: ClipFrames, view: View, size_px: int) -> UInt8Array:
     """Return the view's pixels: uint8 (T, S, S, 3) RGB with S = `size_px`."""
     left, top, width, height = view.crop_xywh
     window = clip.select(view.frame_indices)[:, top : top + height, left : left + width]
-    if window.shape[1:3] != (height, width):
+    if min(left, top) < 0 or window.shape[1:3] != (height, width):
         raise ValueError(
             f"crop {view.crop_xywh} leaves the frame of {clip.frames.shape[2]} x {clip.frames.shape[1]}"
         )

@@ -8,6 +8,7 @@ import numpy as np
 from mmkd.cache_tools.data import ClipVideo
 from mmkd.cache_tools.frames import FrameSource
 from mmkd.cache_tools.records import ClipFrames, IntArray
+from mmkd.data_manifests.errors import VideoError
 
 
 class ClipReader:
@@ -23,6 +24,8 @@ class ClipReader:
         self._clips = clips
         self._free_bytes = memory_bytes
         self._kept: dict[int, ClipFrames] = {}
+        self._tried: set[int] = set()
+        """Rows that are kept, being read to be kept, or could not be."""
         self._lock = threading.Lock()
 
     def read(self, row: int, frame_indices: IntArray) -> ClipFrames:
@@ -31,13 +34,29 @@ class ClipReader:
         if kept is not None:
             return kept
         item = self._clips[row]
-        size = item.facts.width * item.facts.height * 3 * item.facts.frame_count
+        if self._claim(row):
+            whole = np.arange(item.facts.first_frame, item.facts.first_frame + item.facts.frame_count)
+            try:
+                frames = self._source.read(item.clip.video, whole, item.video)
+            except VideoError:
+                # The frames that were asked for may be readable all the same, as they were for the teacher.
+                with self._lock:
+                    self._free_bytes += self._size_bytes(row)
+            else:
+                self._kept[row] = frames
+                return frames
+        return self._source.read(item.clip.video, np.unique(frame_indices), item.video)
+
+    def _claim(self, row: int) -> bool:
+        """Return whether the caller shall read the whole clip and keep it; its bytes are then taken."""
+        size = self._size_bytes(row)
         with self._lock:
-            keep = size <= self._free_bytes and row not in self._kept
-            self._free_bytes -= size if keep else 0
-        if not keep:
-            return self._source.read(item.clip.video, np.unique(frame_indices), item.video)
-        whole = np.arange(item.facts.first_frame, item.facts.first_frame + item.facts.frame_count)
-        frames = self._source.read(item.clip.video, whole, item.video)
-        self._kept[row] = frames
-        return frames
+            if row in self._tried or size > self._free_bytes:
+                return False
+            self._tried.add(row)
+            self._free_bytes -= size
+            return True
+
+    def _size_bytes(self, row: int) -> int:
+        facts = self._clips[row].facts
+        return facts.width * facts.height * 3 * facts.frame_count

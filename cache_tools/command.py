@@ -10,6 +10,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,9 +92,18 @@ def data_options(function: Function) -> Function:
     return function
 
 
+example_argument = click.argument("data_set", type=click.Choice(["demo", "something-something"]))
+
+
 def named_data(values: dict[str, Any]) -> dict[str, Any]:
     """Take the values of `data_options` out of a command's arguments, as named recipe values."""
     return {f"data.{name}": values.pop(name) for name in ("manifest", "videos", "facts", "workers")}
+
+
+def example_recipe(data_set: str, stage: str) -> str:
+    """Return the text of the recipe for a data set and a stage, `teacher` or `student`."""
+    folder = files("mmkd.data_manifests") / "recipes"
+    return (folder / f"{data_set}-{stage}.yaml").read_text(encoding="utf-8")
 
 
 def print_result(value: Any, *, as_json: bool, lines: Sequence[str]) -> None:

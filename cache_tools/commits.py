@@ -14,7 +14,7 @@ from typing import Any
 
 from mmkd.cache_tools.arrays import Objects
 from mmkd.cache_tools.atomic import write_atomically
-from mmkd.cache_tools.fingerprints import canonical_json
+from mmkd.cache_tools.fingerprints import canonical_json, fingerprint
 from mmkd.cache_tools.layout import SCHEMA, CachePaths, Shard
 from mmkd.data_manifests.errors import StorageError, VerificationError
 
@@ -53,21 +53,23 @@ class CommitRecord:
     """Schema of the cache."""
 
     def to_bytes(self) -> bytes:
-        """Return the record's one JSON text."""
-        return (canonical_json(asdict(self)) + "\n").encode()
+        """Return the record's one JSON text, closed by the hash of all that it says."""
+        fields = asdict(self)
+        return (canonical_json(fields | {"seal": fingerprint(fields)}) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "CommitRecord":
         """Parse a record; raise VerificationError naming `where` when it is damaged."""
         try:
             value: dict[str, Any] = json.loads(data)
+            if value.pop("seal") != fingerprint(value):
+                raise ValueError("its hash differs")
+            if value["schema"] != SCHEMA:
+                raise VerificationError(f"{where} is of schema {value['schema']!r}, this version reads {SCHEMA!r}")
             value["unusable"] = tuple(Unusable(**item) for item in value["unusable"])
-            record = cls(**value)
-        except (ValueError, TypeError, KeyError) as error:
-            raise VerificationError(f"{where} is damaged: {error}; delete it and run build again") from error
-        if record.schema != SCHEMA:
-            raise VerificationError(f"{where} is of schema {record.schema!r}, this version reads {SCHEMA!r}")
-        return record
+            return cls(**value)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise VerificationError(f"{where} is damaged ({error}); run `mmkd-cache build` again") from error
 
 
 def hash_objects(objects: Objects) -> dict[str, str]:
@@ -88,14 +90,23 @@ def read_commit(paths: CachePaths, shard: Shard, node: str) -> CommitRecord | No
     """Return the commit record of a node of a shard, or None when it was not completed."""
     path = paths.commit(shard, node)
     try:
-        return CommitRecord.from_bytes(path.read_bytes(), str(path))
+        record = CommitRecord.from_bytes(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    if (record.shard, record.node) != (shard.name, node):
+        raise VerificationError(
+            f"{path} is the record of {record.node} of {record.shard}; run `mmkd-cache build` again"
+        )
+    return record
 
 
 def read_verified(root: Path, key: str, sha256: str) -> bytes:
     """Return the bytes of an object; raise VerificationError unless they have the recorded hash."""
     path = root / key
+    if ".." in path.parts or root not in path.parents:
+        raise VerificationError(f"{root}: an object named {key!r} lies outside of it")
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:

@@ -77,7 +77,9 @@ class ClipSet:
         return result
 
 
-def clip_videos(clips: Sequence[Clip], found: Mapping[str, VideoFacts | VideoError]) -> list[ClipVideo | VideoError]:
+def clip_videos(
+    clips: Sequence[Clip], found: Mapping[str, VideoFacts | VideoError]
+) -> list[ClipVideo | VideoError]:
     """Join clips with their videos' facts; raise InputError, naming the first, for segments outside their video."""
     items: list[ClipVideo | VideoError] = []
     outside: list[str] = []

@@ -37,6 +37,8 @@ def differences(stored: Fields, current: Fields, prefix: str = "") -> Iterator[s
         old, new, name = stored.get(key), current.get(key), f"{prefix}{key}"
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from differences(old, new, prefix=f"{name}.")
+        elif key not in stored or key not in current:
+            yield f"{name}: only {'now' if key in current else 'in the cache'}"
         elif canonical_json(old) != canonical_json(new):
             yield f"{name}: cache {_short(old)}, now {_short(new)}"
 
@@ -50,4 +52,5 @@ def require_same(stored: Fields, current: Fields, *, what: str, advice: str) -> 
 
 def _short(value: Any) -> str:
     text = canonical_json(value)
-    return text if len(text) <= 60 else f"{text[:24]}…{text[-8:]}"
+    # The hash tells long values apart that begin alike, such as class lists.
+    return text if len(text) <= 60 else f"{text[:24]}… (SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:8]}…)"

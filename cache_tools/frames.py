@@ -70,6 +70,8 @@ class VideoFiles:
 
     def path(self, video: str) -> Path:
         """Return the file's resolved path; VideoError if it is outside the root or no file."""
+        if "\0" in video:
+            raise VideoError("the video's name holds a zero byte")
         root = os.path.realpath(self.root)
         path = os.path.realpath(os.path.join(root, video))  # noqa: PTH118 - pathlib resolves 5 times slower
         if os.path.commonpath((root, path)) != root:

@@ -27,6 +27,8 @@ from pathlib import Path
 
 SCHEMA = "mmkd-cache-1"
 THUMBPRINT = "thumbprint"
+RESERVED_NAMES = {THUMBPRINT, "clip_id", "label", "video_identity", "facts", "frame_index", "crop_xywh", "flip"}
+"""Names beside the experts' within a split: no expert may have one."""
 
 
 class Status(IntEnum):
@@ -55,6 +57,14 @@ class SplitLayout:
     shard_views: int
     """Views of a shard; divides `views`."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for an empty split, or blocks that do not tile the views."""
+        if min(self.rows, self.views, self.shard_rows, self.shard_views) < 1 or self.views % self.shard_views:
+            raise ValueError(
+                f"split {self.name!r}: {self.shard_rows} rows x {self.shard_views} views do not tile "
+                f"{self.rows} rows x {self.views} views"
+            )
+
     @property
     def padded_rows(self) -> int:
         """Rows rounded up to whole shards."""
@@ -62,7 +72,7 @@ class SplitLayout:
 
     def shards(self) -> Iterator["Shard"]:
         """Yield the shards in the order in which one task computes them."""
-        for view_block in range(-(-self.views // self.shard_views)):
+        for view_block in range(self.views // self.shard_views):
             for row_block in range(self.padded_rows // self.shard_rows):
                 yield Shard(self, row_block, view_block)
 
@@ -88,7 +98,7 @@ class Shard:
     def views(self) -> range:
         """The view numbers."""
         start = self.view_block * self.split.shard_views
-        return range(start, min(start + self.split.shard_views, self.split.views))
+        return range(start, start + self.split.shard_views)
 
     @property
     def name(self) -> str:

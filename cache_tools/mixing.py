@@ -27,7 +27,7 @@ def parse_weights(text: str, experts: tuple[str, ...]) -> Weights:
     """
     weights: Weights = {}
     for part in text.split(","):
-        name, _, number = part.partition("=")
+        name, _, number = part.strip().partition("=")
         try:
             value = float(number)
         except ValueError:
@@ -38,16 +38,20 @@ def parse_weights(text: str, experts: tuple[str, ...]) -> Weights:
             raise InputError(f"--weights {text!r}: the weight of {name} must be a finite number, 0 or more")
         weights[name] = value
     total = sum(weights.values())
-    if total <= 0:
-        raise InputError(f"--weights {text!r}: at least one weight must be positive")
+    if not 0 < total < np.inf:
+        raise InputError(f"--weights {text!r}: the weights must have a positive, finite sum")
     return {name: value / total for name, value in weights.items() if value > 0}
 
 
 def softmin_weights(mean_cross_entropy: Mapping[str, float], weights_temperature: float) -> Weights:
-    """Return softmax(-CE / weights_temperature) over the experts; larger temperatures are more uniform."""
+    """Return softmax(-CE / weights_temperature) over the experts; larger temperatures are more uniform.
+
+    An expert whose weight vanishes in float64 is left out.
+    """
     names = list(mean_cross_entropy)
     scores = -np.array([mean_cross_entropy[name] for name in names], np.float64) / weights_temperature
-    return {name: float(value) for name, value in zip(names, np.exp(log_softmax(scores)), strict=True)}
+    weights = zip(names, np.exp(log_softmax(scores)).tolist(), strict=True)
+    return {name: weight for name, weight in weights if weight > 0}
 
 
 def mean_cross_entropy(logits: Float32Array, labels: IntArray, usable: Mask) -> float:

@@ -20,7 +20,8 @@ def encode_logits(logits: Float32Array) -> tuple[Float16Array, Float32Array]:
     cannot hold.
     """
     maximum = logits.max(axis=-1)
-    shifted = logits - maximum[..., None]
+    with np.errstate(invalid="ignore", over="ignore"):
+        shifted = logits - maximum[..., None]
     if not np.isfinite(shifted).all() or shifted.min(initial=0) < np.finfo(np.float16).min:
         raise ValueError("logits must be finite and lie within 65504 below their row's maximum")
     return shifted.astype(np.float16), maximum

@@ -39,7 +39,7 @@ class Head:
             repeated = next(name for name in self.classes if self.classes.count(name) > 1)
             raise InputError(f"head {self.name!r} lists class {repeated!r} twice")
         if not all(_is_text(name) for name in self.classes):
-            raise InputError(f"head {self.name!r} has a class name that is not Unicode text")
+            raise InputError(f"head {self.name!r} has a class name that holds control characters")
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ class Manifest:
 
     def __post_init__(self) -> None:
         """Raise InputError when a clip id repeats, or a label is outside its head's class list."""
+        if not self.dataset or not _is_text(self.dataset):
+            raise InputError(f"data set name {self.dataset!r} is empty or holds control characters")
         if not self.clips:
             raise InputError("the manifest holds no clip")
         if len({head.name for head in self.heads}) != len(self.heads) or not self.heads:
@@ -239,7 +241,7 @@ def _header(value: dict[str, Any], where: str) -> tuple[str, tuple[Head, ...], b
         raise InputError(f"{where}: not a manifest of schema {SCHEMA!r}; make it with `mmkd-cache manifest`")
     _only(value, {"schema", "dataset", "flip_allowed", "heads"}, where)
     dataset, heads, flip_allowed = value.get("dataset"), value.get("heads"), value.get("flip_allowed", False)
-    if not isinstance(dataset, str) or not dataset:
+    if not isinstance(dataset, str):
         raise InputError(f"{where}: 'dataset' must be a name, got {dataset!r}")
     if not isinstance(flip_allowed, bool):
         raise InputError(f"{where}: 'flip_allowed' must be true or false, got {flip_allowed!r}")

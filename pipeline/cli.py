@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from mmkd.cache_tools.command import data_options, named_data, print_result, recipe_options, run_command
+from mmkd.cache_tools.command import (
+    data_options,
+    example_argument,
+    example_recipe,
+    named_data,
+    print_result,
+    recipe_options,
+    run_command,
+)
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
 from mmkd.data_manifests.errors import InputError, TooManyUnusableError
@@ -238,12 +246,10 @@ def config_show(files: tuple[Path, ...], overrides: tuple[str, ...], **options: 
 
 
 @config.command("example")
-@click.argument("data_set", type=click.Choice(["demo", "something-something"]))
+@example_argument
 def config_example(data_set: str) -> None:
     """Print a commented recipe to start from: the demo's, or the authors' for Something-Something."""
-    from mmkd.data_manifests.demo_recipes import example_recipe
-
-    click.echo(example_recipe(f"{data_set}-teacher.yaml"), nl=False)
+    click.echo(example_recipe(data_set, "teacher"), nl=False)
 
 
 @config.command("schema")

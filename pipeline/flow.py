@@ -45,8 +45,16 @@ class FlowFields:
     """(P, 2, h, w) pixels per step on the flow grid; channel 0 horizontal, positive to the right."""
 
     def select(self, starts: IntArray) -> Float32Array:
-        """Return the fields (T, 2, h, w) that start at the given frames, which may repeat."""
-        return self.fields[np.searchsorted(self.starts, starts)]
+        """Return the fields (T, 2, h, w) that start at the given frames, which may repeat; KeyError if absent."""
+        return self.fields[positions_of(starts, self.starts)]
+
+
+def positions_of(starts: IntArray, among: IntArray) -> IntArray:
+    """Return the positions of `starts` in the ascending array `among`; KeyError if one is absent."""
+    positions = np.searchsorted(among, starts).clip(0, len(among) - 1)
+    if not np.array_equal(among[positions], starts):
+        raise KeyError(f"flow pairs {starts} are not all among {among}")
+    return positions
 
 
 def pair_starts(frame_indices: IntArray, facts: ClipFacts, step: int) -> IntArray:
@@ -98,11 +106,15 @@ def round_flow(fields: Float32Array, recipe: FlowRecipe) -> Float32Array:
 
 
 def encode_flow(fields: Float32Array, recipe: FlowRecipe) -> np.ndarray[Any, Any]:
-    """Return fields as float16, or as the 8-bit code round-half-even(255 (v + b) / 2b) clipped to 0..255."""
+    """Return fields as float16, or as the 8-bit code round-half-even(255 (v + b) / 2b) clipped to 0..255.
+
+    As in denseflow 0 becomes 128, which does not decode to 0 but to b / 255.
+    """
     if recipe.precision == "float16":
         return fields.astype(np.float16)
-    bound = np.float64(recipe.bound_px)
-    return np.rint(np.clip((fields + bound) * (255 / (2 * bound)), 0, 255)).astype(np.uint8)
+    bound = recipe.bound_px
+    # Divided first: (0 + b) / 2b is exactly one half for every b.
+    return np.rint(np.clip((fields.astype(np.float64) + bound) / (2 * bound) * 255, 0, 255)).astype(np.uint8)
 
 
 def decode_flow(stored: np.ndarray[Any, Any], recipe: FlowRecipe) -> Float32Array:

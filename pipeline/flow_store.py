@@ -1,9 +1,9 @@
 """The flow scratch store: every native pair of a clip, computed once for all epochs and for the build.
 
-One file per clip, named by content (flow recipe, video identity, frame range), so that a changed video or recipe
-never meets old fields and a moved data set still does. It is a cache of work, not a result: delete it at will.
-Raw fields are large (a 45-frame clip at 427 x 256 is 19 MB in float16, half of that in uint8); it gives up
-compression for random access through a memory map.
+One file per clip, named by content (flow recipe, decoder rules, video identity, frame range), so that a changed
+video or recipe never meets old fields and a moved data set still does. It is a cache of work, not a result:
+delete it at will. Raw fields are large (a 45-frame clip at 427 x 256 is 19 MB in float16, half of that in
+uint8); it gives up compression for random access through a memory map.
 """
 
 import io
@@ -14,8 +14,17 @@ import numpy as np
 from mmkd.cache_tools.atomic import write_atomically
 from mmkd.cache_tools.data import ClipVideo
 from mmkd.cache_tools.fingerprints import fingerprint
+from mmkd.cache_tools.frames import DECODER_RULES
 from mmkd.cache_tools.records import Float32Array, IntArray
-from mmkd.pipeline.flow import FlowFields, all_pairs, decode_flow, encode_flow, flow_identity, flow_size
+from mmkd.pipeline.flow import (
+    FlowFields,
+    all_pairs,
+    decode_flow,
+    encode_flow,
+    flow_identity,
+    flow_size,
+    positions_of,
+)
 from mmkd.pipeline.recipe import FlowRecipe
 
 
@@ -24,7 +33,8 @@ class FlowStore:
 
     def __init__(self, directory: Path, recipe: FlowRecipe) -> None:
         """Open the store below `directory` for one flow recipe."""
-        self._directory = directory / fingerprint(flow_identity(recipe))[:16]
+        node = flow_identity(recipe) | {"decoder": DECODER_RULES}
+        self._directory = directory / fingerprint(node)[:16]
         self._recipe = recipe
 
     def path(self, item: ClipVideo) -> Path:
@@ -58,5 +68,5 @@ class FlowStore:
     def read(self, item: ClipVideo, starts: IntArray) -> Float32Array:
         """Return the fields (T, 2, h, w) that begin at `starts`, which may repeat."""
         stored = np.load(self.path(item), mmap_mode="r", allow_pickle=False)
-        positions = np.searchsorted(all_pairs(item.facts, self._recipe.step), starts)
+        positions = positions_of(starts, all_pairs(item.facts, self._recipe.step))
         return decode_flow(np.asarray(stored[positions]), self._recipe)

@@ -71,6 +71,8 @@ def mix_split(reader: CacheReader, split: str, weights: HeadWeights, missing: Mi
         valid = head_valid if valid is None else valid & head_valid
     if valid is None or not valid.any():
         raise InputError(f"the cache holds no usable teacher logits for split {split!r}; see `mmkd-cache inspect`")
+    for value in mixed.values():
+        value[~valid] = np.nan  # one head's experts may be there where another's are not
     return MixedTeacher(mixed, valid)
 
 

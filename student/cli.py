@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from mmkd.cache_tools.command import data_options, named_data, print_result, recipe_options, run_command
+from mmkd.cache_tools.command import (
+    data_options,
+    example_argument,
+    example_recipe,
+    named_data,
+    print_result,
+    recipe_options,
+    run_command,
+)
 from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import load_manifest
@@ -91,7 +99,7 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
 )
 @click.option("--weights", default="uniform", show_default=True, help="Weights of the teacher's row.")
 @click.option("--weights-temperature", default=1.0, show_default=True, help="With --weights heldout.")
-@click.option("--train-split", default="train", show_default=True, help="The split that no row is about.")
+@click.option("--train-split", default="train", show_default=True, help="The split that the table leaves out.")
 @click.option("--tables", multiple=True, type=PATH, help="Merge tables of several seeds instead; repeatable.")
 @click.option("--out", type=PATH, help="Write the table as JSON, for --tables.")
 @as_json
@@ -152,12 +160,10 @@ def config_show(files: tuple[Path, ...], overrides: tuple[str, ...], **options: 
 
 
 @config.command("example")
-@click.argument("data_set", type=click.Choice(["demo", "something-something"]))
+@example_argument
 def config_example(data_set: str) -> None:
     """Print a commented recipe to start from: the demo's, or the authors' for Something-Something."""
-    from mmkd.data_manifests.demo_recipes import example_recipe
-
-    click.echo(example_recipe(f"{data_set}-student.yaml"), nl=False)
+    click.echo(example_recipe(data_set, "student"), nl=False)
 
 
 @config.command("schema")

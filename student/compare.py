@@ -50,6 +50,8 @@ def compare(
         )
     rows["teacher"] = evaluate_cached(reader, weights, missing, train_split=train_split, clips=manifest.clips)
     for name, directory in runs.items():
+        if name in rows:
+            raise InputError(f"a run may not be named {name!r}: the table has a row of that name")
         rows[name] = run_metrics(directory, reader)
     return Table({name: [metrics] for name, metrics in rows.items()})
 
@@ -59,12 +61,15 @@ def run_metrics(directory: Path, reader: CacheReader) -> SplitMetrics:
     path = directory / "evaluation.json"
     try:
         value = json.loads(path.read_bytes())
+        cache, metrics = value["cache"], value["metrics"]
     except FileNotFoundError:
         raise InputError(f"{path} is missing; run `mmkd-student evaluate {directory}` first") from None
-    if value["cache"] != reader.fingerprint:
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error!r}); run `mmkd-student evaluate {directory}` again") from error
+    if cache != reader.fingerprint:
         raise InputError(f"{directory} was evaluated with another cache; compare runs with their own cache")
-    metrics: SplitMetrics = value["metrics"]
-    return metrics
+    result: SplitMetrics = metrics
+    return result
 
 
 def load_table(path: Path) -> Table:
@@ -73,26 +78,34 @@ def load_table(path: Path) -> Table:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the table {path}: {error}") from error
-    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+    if not isinstance(value, dict) or value.get("schema") != SCHEMA or not value.get("rows"):
         raise InputError(f"{path} is not a table of `mmkd-student compare --out`")
     return Table(value["rows"])
 
 
 def merge_tables(tables: Sequence[Table]) -> Table:
     """Join tables of several seeds; raise InputError when their models differ."""
-    names = list(tables[0].rows)
+    names, parts = list(tables[0].rows), table_parts(tables[0])
     for table in tables[1:]:
         if list(table.rows) != names:
             raise InputError(f"the tables hold other models: {names} and {list(table.rows)}")
+        if table_parts(table) != parts:
+            raise InputError(f"the tables hold other splits: {parts} and {table_parts(table)}")
     return Table({name: [metrics for table in tables for metrics in table.rows[name]] for name in names})
+
+
+def table_parts(table: Table) -> list[tuple[str, str]]:
+    """Return the (split or split/group, head) pairs that the table has metrics of, in order."""
+    first = next(iter(table.rows.values()))[0]
+    return [(part, head) for part, heads in first.items() for head in heads]
 
 
 def render(table: Table) -> str:
     """Return the table as Markdown: percent, with the standard deviation over seeds where there are several."""
-    first = next(iter(table.rows.values()))[0]
-    parts = [(part, head) for part, heads in first.items() for head in heads]
+    parts = table_parts(table)
+    several_heads = len({head for _, head in parts}) > 1
     titles = [
-        f"{part} {head} {title}" if len(next(iter(first.values()))) > 1 else f"{part} {title}"
+        f"{part} {head} {title}" if several_heads else f"{part} {title}"
         for part, head in parts
         for _, title in COLUMNS
     ]

@@ -6,11 +6,12 @@ both -> the loop. Nothing here can load flow, boxes or experts.
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,9 +21,10 @@ from mmkd.cache_tools.atomic import write_atomically
 from mmkd.cache_tools.data import ClipSet
 from mmkd.cache_tools.precision import kl_divergence
 from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.records import Float32Array
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.cached_targets import HeadWeights, cached_targets, choose_weights, mix_split
-from mmkd.student.checkpoint import encode_network
+from mmkd.student.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.evaluation import SplitMetrics, evaluate_split, evaluation_splits
 from mmkd.student.metrics import average_views
 from mmkd.student.networks import build_network
@@ -58,6 +60,8 @@ def train_student(recipe: StudentRecipe, cache: Path, out: Path, *, mode: Mode, 
     reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
     check_manifest(reader, clip_set.manifest)
     split = open_training(recipe, reader, clip_set, mode)
+    for name in evaluation_splits(reader, recipe.train_split):
+        open_split(reader, clip_set, name, memory_bytes=0)  # what cannot be evaluated shows now, not after training
     weights, warning = choose_weights(
         reader,
         recipe.teacher.weights,
@@ -71,7 +75,8 @@ def train_student(recipe: StudentRecipe, cache: Path, out: Path, *, mode: Mode, 
         teacher = mix_split(reader, recipe.train_split, weights, recipe.teacher.missing)
         report_missing(teacher.valid[split.rows], recipe)
         targets = cached_targets(teacher, split.rows)
-    write_run(out, recipe, reader, mode=mode, weights=None if mode.labels_only else weights)
+    if latest_checkpoint(out) is None:  # else this run goes on under what was written then, or is refused
+        write_run(out, recipe, reader, mode=mode, weights=None if mode.labels_only else weights)
     network = new_network(recipe, reader)
     report = fit(
         network,
@@ -81,7 +86,11 @@ def train_student(recipe: StudentRecipe, cache: Path, out: Path, *, mode: Mode, 
         loss=recipe.resolved_loss(),
         run_dir=out,
         device=device,
-        identity={"cache": reader.fingerprint, "weights": weights if targets else None},
+        identity={
+            "cache": reader.fingerprint,
+            "weights": weights if targets else None,
+            "missing": recipe.teacher.missing if targets else None,
+        },
     )
     write_atomically(out / MODEL_FILE, encode_network(network))
     evaluate_run(recipe, cache, out, device=device)
@@ -108,7 +117,7 @@ def open_training(recipe: StudentRecipe, reader: CacheReader, clip_set: ClipSet,
     return split
 
 
-def report_missing(valid: np.ndarray[Any, np.dtype[np.bool_]], recipe: StudentRecipe) -> None:
+def report_missing(valid: npt.NDArray[np.bool_], recipe: StudentRecipe) -> None:
     """Say how many views of usable clips have no teacher, and what becomes of them."""
     missing = int((~valid).sum())
     if missing:
@@ -191,16 +200,39 @@ def evaluate_on(
         logits[head][split.rows] = value
     clips = clip_set.manifest.split(name)
     metrics = evaluate_split(split.table, logits, usable, clips=clips)
+    for head, found_agreement in agreement(reader, name, logits, usable, recipe=recipe).items():
+        metrics[name][head] |= found_agreement
+    return metrics
+
+
+def agreement(
+    reader: CacheReader,
+    split: str,
+    logits: Mapping[str, Float32Array],
+    usable: npt.NDArray[np.bool_],
+    *,
+    recipe: StudentRecipe,
+) -> dict[str, dict[str, float]]:
+    """Return head -> agreement of a student's logits (rows, V, C) with the teacher's, over clips that both have."""
     weights, _ = choose_weights(
         reader,
         recipe.teacher.weights,
         weights_temperature=recipe.teacher.weights_temperature,
         train_split=recipe.train_split,
     )
-    teacher = mix_split(reader, name, weights, recipe.teacher.missing)
+    try:
+        teacher = mix_split(reader, split, weights, recipe.teacher.missing)
+    except InputError as error:  # a trained student is worth its metrics even where it has no teacher
+        log.warning("agreement with the teacher is not known: %s", error)
+        return {}
     both = usable & teacher.valid.all(axis=1)
+    if not both.any():
+        return {}
+    result = {}
     for head, value in logits.items():
         ours, theirs = average_views(value[both]), average_views(teacher.logits[head][both])
-        metrics[name][head]["teacher_agreement"] = float((ours.argmax(1) == theirs.argmax(1)).mean())
-        metrics[name][head]["teacher_kl"] = float(kl_divergence(theirs, ours).mean())
-    return metrics
+        result[head] = {
+            "teacher_agreement": float((ours.argmax(1) == theirs.argmax(1)).mean()),
+            "teacher_kl": float(kl_divergence(theirs, ours).mean()),
+        }
+    return result

@@ -360,6 +360,16 @@ def test_paths_stay_in_the_root(root, write, tmp_path):
                 files.probe(video)
 
 
+def test_a_name_with_a_zero_byte_is_refused(tmp_path):
+    refused(VideoFiles(tmp_path), "a\0b.webm", "zero byte")
+
+
+def test_an_unknown_codec_is_refused(root, write, tmp_path):
+    data = (root / write("closed.mp4")).read_bytes()
+    (tmp_path / "unknown.mp4").write_bytes(data.replace(b"avc1", b"zzzz"))
+    refused(VideoFiles(tmp_path), "unknown.mp4", r"codec is not known|no frame size")
+
+
 def test_a_named_pipe_is_no_video(tmp_path):
     os.mkfifo(tmp_path / "pipe.webm")
     refused(VideoFiles(tmp_path), "pipe.webm", "video not found")
