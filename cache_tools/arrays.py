@@ -136,7 +136,7 @@ def decode_array(name: str, objects: Mapping[str, bytes]) -> npt.NDArray[Any]:
 def _open(name: str, objects: Mapping[str, bytes]) -> tuple[zarr.Array[Any], dict[str, Buffer]]:
     make = default_buffer_prototype().buffer.from_bytes
     buffers = {key: make(value) for key, value in objects.items() if key.startswith(f"{name}/")}
-    array = zarr.open_array(
-        MemoryStore(buffers), path=name, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
-    )
+    # Opening an array takes no `config` of its own (zarr 3.1 ignores it in silence), only the library's.
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        array = zarr.open_array(MemoryStore(buffers), path=name, mode="r+", zarr_format=3)
     return array, buffers

@@ -355,6 +355,12 @@ def test_median_is_opencvs(size, shape):
 
 # --- OpenCV's CUDA class, from a slow reference ------------------------------------------------------------
 
+
+def reference_flow(first, second, *, params):
+    fields = ("tau", "lambda_", "theta", "scales", "zoom", "warps", "iterations", "epsilon")
+    return reference.flow(first, second, **{field: getattr(params, field) for field in fields})
+
+
 REFERENCE_CASES = {
     "fixed": TVL1Params(iterations=12, epsilon=0),
     "early stop": TVL1Params(iterations=100),
@@ -368,8 +374,7 @@ def test_cuda_mode_follows_the_slow_reference(name, shape):
     params = REFERENCE_CASES[name]
     first, second, _ = moved(lambda x, y: (2 + 0.02 * y, np.sin(x / 9)), height=shape[0], width=shape[1])
     first, second = first[0].numpy(), second[0].numpy()
-    fields = ("tau", "lambda_", "theta", "scales", "zoom", "warps", "iterations", "epsilon")
-    expected, _ = reference.flow(first, second, **{field: getattr(params, field) for field in fields})
+    expected, _ = reference_flow(first, second, params=params)
     found = tvl1_flow(torch.from_numpy(first)[None], torch.from_numpy(second)[None], params=params)[0].numpy()
     difference = endpoint_difference(found, expected)
     assert np.abs(expected).mean() > 0.5
@@ -381,9 +386,7 @@ def test_cuda_mode_sums_the_error_when_the_reference_does(monkeypatch):
     """Count iterations of each warp: the lazy rule decides them."""
     first, second, _ = moved(translation(1.5, -0.5), height=40, width=52)
     params = TVL1Params(iterations=100)
-    fields = ("tau", "lambda_", "theta", "scales", "zoom", "warps", "iterations", "epsilon")
-    arguments = {field: getattr(params, field) for field in fields}
-    _, expected = reference.flow(first[0].numpy(), second[0].numpy(), **arguments)
+    _, expected = reference_flow(first[0].numpy(), second[0].numpy(), params=params)
     counts = []
     step, linearise = tvl1.Iterations.step, tvl1.Iterations.linearise
 
@@ -424,10 +427,16 @@ def mean_error(flow, truth):
 
 
 def check_middlebury(first, second, truth, *, preset):
-    """Ours is at most OpenCV's + .005 px in `opencv` mode, + .05 px against its CPU class in `opencv-cuda`."""
+    """Ours is at most OpenCV's mean error + .005 px in `opencv` mode, + .05 px in `opencv-cuda`.
+
+    OpenCV's CUDA class needs a GPU and its own build, so the slow reference stands for it. Where 5 scales cannot
+    follow the motion (Urban2, 20 px) it is .15 px worse than the CPU class, and so are we.
+    """
     params = getattr(TVL1Params, preset)()
-    oracle = params if params.mode == "opencv" else TVL1Params.opencv()
-    bound = mean_error(cv2_flow(first, second, params=oracle), truth) + (0.005 if params is oracle else 0.05)
+    if params.mode == "opencv":
+        bound = mean_error(cv2_flow(first, second, params=params), truth) + 0.005
+    else:
+        bound = mean_error(reference_flow(first, second, params=params)[0], truth) + 0.05
     found = tvl1_flow(torch.from_numpy(first)[None], torch.from_numpy(second)[None], params=params)[0]
     error = mean_error(found.numpy(), truth)
     print(f"{preset} {error:.4f}, at most {bound:.4f}")
