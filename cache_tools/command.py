@@ -80,9 +80,10 @@ def recipe_options(function: Function) -> Function:
 
 def data_options(function: Function) -> Function:
     """Add --manifest, --videos, --facts and --workers, which override the recipe's data section."""
-    folder = click.Path(path_type=Path)
+    folder = click.Path(path_type=Path, file_okay=False)
+    file = click.Path(path_type=Path, dir_okay=False)
     options = (
-        click.option("--manifest", type=folder, help="Manifest made by `mmkd-cache manifest`."),
+        click.option("--manifest", type=file, help="Manifest made by `mmkd-cache manifest`."),
         click.option("--videos", type=folder, help="Folder that its video paths are relative to."),
         click.option("--facts", type=folder, help="Folder for probed facts [default: MANIFEST.facts]."),
         click.option("--workers", type=click.IntRange(0), help="Decoding processes [default: 2]."),

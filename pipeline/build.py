@@ -266,7 +266,7 @@ def clip_jobs(plan: BuildPlan, pending: list[tuple[SplitPlan, Shard]]) -> Iterat
     flow = None
     if any(expert.modality == "flow" for expert in plan.experts):
         device = "cpu" if plan.experts[0].device.type == "cpu" else "later"
-        flow = FlowJob(recipe.flow, recipe.flow_scratch, device)
+        flow = FlowJob(recipe.flow, recipe.scratch, device)
     for split, shard in pending:
         for row in shard.rows:
             item = split.items[row]

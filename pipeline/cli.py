@@ -21,14 +21,15 @@ from mmkd.data_manifests.errors import InputError, TooManyUnusableError
 from mmkd.data_manifests.records import Manifest, save_manifest
 from mmkd.pipeline.recipe import TeacherRecipe
 
-PATH = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 boxes_option = click.option(
-    "--boxes", multiple=True, type=PATH, help="Box annotations in the Something-Else form; repeatable."
+    "--boxes", multiple=True, type=FILE, help="Box annotations in the Something-Else form; repeatable."
 )
 scratch_option = click.option(
-    "--flow-scratch", type=PATH, help="Folder for flow computed once [default: MANIFEST.flow]."
+    "--flow-scratch", type=FOLDER, help="Folder for flow computed once [default: MANIFEST.flow]."
 )
 
 
@@ -39,7 +40,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("directory", type=PATH)
+@click.argument("directory", type=FOLDER)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other videos.")
 @click.option("--train-clips", type=click.IntRange(1), help="Training clips.")
 @click.option("--standard-clips", type=click.IntRange(1), help="Test clips with training's verb-object pairs.")
@@ -80,10 +81,10 @@ def split_options(function: Any) -> Any:
             metavar="NAME=FILE",
             help="A split file; repeatable.",
         ),
-        click.option("--labels", required=True, type=PATH, help="labels.json of the same data set."),
-        click.option("--videos", type=PATH, help="Video folder, to check that the clips' files are there."),
+        click.option("--labels", required=True, type=FILE, help="labels.json of the same data set."),
+        click.option("--videos", type=FOLDER, help="Video folder, to check that the clips' files are there."),
         click.option("--suffix", default=".webm", show_default=True, help="Ending of the video files."),
-        click.option("-o", "--out", required=True, type=PATH, help="Manifest to write (JSON lines)."),
+        click.option("-o", "--out", required=True, type=FILE, help="Manifest to write (JSON lines)."),
     )
     for option in reversed(options):
         function = option(function)
@@ -149,7 +150,9 @@ def _write_manifest(made: Manifest, options: dict[str, Any]) -> None:
 @data_options
 @boxes_option
 @scratch_option
-@click.option("-o", "--out", required=True, type=PATH, help="Directory of the expert; unfinished training goes on.")
+@click.option(
+    "-o", "--out", required=True, type=FOLDER, help="Directory of the expert; unfinished training goes on."
+)
 @click.option("--seed", type=int, help="Seed of weights, order, views and augmentation.")
 @device_option
 @as_json
@@ -179,9 +182,9 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
 @boxes_option
 @scratch_option
 @click.option(
-    "--expert", "experts", multiple=True, required=True, type=PATH, help="Directory of an expert; repeatable."
+    "--expert", "experts", multiple=True, required=True, type=FOLDER, help="Directory of an expert; repeatable."
 )
-@click.option("-o", "--out", required=True, type=PATH, help="Directory of the cache; an unfinished one goes on.")
+@click.option("-o", "--out", required=True, type=FOLDER, help="Directory of the cache; an unfinished one goes on.")
 @click.option("--views", type=int, help="Random views of each training clip.")
 @click.option(
     "--max-unusable", type=click.IntRange(0), default=0, show_default=True, help="Clips that may be unusable."
@@ -218,7 +221,7 @@ def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
 
 
 @cli.command()
-@click.argument("cache", type=PATH)
+@click.argument("cache", type=FOLDER)
 @as_json
 def inspect(cache: Path, as_json: bool) -> None:
     """Print what is in a CACHE: splits, views, experts, classes, unusable clips, sizes."""

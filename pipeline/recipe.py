@@ -93,3 +93,8 @@ class TeacherRecipe(Recipe):
     boxes: BoxesRecipe = Field(default_factory=BoxesRecipe)
     experts: dict[str, ExpertRecipe] = Field(default_factory=dict, description="name -> expert")
     build: BuildRecipe = Field(default_factory=BuildRecipe)
+
+    @property
+    def scratch(self) -> Path:
+        """The flow scratch folder: the one asked for, or one beside the manifest."""
+        return self.flow_scratch or self.data.manifest.with_name(self.data.manifest.name + ".flow")

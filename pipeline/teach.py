@@ -64,6 +64,7 @@ def teach(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> 
     training = expert_data(recipe, expert, clip_set, items=[i for i, h in zip(items, held, strict=True) if not h])
     torch.manual_seed(expert.train.seed)
     network = make_network(expert, {head.name: len(head.classes) for head in clip_set.manifest.heads})
+    (out / "training").mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows now, not later
     fitted = fit(
         network, training.data, expert.train, run_dir=out / "training", device=device, identity=seen, what=name
     )
@@ -160,7 +161,7 @@ def view_dataset(
         views=expert.views,
     )
     if expert.modality == "flow":
-        store = FlowStore(scratch(recipe), recipe.flow)
+        store = FlowStore(recipe.scratch, recipe.flow)
         return FlowViews(store, recipe.flow, clips, stream=stream, heads=manifest.heads, size_px=size_px)
     if boxes is not None:
         tracks = [boxes.track(item.clip.video) for item in clips]
@@ -185,18 +186,13 @@ def with_boxes(clips: Sequence[ClipVideo], boxes: BoxFile) -> tuple[list[ClipVid
     return kept, reasons
 
 
-def scratch(recipe: TeacherRecipe) -> Path:
-    """Return the flow scratch folder: the recipe's, or one beside the manifest."""
-    return recipe.flow_scratch or recipe.data.manifest.with_name(recipe.data.manifest.name + ".flow")
-
-
 def fill_store(
     recipe: TeacherRecipe, clip_set: ClipSet, clips: Sequence[ClipVideo], device: str = "cpu"
 ) -> tuple[list[ClipVideo], list[str]]:
     """Compute the flow of every native pair that the scratch store lacks; return usable clips and reasons."""
-    store = FlowStore(scratch(recipe), recipe.flow)
+    store = FlowStore(recipe.scratch, recipe.flow)
     todo = [position for position, item in enumerate(clips) if not store.has(item)]
-    jobs = (FlowFill(clip_set.source, clips[i], FlowJob(recipe.flow, scratch(recipe), device)) for i in todo)
+    jobs = (FlowFill(clip_set.source, clips[i], FlowJob(recipe.flow, recipe.scratch, device)) for i in todo)
     results = run_tasks(
         fill_flow, jobs, workers=recipe.data.workers, timeout_seconds=recipe.data.clip_timeout_seconds
     )

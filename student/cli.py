@@ -20,9 +20,10 @@ from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import load_manifest
 from mmkd.student.student_recipe import StudentRecipe
 
-PATH = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-cache_option = click.option("--cache", required=True, type=PATH, help="Cache made by `mmkd-cache build`.")
+cache_option = click.option("--cache", required=True, type=FOLDER, help="Cache made by `mmkd-cache build`.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 
 
@@ -36,7 +37,7 @@ def cli() -> None:
 @recipe_options
 @data_options
 @cache_option
-@click.option("-o", "--out", required=True, type=PATH, help="Directory of the run; an unfinished run goes on.")
+@click.option("-o", "--out", required=True, type=FOLDER, help="Directory of the run; an unfinished run goes on.")
 @click.option("--labels-only", is_flag=True, help="Train the baseline: the same run without a teacher.")
 @click.option("--fresh-views", is_flag=True, help="With --labels-only: new views every epoch.")
 @click.option("--weights", help="Experts' weights: uniform, heldout, or e.g. rgb=1,flow=2.")
@@ -76,7 +77,7 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
 @recipe_options
 @data_options
 @cache_option
-@click.argument("run", type=PATH)
+@click.argument("run", type=FOLDER)
 @device_option
 @as_json
 def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
@@ -92,16 +93,16 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
 
 
 @cli.command()
-@click.option("--cache", type=PATH, help="Cache that the runs were trained and evaluated with.")
-@click.option("--manifest", type=PATH, help="Manifest of that cache.")
+@click.option("--cache", type=FOLDER, help="Cache that the runs were trained and evaluated with.")
+@click.option("--manifest", type=FILE, help="Manifest of that cache.")
 @click.option(
     "--run", "runs", multiple=True, metavar="NAME=DIR", help="A run and its name in the table; repeatable."
 )
 @click.option("--weights", default="uniform", show_default=True, help="Weights of the teacher's row.")
 @click.option("--weights-temperature", default=1.0, show_default=True, help="With --weights heldout.")
 @click.option("--train-split", default="train", show_default=True, help="The split that the table leaves out.")
-@click.option("--tables", multiple=True, type=PATH, help="Merge tables of several seeds instead; repeatable.")
-@click.option("--out", type=PATH, help="Write the table as JSON, for --tables.")
+@click.option("--tables", multiple=True, type=FILE, help="Merge tables of several seeds instead; repeatable.")
+@click.option("--out", type=FILE, help="Write the table as JSON, for --tables.")
 @as_json
 def compare(**options: Any) -> None:
     """Print one table: each expert and the teacher (from cached logits), then the runs.

@@ -39,5 +39,5 @@ say "student: RGB on the cached teacher"
 $train -o "$out/student"
 
 say "table, seed $seed"
-$STUDENT compare --cache "$out/cache" --manifest "$dir/manifest.jsonl" --weights heldout $runs \
+$STUDENT compare --cache "$out/cache" --manifest "$dir/manifest.jsonl" --weights uniform $runs \
     --run student="$out/student" --out "$out/table.json"

@@ -1,4 +1,4 @@
-"""The two commands as a user meets them: help, versions, origins of values, what goes to stdout and what to stderr."""
+"""The two commands as a user meets them: help, version, origins of values, what goes to stdout or to stderr."""
 
 import importlib
 import json
@@ -19,6 +19,7 @@ from .conftest import ENVIRONMENT
 from .in_process import MODULES, call, call_ok, refused
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = ("--manifest", "m", "--videos", "v")
 HEAVY = ("torch", "torchvision", "zarr", "h5py", "cv2", "decord")
 
 
@@ -76,9 +77,9 @@ def loaded_after(*arguments: object) -> tuple[int, set[str]]:
         (("mmkd-student", "config", "example", "demo"), 0),
         (("mmkd-cache", "build", "--expert", "e", "-o", "c", "--set", "viws.frames=8"), 2),
         (("mmkd-cache", "teach", "rgb", "-o", "e", "-c", "no-such.yaml"), 2),
-        (("mmkd-cache", "teach", "rgb", "-o", "e", "--manifest", "m", "--videos", "v"), 2),
+        (("mmkd-cache", "teach", "audio", "-o", "e", *DATA), 2),
         (("mmkd-student", "train", "--cache", "c", "-o", "r", "--set", "train.epochs=0"), 2),
-        (("mmkd-student", "train", "--cache", "c", "-o", "r", "--manifest", "m", "--videos", "v", "--fresh-views"), 2),
+        (("mmkd-student", "train", "--cache", "c", "-o", "r", *DATA, "--fresh-views"), 2),
         (("mmkd-student", "train", "--cache", "c", "-o", "r", "--missing", "guess"), 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
@@ -98,9 +99,7 @@ def test_config_show_names_the_origin_of_every_value(tmp_path, monkeypatch):
     recipe.write_text("data:\n  workers: 1\nviews:\n  frames: 4\n  size_px: 64\nbuild: {views: 3}\n")
     monkeypatch.setitem(ENVIRONMENT, "MMKD_VIEWS__SIZE_PX", "32")
     options = ["-c", recipe, "--set", "build.views=5", "--manifest", "m.jsonl", "--videos", "v"]
-    lines = dict(
-        line.split(": ", 1) for line in call_ok("mmkd-cache", "config", "show", *options).splitlines()
-    )
+    lines = dict(line.split(": ", 1) for line in call_ok("mmkd-cache", "config", "show", *options).splitlines())
     assert lines["views.frames"] == f"4  # {recipe}:4"
     assert lines["views.size_px"] == "32  # MMKD_VIEWS__SIZE_PX"
     assert lines["build.views"] == "5  # --set build.views"

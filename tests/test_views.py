@@ -214,6 +214,15 @@ def test_frames_scale_place_and_flip_are_uniform_over_views():
     assert abs(np.mean([view.flip for view in views]) - 0.5) < 5 * 0.5 / np.sqrt(2000)
 
 
+def test_dense_views_start_anywhere_from_which_they_fit():
+    policy = ViewPolicy(sampling="dense", frames=16, stride=2)
+    views = random_views(FACTS, policy, **KEY, numbers=range(600))
+    # 16 frames at stride 2 span 31 of 45: starts 0..14, so that the last frame is used and none is repeated.
+    starts = np.array([view.frame_indices[0] - FACTS.first_frame for view in views])
+    assert set(starts) == set(range(15))
+    assert chi_square(np.bincount(starts)) < 14 + 5 * np.sqrt(28)
+
+
 def test_the_hash_stream_is_blake2b_in_counter_mode():
     """The stream written out again by its definition, over the border of its first block of eight words."""
     key = hashlib.blake2b(b'["a", 1]', digest_size=64).digest()
