@@ -27,7 +27,7 @@ demo: $(ENVIRONMENT)
 
 # The table of the README: three seeds of experts, cache and students, then mean and spread.
 seeds: $(ENVIRONMENT)
-	for seed in 0 1 2; do CACHE=$(CACHE) STUDENT=$(STUDENT) FRESH=1 sh tests/demo.sh $(DEMO) $$seed || exit 1; done
+	for seed in 0 1 2; do CACHE=$(CACHE) STUDENT=$(STUDENT) sh tests/demo.sh $(DEMO) $$seed || exit 1; done
 	$(STUDENT) compare --tables $(DEMO)/seed-0/table.json --tables $(DEMO)/seed-1/table.json \
 		--tables $(DEMO)/seed-2/table.json --out $(DEMO)/table.json
 
