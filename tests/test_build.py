@@ -71,8 +71,8 @@ def test_every_row_of_every_split_is_there(tiny):
     reader = CacheReader(tiny.root / "cache")
     assert {name: (layout.rows, layout.views) for name, layout in reader.layouts.items()} == {
         "train": (14, 3),
-        "standard": (14, 1),
-        "compositional": (14, 1),
+        "standard": (14, 3),
+        "compositional": (14, 3),
     }
     for split in reader.layouts:
         for expert in ("rgb", "flow", "boxes"):
