@@ -103,7 +103,7 @@ def named_data(values: dict[str, Any]) -> dict[str, Any]:
 
 def example_recipe(data_set: str, stage: str) -> str:
     """Return the text of the recipe for a data set and a stage, `teacher` or `student`."""
-    folder = files("mmkd.data_manifests") / "recipes"
+    folder = files("mmkd.data_manifests") / "recipe-files"
     return (folder / f"{data_set}-{stage}.yaml").read_text(encoding="utf-8")
 
 

@@ -12,4 +12,4 @@ def write_recipes(directory: Path) -> None:
     for source, name in RECIPES.items():
         target = directory / name
         if not target.exists():
-            target.write_bytes((files("mmkd.data_manifests") / "recipes" / source).read_bytes())
+            target.write_bytes((files("mmkd.data_manifests") / "recipe-files" / source).read_bytes())

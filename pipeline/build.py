@@ -45,7 +45,7 @@ from mmkd.pipeline.prepare import ClipJob, FlowJob, PreparedClip, needed_pairs, 
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.pipeline.shard_block import ShardBlock
 from mmkd.pipeline.stages import Stages
-from mmkd.pipeline.teacher import check_teacher, open_boxes
+from mmkd.pipeline.teacher import boxes_fields, check_teacher, open_boxes
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,10 @@ def plan_build(recipe: TeacherRecipe, experts: tuple[Expert, ...], out: Path) ->
     boxes = None
     if any(expert.modality == "boxes" for expert in experts):
         boxes = open_boxes(recipe.boxes, {clip.video for split in splits for clip in split.clips})
+    box_identity = boxes_fields(recipe.boxes) if boxes else None
     base = base_fields(manifest, recipe.views, train_split=recipe.train_split, view_seed=recipe.view_seed)
     fields = {
-        expert.name: expert.card.fingerprint_fields() | {"batch_views": recipe.build.batch_views}
+        expert.name: expert.card.fingerprint_fields(box_identity) | {"batch_views": recipe.build.batch_views}
         for expert in experts
     }
     paths = CachePaths(out)

@@ -54,15 +54,15 @@ class ExpertCard:
     schema: str = SCHEMA
     """Version of this form."""
 
-    def fingerprint_fields(self) -> dict[str, Any]:
-        """Return what the cache's node of this expert must cover."""
+    def fingerprint_fields(self, boxes: dict[str, Any] | None) -> dict[str, Any]:
+        """Return what the cache's node of this expert must cover, `boxes` being those that the build reads."""
         return {
             "modality": self.recipe["modality"],
             "network": self.recipe["train"]["network"],
             "flow_scale_px": self.recipe["train"]["flow_scale_px"],
             "layout": self.recipe["layout"],
             "flow": self.flow,
-            "boxes": self.boxes,
+            "boxes": boxes if self.boxes else None,
             "weights": self.weights_sha256,
         }
 

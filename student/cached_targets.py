@@ -50,6 +50,10 @@ def choose_weights(
         )
     table = reader.split(train_split)
     rows = reader.held_out.mask(reader.dataset, table.clip_ids)
+    if not rows.any():
+        return dict.fromkeys(heads, uniform), (
+            "no clip of the training split happens to be held out: uniform weights are used"
+        )
     errors: dict[str, dict[str, float]] = {head: {} for head in heads}
     for expert in reader.experts:
         logits, usable = reader.logits(train_split, expert), reader.usable(train_split, expert)

@@ -98,7 +98,9 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
 @click.option(
     "--run", "runs", multiple=True, metavar="NAME=DIR", help="A run and its name in the table; repeatable."
 )
-@click.option("--weights", default="uniform", show_default=True, help="Weights of the teacher's row.")
+@click.option(
+    "--weights", help="Weights of the teacher's row [default: those that the first student learned from]."
+)
 @click.option("--weights-temperature", default=1.0, show_default=True, help="With --weights heldout.")
 @click.option("--train-split", default="train", show_default=True, help="The split that the table leaves out.")
 @click.option("--tables", multiple=True, type=FILE, help="Merge tables of several seeds instead; repeatable.")
@@ -121,6 +123,7 @@ def _table(options: dict[str, Any]) -> Any:
     from mmkd.cache_tools.reader import CacheReader
     from mmkd.student.cached_targets import choose_weights
     from mmkd.student.compare import compare as compare_runs
+    from mmkd.student.compare import weights_of_runs
 
     if options["cache"] is None or options["manifest"] is None:
         raise click.UsageError("give --cache and --manifest, or --tables to merge finished tables")
@@ -131,14 +134,16 @@ def _table(options: dict[str, Any]) -> Any:
             raise InputError(f"--run {text!r}: expected NAME=DIR, each name once")
         runs[name] = Path(directory)
     reader = CacheReader(options["cache"])
-    weights, warning = choose_weights(
-        reader,
-        options["weights"],
-        weights_temperature=options["weights_temperature"],
-        train_split=options["train_split"],
-    )
-    if warning:
-        click.echo(warning, err=True)
+    weights = None if options["weights"] else weights_of_runs(runs)
+    if weights is None:
+        weights, warning = choose_weights(
+            reader,
+            options["weights"] or "uniform",
+            weights_temperature=options["weights_temperature"],
+            train_split=options["train_split"],
+        )
+        if warning:
+            click.echo(warning, err=True)
     manifest = load_manifest(options["manifest"])
     return compare_runs(
         reader, manifest, runs, weights=weights, missing="renormalise", train_split=options["train_split"]

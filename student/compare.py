@@ -56,6 +56,19 @@ def compare(
     return Table({name: [metrics] for name, metrics in rows.items()})
 
 
+def weights_of_runs(runs: Mapping[str, Path]) -> HeadWeights | None:
+    """Return the experts' weights of the first run (name -> directory) that had a teacher, or None."""
+    for directory in runs.values():
+        path = directory / "run.json"
+        try:
+            weights: HeadWeights | None = json.loads(path.read_bytes())["weights"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is missing or damaged ({error!r}): {directory} is no run") from error
+        if weights is not None:
+            return weights
+    return None
+
+
 def run_metrics(directory: Path, reader: CacheReader) -> SplitMetrics:
     """Return a run's evaluation; raise InputError when there is none or it used another cache."""
     path = directory / "evaluation.json"

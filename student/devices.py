@@ -19,6 +19,8 @@ def choose_device(name: str) -> torch.device:
     """Return the device of that name; `auto` is CUDA if there is one. InputError when it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"--device {name!r} is not auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
