@@ -22,6 +22,7 @@ from mmkd.cache_tools.records import Float32Array
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.pipeline.recipe import ExpertRecipe
 from mmkd.pipeline.stlt import STLT
+from mmkd.student.devices import reproducible
 from mmkd.student.networks import build_network
 
 SCHEMA = "mmkd-expert-1"
@@ -90,7 +91,7 @@ class Expert:
 
     def logits(self, inputs: Mapping[str, Tensor]) -> dict[str, Float32Array]:
         """Return head -> float32 (B, classes) for a batch of inputs on the CPU."""
-        with torch.inference_mode():
+        with torch.inference_mode(), reproducible(self.device):
             outputs = self.network({name: value.to(self.device) for name, value in inputs.items()})
         return {head: value.float().cpu().numpy() for head, value in outputs.items()}
 
