@@ -266,8 +266,7 @@ def clip_jobs(plan: BuildPlan, pending: list[tuple[SplitPlan, Shard]]) -> Iterat
     recipe = plan.recipe
     flow = None
     if any(expert.modality == "flow" for expert in plan.experts):
-        device = "cpu" if plan.experts[0].device.type == "cpu" else "later"
-        flow = FlowJob(recipe.flow, recipe.scratch, device)
+        flow = FlowJob(recipe.flow, recipe.scratch, plan.experts[0].device.type)
     for split, shard in pending:
         for row in shard.rows:
             item = split.items[row]

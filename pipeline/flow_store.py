@@ -31,10 +31,13 @@ from mmkd.pipeline.recipe import FlowRecipe
 class FlowStore:
     """All native fields of clips, by content."""
 
-    def __init__(self, directory: Path, recipe: FlowRecipe) -> None:
-        """Open the store below `directory` for one flow recipe."""
-        node = flow_identity(recipe) | {"decoder": DECODER_RULES}
-        self._directory = directory / fingerprint(node)[:16]
+    def __init__(self, directory: Path, recipe: FlowRecipe, device: str = "cpu") -> None:
+        """Open the store below `directory` for one flow recipe and type of device (`cpu`, `cuda`).
+
+        Devices round differently, so each has fields of its own.
+        """
+        name = fingerprint(flow_identity(recipe) | {"decoder": DECODER_RULES})[:16]
+        self._directory = directory / (name if device == "cpu" else f"{name}-{device}")
         self._recipe = recipe
 
     def path(self, item: ClipVideo) -> Path:

@@ -30,7 +30,7 @@ class FlowJob:
     store: Path | None
     """Scratch store that is read where it has the clip."""
     device: str
-    """`cpu`: in the worker; else by the build."""
+    """Type of device: on `cpu` the worker computes, on any other the caller does."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def prepare_clip(job: ClipJob) -> PreparedClip:
     """
     began = time.perf_counter()
     sampled = [view.frame_indices for view in job.views]
-    store = FlowStore(job.flow.store, job.flow.recipe) if job.flow and job.flow.store else None
+    store = FlowStore(job.flow.store, job.flow.recipe, job.flow.device) if job.flow and job.flow.store else None
     stored = store is not None and store.has(job.item)
     starts = needed_pairs(job.views, job.item, job.flow.recipe.step) if job.flow else None
     if job.flow and starts is not None and not stored:
@@ -128,7 +128,9 @@ def fill_flow(job: FlowFill) -> ClipFrames | None:
     if job.flow.store is None:
         raise ValueError("filling needs a store")
     starts = all_pairs(facts, job.flow.recipe.step)
-    FlowStore(job.flow.store, job.flow.recipe).write(job.item, _flow(frames, job.item, starts, job.flow))
+    FlowStore(job.flow.store, job.flow.recipe, job.flow.device).write(
+        job.item, _flow(frames, job.item, starts, job.flow)
+    )
     return None
 
 

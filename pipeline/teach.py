@@ -61,7 +61,8 @@ def teach(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> 
     clips = clip_set.manifest.split(recipe.train_split)
     items = clip_set.probe(clips)
     held = HeldOut(**recipe.held_out.model_dump()).mask(clip_set.manifest.dataset, [c.clip_id for c in clips])
-    training = expert_data(recipe, expert, clip_set, items=[i for i, h in zip(items, held, strict=True) if not h])
+    seen_items = [item for item, out_ in zip(items, held, strict=True) if not out_]
+    training = expert_data(recipe, expert, clip_set, items=seen_items, device=device)
     torch.manual_seed(expert.train.seed)
     network = make_network(expert, {head.name: len(head.classes) for head in clip_set.manifest.heads})
     (out / "training").mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows now, not later
@@ -73,7 +74,7 @@ def teach(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> 
     if held_items:
         report["held_out"] = held_out_metrics(
             network,
-            expert_data(recipe, expert, clip_set, items=held_items).data,
+            expert_data(recipe, expert, clip_set, items=held_items, device=device).data,
             clip_set.manifest.heads,
             device,
         )
@@ -120,7 +121,12 @@ class ExpertData:
 
 
 def expert_data(
-    recipe: TeacherRecipe, expert: ExpertRecipe, clip_set: ClipSet, *, items: Sequence[ClipVideo | VideoError]
+    recipe: TeacherRecipe,
+    expert: ExpertRecipe,
+    clip_set: ClipSet,
+    *,
+    items: Sequence[ClipVideo | VideoError],
+    device: torch.device,
 ) -> ExpertData:
     """Open clips for an expert; those that it cannot use are counted, logged and left out."""
     clips = [item for item in items if isinstance(item, ClipVideo)]
@@ -131,14 +137,14 @@ def expert_data(
         clips, missing = with_boxes(clips, boxes)
         reasons += missing
     if expert.modality == "flow":
-        clips, failed = fill_store(recipe, clip_set, clips)
+        clips, failed = fill_store(recipe, clip_set, clips, device=device)
         reasons += failed
     if not clips:
         reason = f"the first reason: {reasons[0]}" if reasons else "all are held out; lower held_out.fraction"
         raise InputError(f"no clip is left for a {expert.modality} expert; {reason}")
     if reasons:
         log.warning("%d of %d clips are left out; the first reason: %s", len(reasons), len(items), reasons[0])
-    return ExpertData(view_dataset(recipe, expert, clip_set, clips=clips, boxes=boxes), len(reasons))
+    return ExpertData(view_dataset(recipe, expert, clip_set, clips=clips, boxes=boxes, device=device), len(reasons))
 
 
 def view_dataset(
@@ -148,6 +154,7 @@ def view_dataset(
     *,
     clips: Sequence[ClipVideo],
     boxes: BoxFile | None,
+    device: torch.device,
 ) -> ViewDataset:
     """Return the data set of a modality over usable clips."""
     manifest, size_px = clip_set.manifest, recipe.views.size_px
@@ -161,7 +168,7 @@ def view_dataset(
         views=expert.views,
     )
     if expert.modality == "flow":
-        store = FlowStore(recipe.scratch, recipe.flow)
+        store = FlowStore(recipe.scratch, recipe.flow, device.type)
         return FlowViews(store, recipe.flow, clips, stream=stream, heads=manifest.heads, size_px=size_px)
     if boxes is not None:
         tracks = [boxes.track(item.clip.video) for item in clips]
@@ -187,12 +194,12 @@ def with_boxes(clips: Sequence[ClipVideo], boxes: BoxFile) -> tuple[list[ClipVid
 
 
 def fill_store(
-    recipe: TeacherRecipe, clip_set: ClipSet, clips: Sequence[ClipVideo], device: str = "cpu"
+    recipe: TeacherRecipe, clip_set: ClipSet, clips: Sequence[ClipVideo], *, device: torch.device
 ) -> tuple[list[ClipVideo], list[str]]:
     """Compute the flow of every native pair that the scratch store lacks; return usable clips and reasons."""
-    store = FlowStore(recipe.scratch, recipe.flow)
+    store = FlowStore(recipe.scratch, recipe.flow, device.type)
     todo = [position for position, item in enumerate(clips) if not store.has(item)]
-    jobs = (FlowFill(clip_set.source, clips[i], FlowJob(recipe.flow, recipe.scratch, device)) for i in todo)
+    jobs = (FlowFill(clip_set.source, clips[i], FlowJob(recipe.flow, recipe.scratch, device.type)) for i in todo)
     results = run_tasks(
         fill_flow, jobs, workers=recipe.data.workers, timeout_seconds=recipe.data.clip_timeout_seconds
     )
@@ -209,7 +216,7 @@ def fill_store(
                     failed[todo[index]] = f"clip {item.clip.clip_id!r}: {result}"
                 elif result is not None:
                     starts = all_pairs(item.facts, recipe.flow.step)
-                    store.write(item, clip_flow(result, item.facts, starts, recipe=recipe.flow, device=device))
+                    store.write(item, clip_flow(result, item.facts, starts, recipe=recipe.flow, device=str(device)))
                 bar.advance()
         finally:
             results.close()

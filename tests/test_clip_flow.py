@@ -336,6 +336,7 @@ def test_the_fields_of_another_recipe_are_never_read(tmp_path, recipe):
     stored(tmp_path)
     assert FlowStore(tmp_path, FAST).has(item_of())
     assert not FlowStore(tmp_path, recipe).has(item_of())
+    assert not FlowStore(tmp_path, FAST, "cuda").has(item_of()), "devices round differently"
 
 
 @pytest.mark.parametrize("other", [{"identity": "b" * 64}, {"first": 11}, {"count": 4}])
