@@ -111,7 +111,7 @@ REFUSED = {
         "no split 'trian'; it has: train, standard, compositional",
     ),
     "no such split to build": (build("--set", "build.splits=[test]"), "the manifest has no split 'test'; it has: "),
-    "no such device": (teach("--device", "tpu"), "--device 'tpu' cannot be used"),
+    "no such device": (teach("--device", "tpu"), "--device 'tpu' is not auto, cpu, cuda or cuda:N"),
     "other views": (
         build("--set", "views.frames=4"),
         "expert 'rgb' was trained on something else than this recipe gives: views.frames: expert 8, now 4",

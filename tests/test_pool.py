@@ -212,7 +212,8 @@ def test_workers_that_cannot_start_stop_the_job(monkeypatch):
 
 
 PARENT = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 from mmkd.cache_tools.pool import run_tasks
 for index, value in run_tasks(eval, ["'ready'", {HANG!r}, {HANG!r}], workers=2, timeout_seconds=300):
     print(value, flush=True)
