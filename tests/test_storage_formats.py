@@ -199,9 +199,14 @@ def test_the_set_of_largest_classes_is_kept(storage, logits):
 
 @companded
 def test_a_step_that_float32_cannot_show_beside_a_large_maximum_still_keeps_the_order(storage):
-    below_maximum = np.nextafter(np.float32(1000), np.float32(0))
-    logits = np.array([[below_maximum, 1000, 999.99]], np.float32)
-    assert stored(storage, logits)[0].argmax() == 1
+    maximum = np.float32(100)
+    near = np.nextafter(maximum, np.float32(0))
+    # With this range near is stored as q = 1, which is less than half of float32's step away from the maximum.
+    extent = float(maximum - near) * storage.largest**2 / 2.2
+    logits = np.array([[near, maximum, maximum - extent]], np.float32)
+    decoded = stored(storage, logits)
+    assert decoded[0].argmax() == 1
+    np.testing.assert_array_equal(decoded[0, :2], logits[0, :2])
 
 
 def test_fp16_keeps_argmax_but_for_differences_below_its_smallest_step():
