@@ -79,10 +79,17 @@ def mix(
         total += np.where(usable[expert][..., None], logits[expert] * np.float32(weight), np.float32(0))
         present += np.where(usable[expert], weight, 0.0)
     whole = np.logical_and.reduce([usable[expert] for expert in weights])
-    valid: Mask = present > 0 if missing == "renormalise" else whole
+    valid = mixable(usable, weights=weights, missing=missing)
     # A complete view is not rescaled: its weights sum to 1 only up to rounding.
     scale = np.where(whole, 1.0, present)
     with np.errstate(divide="ignore", invalid="ignore"):
         mixed = (total / scale[..., None]).astype(np.float32)
     mixed[~valid] = np.nan
     return mixed, valid
+
+
+def mixable(usable: Mapping[str, Mask], *, weights: Weights, missing: Missing) -> Mask:
+    """Return (rows, views) where `mix` finds a teacher: all weighted experts, or under `renormalise` any."""
+    join = np.logical_or if missing == "renormalise" else np.logical_and
+    mask: Mask = join.reduce([usable[expert] for expert, weight in weights.items() if weight > 0])
+    return mask

@@ -1,23 +1,34 @@
-"""Soft targets from a cache: experts mixed into a teacher when training starts, then looked up by row and view.
+"""From cached experts to a teacher: weights chosen, then logits mixed shard by shard, each byte verified.
 
-Everything is read once, verified, and mixed in memory: float32 (rows, views, classes) per head, 0.95 GB for
-Something-Something V2 at 8 views. It gives up sharing that memory between processes.
+`mix_split` gives a whole split in memory, for evaluation; the training split's teacher is shared by all processes
+of a node (see `mmkd.student.shared_targets`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.mixing import Missing, Weights, mean_cross_entropy, mix, parse_weights, softmin_weights
+from mmkd.cache_tools.layout import logits_array, maximum_array
+from mmkd.cache_tools.mixing import (
+    Missing,
+    Weights,
+    mean_cross_entropy,
+    mix,
+    mixable,
+    parse_weights,
+    softmin_weights,
+)
+from mmkd.cache_tools.precision import decode_logits
 from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.records import Float32Array, IntArray
+from mmkd.cache_tools.records import Float32Array
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.targets import ArrayTargets
 
 HeadWeights = dict[str, Weights]
 """Head -> expert -> weight."""
+Block = tuple[slice, slice, Float32Array]
+"""Rows, views, and the logits (rows, views, classes) there."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +75,58 @@ def choose_weights(
 
 def mix_split(reader: CacheReader, split: str, weights: HeadWeights, missing: Missing) -> MixedTeacher:
     """Read and mix the teacher of one split; raise InputError when it has logits for no view at all."""
-    experts = sorted({expert for mixture in weights.values() for expert in mixture})
-    logits = {expert: reader.logits(split, expert) for expert in experts}
-    usable = {expert: reader.usable(split, expert) for expert in experts}
+    valid = valid_views(reader, split, weights, missing)
+    classes = {head.name: len(head.classes) for head in reader.heads}
     mixed: dict[str, Float32Array] = {}
-    valid = None
     for head, mixture in weights.items():
-        per_expert = {expert: logits[expert][head] for expert in mixture}
-        mixed[head], head_valid = mix(per_expert, usable, weights=mixture, missing=missing)
-        valid = head_valid if valid is None else valid & head_valid
-    if valid is None or not valid.any():
-        raise InputError(f"the cache holds no usable teacher logits for split {split!r}; see `mmkd-cache inspect`")
-    for value in mixed.values():
-        value[~valid] = np.nan  # one head's experts may be there where another's are not
+        mixed[head] = np.empty((*valid.shape, classes[head]), np.float32)
+        for rows, views, values in mixed_blocks(reader, split, head, mixture=mixture, missing=missing, valid=valid):
+            mixed[head][rows, views] = values
     return MixedTeacher(mixed, valid)
 
 
-def cached_targets(teacher: MixedTeacher, rows: IntArray) -> ArrayTargets:
-    """Return a target source over the split's `rows`, which its own rows count from 0."""
-    return ArrayTargets({head: value[rows] for head, value in teacher.logits.items()})
+def valid_views(reader: CacheReader, split: str, weights: HeadWeights, missing: Missing) -> npt.NDArray[np.bool_]:
+    """Return (rows, views) whether every head has a teacher; raise InputError when no view has."""
+    experts = sorted({expert for mixture in weights.values() for expert in mixture})
+    usable = {expert: reader.usable(split, expert) for expert in experts}
+    valid: npt.NDArray[np.bool_] = np.logical_and.reduce(
+        [mixable(usable, weights=mixture, missing=missing) for mixture in weights.values()]
+    )
+    if not valid.any():
+        raise InputError(f"the cache holds no usable teacher logits for split {split!r}; see `mmkd-cache inspect`")
+    return valid
+
+
+def mixed_blocks(
+    reader: CacheReader,
+    split: str,
+    head: str,
+    *,
+    mixture: Weights,
+    missing: Missing,
+    valid: npt.NDArray[np.bool_],
+) -> Iterator[Block]:
+    """Yield one head's teacher in the order of the shards; NaN where not valid.
+
+    A shard of each expert is all that lies in memory. `valid` (rows, views) is `valid_views`'s: one head's experts
+    may be there where another's are not.
+    """
+    usable = {expert: reader.usable(split, expert) for expert in mixture}
+    streams = [logit_blocks(reader, split, expert, head) for expert in mixture]
+    for parts in zip(*streams, strict=True):
+        rows, views, _ = parts[0]
+        logits = {expert: part[2] for expert, part in zip(mixture, parts, strict=True)}
+        present = {expert: mask[rows, views] for expert, mask in usable.items()}
+        mixed, _ = mix(logits, present, weights=mixture, missing=missing)
+        mixed[~valid[rows, views]] = np.nan
+        yield rows, views, mixed
+
+
+def logit_blocks(reader: CacheReader, split: str, expert: str, head: str) -> Iterator[Block]:
+    """Yield (rows, views, float32 (rows, views, classes)) of an expert's logits, in the order of the shards."""
+    # Swap for CacheReader.blocks, shard by shard, once it is there: an array of one head lies in memory whole here.
+    shifted = reader.array(logits_array(split, expert, head))
+    maximum = reader.array(maximum_array(split, expert, head))
+    for shard in reader.layout(split).shards():
+        rows, views = slice(shard.rows.start, shard.rows.stop), slice(shard.views.start, shard.views.stop)
+        yield rows, views, decode_logits(shifted[rows, views], maximum[rows, views])

@@ -47,6 +47,9 @@ def cli() -> None:
     "--missing", type=click.Choice(["renormalise", "drop", "label-only"]), help="Views without an expert."
 )
 @click.option("--seed", type=int, help="Seed of weights, order, views and augmentation.")
+@click.option(
+    "--node-copies", type=FOLDER, help="Folder on a local disk for the mixed targets [default: see README]."
+)
 @device_option
 @as_json
 def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
@@ -57,6 +60,7 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
         "loss.label_weight": options["label_weight"],
         "teacher.missing": options["missing"],
         "train.seed": options["seed"],
+        "node_copies": options["node_copies"],
     }
     recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named)
     if options["fresh_views"] and not options["labels_only"]:

@@ -23,13 +23,14 @@ from mmkd.cache_tools.precision import kl_divergence
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.records import Float32Array
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.cached_targets import HeadWeights, cached_targets, choose_weights, mix_split
+from mmkd.student.cached_targets import HeadWeights, choose_weights, mix_split
 from mmkd.student.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.evaluation import SplitMetrics, evaluate_split, evaluation_splits
 from mmkd.student.metrics import average_views
 from mmkd.student.networks import build_network
 from mmkd.student.predict import predict
 from mmkd.student.run_data import SplitData, check_manifest, open_split
+from mmkd.student.shared_targets import copies_folder, shared_targets
 from mmkd.student.student_recipe import StudentRecipe
 from mmkd.student.thumbprints import check_thumbprints
 from mmkd.student.training import FitReport, fit
@@ -72,9 +73,15 @@ def train_student(recipe: StudentRecipe, cache: Path, out: Path, *, mode: Mode, 
         log.warning(warning)
     targets = None
     if not mode.labels_only:
-        teacher = mix_split(reader, recipe.train_split, weights, recipe.teacher.missing)
-        report_missing(teacher.valid[split.rows], recipe)
-        targets = cached_targets(teacher, split.rows)
+        targets = shared_targets(
+            reader,
+            recipe.train_split,
+            weights,
+            missing=recipe.teacher.missing,
+            rows=split.rows,
+            directory=copies_folder(recipe.node_copies, cache),
+        )
+        report_missing(targets.mask[split.rows], recipe)
     if latest_checkpoint(out) is None:  # else this run goes on under what was written then, or is refused
         write_run(out, recipe, reader, mode=mode, weights=None if mode.labels_only else weights)
     network = new_network(recipe, reader)

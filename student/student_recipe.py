@@ -1,5 +1,6 @@
 """The recipe of stage two: data, network and optimisation, loss, and how the cached experts are mixed."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -28,6 +29,11 @@ class StudentRecipe(Recipe):
     loss: LossRecipe = Field(default_factory=LossRecipe)
     teacher: TeacherMix = Field(default_factory=TeacherMix)
     train_split: str = Field("train", description="the split that the student trains on")
+    node_copies: Path | None = Field(
+        None,
+        description="folder on the node's own disk for the mixed targets, which its processes share; "
+        "null: below $SLURM_TMPDIR, $TMPDIR, $XDG_CACHE_HOME or ~/.cache, the first set",
+    )
     thumbprint_sample: int = Field(32, ge=0, description="views compared with the teacher's pixels before training")
 
     def resolved_loss(self) -> LossRecipe:

@@ -82,6 +82,7 @@ build: {views: 3, shard_rows: 8, batch_views: 8}
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Data set, manifest, three experts (one epoch each) and a cache; tests must not write into it."""
     root = tmp_path_factory.mktemp("tiny")
+    ENVIRONMENT["SLURM_TMPDIR"] = str(tmp_path_factory.mktemp("node"))  # copies of targets, not in the user's own
     sizes = ("--train-clips", 14, "--standard-clips", 14, "--compositional-clips", 14)
     run_ok("mmkd-cache", "demo", root, *sizes)
     (root / "tiny.yaml").write_text(TINY_RECIPE)

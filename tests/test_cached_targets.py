@@ -8,10 +8,11 @@ import pytest
 
 from mmkd.cache_tools.heldout import HeldOut
 from mmkd.cache_tools.mixing import mean_cross_entropy, softmin_weights
+from mmkd.cache_tools.layout import GROUP
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.records import Clip, Head, Manifest
-from mmkd.student.cached_targets import cached_targets, choose_weights, mix_split
+from mmkd.student.cached_targets import choose_weights, mix_split
 from mmkd.student.compare import Table, cell, compare, load_table, merge_tables, render
 
 from .small_cache import write_cache
@@ -154,15 +155,6 @@ def test_a_view_is_valid_when_every_head_has_a_teacher_and_nan_elsewhere(reader,
         np.testing.assert_array_equal(np.isfinite(value).all(-1), teacher.valid)
 
 
-def test_targets_are_looked_up_by_the_data_sets_own_rows(reader):
-    teacher = mix_split(reader, "train", {"verb": {"flow": 1.0}}, "renormalise")
-    source = cached_targets(teacher, np.array([7, 4, 5]))
-    rows, views = np.array([0, 2, 2, 1, 0]), np.array([2, 0, 1, 0, 2])
-    found = source.targets(rows, views)["verb"]
-    np.testing.assert_array_equal(found, teacher.logits["verb"][[7, 5, 5, 4, 7], [2, 0, 1, 0, 2]])
-    assert source.valid(rows, views).tolist() == [True, True, False, False, True]
-
-
 def test_a_split_without_any_teacher_is_refused(tmp_path):
     values = make_logits()
     for head in HEADS:
@@ -286,8 +278,8 @@ def test_what_is_no_table_is_refused(tmp_path, text):
 
 
 def test_a_cache_of_which_an_object_is_missing_or_torn_is_refused(tmp_path):
-    paths = write_cache(tmp_path, make_manifest(), make_logits())
-    victim = paths.group / "train/flow/logits/noun/c/1/2/0"
+    write_cache(tmp_path, make_manifest(), make_logits())
+    victim = tmp_path / GROUP / "train/flow/logits/noun/c/1/2/0"
     data = victim.read_bytes()
     for damage in (None, b"", data[:-1], bytes([data[0] ^ 4]) + data[1:]):
         victim.unlink()
@@ -299,21 +291,24 @@ def test_a_cache_of_which_an_object_is_missing_or_torn_is_refused(tmp_path):
     CacheReader(tmp_path).logits("train", "flow")
 
 
-def test_a_cache_of_which_a_record_is_missing_or_changed_is_refused(tmp_path):
+def test_a_cache_of_which_the_index_is_missing_or_changed_is_refused(tmp_path):
     write_cache(tmp_path, make_manifest(), make_logits())
-    victim = tmp_path / "commits/train/flow/1-2.json"
+    victim = tmp_path / "index.jsonl"
     data = victim.read_bytes()
-    for damage in (None, b"", data.replace(b"ffff", b"eeee", 1)):
+    for damage in (None, b"", data.replace(b"rgb", b"gbr", 1)):
         victim.unlink()
         if damage is not None:
             victim.write_bytes(damage)
-        with pytest.raises(VerificationError, match=r"1-2\.json is (missing|damaged)"):
+        with pytest.raises(VerificationError, match=r"index\.jsonl is (missing|damaged)"):
             CacheReader(tmp_path)
         victim.write_bytes(data)
-    for name, code in (("root.json", "not finished"), ("init.json", "is not a cache")):
+    for name, error, code in (
+        ("root.json", InputError, "not finished"),
+        ("init.json", VerificationError, "init.json is missing"),
+    ):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
-        with pytest.raises(InputError, match=code):
+        with pytest.raises(error, match=code):
             CacheReader(tmp_path)
         (tmp_path / name).write_bytes(content[:-2] + b" }")
         with pytest.raises(VerificationError, match="damaged"):
