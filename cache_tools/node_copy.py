@@ -122,7 +122,6 @@ def _write_copy(path: Path, key: Mapping[str, Any], make: Make) -> None:
         with _storage_errors(path.parent), temporary.open("xb", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # a sweeper deletes what nobody holds
             write_arrays(file, key, make())
-            os.fchmod(file.fileno(), 0o444)
             os.fsync(file.fileno())
             temporary.replace(path)
             sync_directory(path.parent)

@@ -60,6 +60,7 @@ def train_student(recipe: StudentRecipe, cache: Path, out: Path, *, mode: Mode, 
         raise InputError("--fresh-views needs --labels-only: cached targets belong to cached views")
     reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
     check_manifest(reader, clip_set.manifest)
+    copies = None if mode.labels_only else copies_folder(recipe.node_copies, cache)
     split = open_training(recipe, reader, clip_set, mode)
     for name in evaluation_splits(reader, recipe.train_split):
         open_split(reader, clip_set, name, memory_bytes=0)  # what cannot be evaluated shows now, not after training
@@ -72,14 +73,14 @@ def train_student(recipe: StudentRecipe, cache: Path, out: Path, *, mode: Mode, 
     if warning and not mode.labels_only:
         log.warning(warning)
     targets = None
-    if not mode.labels_only:
+    if copies:
         targets = shared_targets(
             reader,
             recipe.train_split,
             weights,
             missing=recipe.teacher.missing,
             rows=split.rows,
-            directory=copies_folder(recipe.node_copies, cache),
+            directory=copies,
         )
         report_missing(targets.mask[split.rows], recipe)
     if latest_checkpoint(out) is None:  # else this run goes on under what was written then, or is refused

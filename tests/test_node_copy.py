@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -96,7 +95,6 @@ def test_maps_cannot_be_written(tmp_path, small):
     with pytest.raises(ValueError, match="read-only"):
         found["a"][0, 0] = 5
     assert isinstance(found["a"], np.memmap)
-    assert stat.S_IMODE(only_copy(tmp_path).stat().st_mode) == 0o444
 
 
 def test_making_a_copy_needs_memory_for_its_blocks_alone(tmp_path):
@@ -157,7 +155,6 @@ def test_every_damage_is_noticed_and_the_copy_made_again(tmp_path, caplog):
     path = only_copy(tmp_path)
     sound = path.read_bytes()
     for name, damage in damages(len(sound)).items():
-        path.chmod(0o644)
         path.write_bytes(damage(sound))
         caplog.clear()
         found = shared_arrays(tmp_path, KEY, lambda: plans(small))

@@ -18,6 +18,7 @@ from mmkd.student.shared_targets import CachedTargets, copies_folder, in_order, 
 from mmkd.student.targets import ArrayTargets, fetch_targets
 from mmkd.student.training import fit
 
+from .in_process import refused
 from .moving_bars import MovingBars
 from .small_cache import write_cache
 
@@ -145,6 +146,18 @@ def test_copies_are_not_kept_in_the_cache_and_links_do_not_hide_it(root, tmp_pat
         with pytest.raises(InputError, match="lies in the cache"):
             copies_folder(inside, root)
     assert copies_folder(root.with_name("cache-copies"), root) == root.with_name("cache-copies")
+
+
+def test_the_command_names_a_folder_that_cannot_hold_copies(tiny, tmp_path):
+    """Exit codes of usage and of storage, before and after the clips are read."""
+    command = ["mmkd-student", "train", *tiny.stage_two, "-o", tmp_path / "run", "--node-copies"]
+    inside = tiny.root / "cache" / "copies"
+    assert f"--node-copies {inside} lies in the cache" in refused(*command, inside)
+    assert not inside.exists()
+    (tmp_path / "file").touch()
+    message = refused(*command, tmp_path / "file" / "copies", code=74)
+    assert f"cannot keep a copy of the targets in {tmp_path / 'file' / 'copies'}: Not a directory" in message
+    assert message.endswith("name another folder with --node-copies")
 
 
 # ---- what a lookup costs, counted
