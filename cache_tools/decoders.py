@@ -50,7 +50,8 @@ class PyavDecoder:
         pts = int(self._index.pts[frame_index])
         keys = self._index.keyframe_pts
         key = int(np.searchsorted(keys, pts, side="right")) - 1
-        if self._position is None or not keys[key] <= self._position < pts:
+        follows = frame_index > 0 and self._position == self._index.pts[frame_index - 1]  # a stream never seeks
+        if self._position is None or not (follows or keys[key] <= self._position < pts):
             self._seek(int(keys[key]))
         while True:
             frame = self._decode_until(pts)
@@ -115,15 +116,24 @@ def read_pyav(
     container: Any, stream: Any, *, index: PacketIndex, frame_indices: IntArray, size: tuple[int, int]
 ) -> UInt8Array:
     """Return frames (N, H, W, 3) at ascending indices; VideoError when one is not of `size` (H, W)."""
-    decoder = PyavDecoder(container, stream, index)
     frames = np.empty((len(frame_indices), *size, 3), dtype=np.uint8)
-    for row, frame_index in enumerate(frame_indices):
+    images = pyav_frames(container, stream, index=index, frame_indices=frame_indices, size=size)
+    for row, image in enumerate(images):
+        frames[row] = image
+    return frames
+
+
+def pyav_frames(
+    container: Any, stream: Any, *, index: PacketIndex, frame_indices: IntArray, size: tuple[int, int]
+) -> Iterator[UInt8Array]:
+    """Yield frames (H, W, 3) at ascending indices; VideoError when one is not of `size` (H, W)."""
+    decoder = PyavDecoder(container, stream, index)
+    for frame_index in frame_indices:
         image, _ = decoder.rgb(int(frame_index))
         if image.shape[:2] != size:
             height, width = image.shape[:2]
             raise VideoError(f"frame {frame_index} has another size ({width} x {height}) than the first")
-        frames[row] = image
-    return frames
+        yield image
 
 
 def read_decord(path: Path, *, index: PacketIndex, frame_indices: IntArray) -> UInt8Array:

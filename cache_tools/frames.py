@@ -10,16 +10,17 @@ and height are those of the upright frame. Frame folders and HDF5 are other sour
 import importlib.util
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from mmkd.cache_tools.decoders import PyavDecoder, check_count, read_decord, read_pyav
+from mmkd.cache_tools.decoders import PyavDecoder, check_count, pyav_frames, read_decord, read_pyav
 from mmkd.cache_tools.packets import Limits as Limits  # users find it here, beside VideoFiles
 from mmkd.cache_tools.packets import PacketIndex, index_packets, open_video
-from mmkd.cache_tools.records import ClipFacts, ClipFrames, IntArray, VideoFacts
+from mmkd.cache_tools.records import ClipFacts, ClipFrames, IntArray, UInt8Array, VideoFacts
 from mmkd.data_manifests.errors import VideoError
 from mmkd.data_manifests.records import Clip
 
@@ -123,6 +124,20 @@ class VideoFiles:
         if frames.shape[1:3] != (facts.height, facts.width):
             raise VideoError("the frames have another size than the probe found")
         return ClipFrames(frames, frame_indices, facts.times_seconds[frame_indices])
+
+    def stream(self, video: str, frame_indices: IntArray, facts: VideoFacts) -> Iterator[UInt8Array]:
+        """Yield the frames (H, W, 3) at strictly ascending indices one by one, so in the memory of one.
+
+        Always through PyAV, which gives the bits that `read` gives. Raises what `read` raises.
+        """
+        check_indices(frame_indices, facts)
+        path = self.path(video)
+        with open_video(path, self.limits) as (container, stream):
+            index = _index(path, container, stream)
+            check_identity(index, facts)
+            yield from pyav_frames(
+                container, stream, index=index, frame_indices=frame_indices, size=(facts.height, facts.width)
+            )
 
 
 def choose_decoder(index: PacketIndex, height: int) -> str:
