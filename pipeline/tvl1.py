@@ -1,149 +1,127 @@
-"""TV-L1 optical flow of many image pairs at once, in torch alone, on any device.
+"""TV-L1 optical flow of many image pairs, on any device; importing this needs torch alone.
 
 Follows OpenCV's two implementations: `opencv-cuda`, which denseflow, EPIC's furnari-flow and I3D's flow were
-made with and which is the default, and `opencv`, its CPU class. A pair's result has the same bits in any
-batch and with any number of threads, early stopping included. What this gives up: on a GPU it asks the
-device for the convergence of each pair, so it is a reference there rather than a fast path.
+made with and which is the default, and `opencv`, its CPU class.
+
+Paths: `triton`, fused kernels on CUDA; `native`, a fused loop in C on the CPU, built when the package is
+installed where a C compiler is found, several pairs at once on torch.get_num_threads() threads; `torch`, which
+runs anywhere and is the reference. `auto` takes the first of them that runs on the images' device.
+
+On each path and device a pair's result has the same bits in any batch and with any number of threads, early
+stopping included. Paths round differently: a result that must not mix them keeps `chosen_path` with it.
 
 Sources: Zach, Pock, Bischof, "A duality based approach for realtime TV-L1 optical flow" (2007); Sánchez,
 Meinhardt-Llopis, Facciolo, "TV-L1 optical flow estimation" (IPOL 2013); opencv_contrib
 modules/cudaoptflow/src/tvl1flow.cpp, cuda/tvl1flow.cu and modules/optflow/src/tvl1flow.cpp.
 """
 
-import math
-from dataclasses import dataclass
+import importlib
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mmkd.pipeline.tvl1_iterate import Iterations
-from mmkd.pipeline.tvl1_median import median_filter
-from mmkd.pipeline.tvl1_steps import (
-    ClampedWarp,
-    ZeroWarp,
-    centred_gradient,
-    pyramid_sizes,
-    resize_linear,
-)
+from mmkd.pipeline import tvl1_native, tvl1_torch
+from mmkd.pipeline.tvl1_params import MODES, Mode, TVL1Params
 
-Mode = Literal["opencv-cuda", "opencv"]
-MODES: tuple[Mode, ...] = ("opencv-cuda", "opencv")
-# Measured on a CPU (tests/benchmarks/RESULTS.md): a strip's 20 planes should stay in a core's second cache.
-STRIP_PIXELS_CPU = 32_768
-GROUP_PIXELS_CPU = 131_072
-MEDIAN_PIXELS = 16_384
-GROUP_PIXELS_DEVICE = 8_388_608
+__all__ = [
+    "MODES",
+    "PATHS",
+    "Mode",
+    "Path",
+    "TVL1Params",
+    "chosen_path",
+    "tvl1_clip_flow",
+    "tvl1_flow",
+    "tvl1_flow_many",
+]
 
-
-@dataclass(frozen=True, kw_only=True)
-class TVL1Params:
-    """Parameters of TV-L1, named as in the field; `default`, `opencv`, `accurate` and `fast` are presets."""
-
-    tau: float = 0.25
-    """τ, step of the dual update (Sánchez et al., eq. 11); larger converges faster, above 0.25 not surely."""
-    lambda_: float = 0.15
-    """λ, weight of the data term (eq. 2) for images in 0..255; larger follows the images, less smooth."""
-    theta: float = 0.3
-    """θ, tightness between u and v (eq. 4); larger moves faster per iteration and couples less exactly."""
-    scales: int = 5
-    """Levels of the pyramid at most; more follow larger motion. A level with a side below 16 is not used."""
-    zoom: float = 0.8
-    """Size of a level relative to the finer one, in (0, 1); larger takes smaller, more accurate steps."""
-    warps: int = 5
-    """Linearisations per level; more follow larger motion within a level."""
-    iterations: int = 300
-    """Iterations per warp at most; OpenCV's CPU class counts 10 outer x 30 inner."""
-    epsilon: float = 0.01
-    """ε, stop once the mean squared update is at most ε² px²; larger stops sooner, 0 never stops early."""
-    median: int = 0
-    """Side of the median filter of the flow, 3 or 5; 0 for none, as on CUDA."""
-    median_every: int = 30
-    """Iterations between medians, the first one before the first iteration (OpenCV's inner iterations)."""
-    mode: Mode = "opencv-cuda"
-    """Whose sampling, borders and stopping rule: `opencv-cuda` or `opencv` (its CPU class)."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be computed, naming the field."""
-        for name in ("tau", "lambda_", "theta"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"TVL1Params.{name} must be a positive number, not {value!r}")
-        if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
-            raise ValueError(f"TVL1Params.epsilon must be 0 or a positive number, not {self.epsilon!r}")
-        if not 0 < self.zoom < 1:
-            raise ValueError(f"TVL1Params.zoom must lie between 0 and 1, not {self.zoom!r}")
-        for name in ("scales", "warps", "iterations", "median_every"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"TVL1Params.{name} must be a whole number of at least 1, not {value!r}")
-        if self.median not in (0, 3, 5):
-            raise ValueError(f"TVL1Params.median must be 0 (none), 3 or 5, not {self.median!r}")
-        if self.mode not in MODES:
-            raise ValueError(f"TVL1Params.mode must be one of {', '.join(MODES)}, not {self.mode!r}")
-
-    @classmethod
-    def default(cls) -> "TVL1Params":
-        """Return the parameters of OpenCV's CUDA class, which most published flow was made with."""
-        return cls()
-
-    @classmethod
-    def opencv(cls) -> "TVL1Params":
-        """Return the parameters of OpenCV's CPU class `DualTVL1OpticalFlow`."""
-        return cls(mode="opencv", median=5)
-
-    @classmethod
-    def accurate(cls) -> "TVL1Params":
-        """Return `opencv` with 10 scales, which follows motion of 20 pixels and more."""
-        return cls(mode="opencv", median=5, scales=10)
-
-    @classmethod
-    def fast(cls) -> "TVL1Params":
-        """Return a rough preset for tiny clips, demonstrations and tests; no published flow is like it."""
-        return cls(mode="opencv", scales=3, zoom=0.5, warps=2, iterations=8, epsilon=0)
+ChosenPath = Literal["torch", "native", "triton"]
+Path = Literal["auto", "torch", "native", "triton"]
+PATHS: tuple[Path, ...] = ("auto", "torch", "native", "triton")
+BUDGET_BYTES_CPU = 512 * 2**20
+BUDGET_BYTES_DEVICE = 4 * 2**30
 
 
-def tvl1_flow(first: Tensor, second: Tensor, *, params: TVL1Params) -> Tensor:
+def chosen_path(device: torch.device | str) -> ChosenPath:
+    """Return the path that `auto` takes on a device: of those installed, the fastest one there."""
+    kind = torch.device(device).type
+    if kind == "cuda" and (triton := _triton()) is not None and triton.triton_available():
+        return "triton"
+    return "native" if kind == "cpu" and tvl1_native.library() is not None else "torch"
+
+
+def tvl1_flow(
+    first: Tensor, second: Tensor, *, params: TVL1Params, path: Path = "auto", budget_bytes: int | None = None
+) -> Tensor:
     """Return the flow from `first` to `second`, float32 (B, 2, H, W), in pixels per step.
 
     Both are grey images (B, H, W), uint8 or floating point in 0..255, on one device, and are not changed.
     Channel 0 is horizontal, positive to the right, channel 1 vertical, positive downwards: the pixel x of
-    `first` is found at x + flow(x) in `second`.
+    `first` is found at x + flow(x) in `second`. `budget_bytes` bounds the memory beyond images and result (512
+    MiB on the CPU, 4 GiB elsewhere): fewer pairs at a time fit a smaller one, and ValueError says when not even
+    one does. Without a budget one pair is computed whatever it takes. ValueError for other images than these and
+    for a path that does not run here.
     """
     _check_images(first, second)
-    height, width = first.shape[1:]
-    result = torch.empty(len(first), 2, height, width, dtype=torch.float32, device=first.device)
-    count = _pairs_per_group(first)
+    taken = _path(path, first)
+    budget = _budget(first, params, budget_bytes, path=taken)
     with torch.no_grad():
-        for start in range(0, len(first), count):
-            pairs = slice(start, start + count)
-            pyramids = (_pyramid(images[pairs], params) for images in (first, second))
-            result[pairs] = _group_flow(*pyramids, params=params)
-    return result
+        if taken == "native":
+            return tvl1_native.flow_of_pairs(first, second, params=params, budget_bytes=budget)
+        if taken == "triton" and len(first):
+            return _triton_flow(first, second, params)
+        return tvl1_torch.flow_of_pairs(first, second, params=params, budget_bytes=budget)
 
 
-def tvl1_clip_flow(frames: Tensor, *, params: TVL1Params, step: int = 1) -> Tensor:
+def tvl1_clip_flow(
+    frames: Tensor, *, params: TVL1Params, step: int = 1, path: Path = "auto", budget_bytes: int | None = None
+) -> Tensor:
     """Return the flow from each frame to the one `step` later, float32 (N - step, 2, H, W).
 
     `frames` are the grey images of one clip (N, H, W), as in `tvl1_flow`, which gives the same bits; here
-    the pyramid of each frame is made once.
+    the pyramid of each frame is made once. The gradient of a frame is made once in either: a frame is the second
+    of one pair.
     """
     if step < 1:
         raise ValueError(f"tvl1_clip_flow needs a step of at least 1 frame, not {step}")
     _check_images(frames, frames)
-    pairs, (height, width) = max(0, len(frames) - step), frames.shape[1:]
-    result = torch.empty(pairs, 2, height, width, dtype=torch.float32, device=frames.device)
-    count = _pairs_per_group(frames)
+    taken = _path(path, frames)
+    budget = _budget(frames, params, budget_bytes, path=taken)
     with torch.no_grad():
-        held = _pyramid(frames[:step], params) if pairs else []
-        for start in range(0, pairs, count):
-            fresh = _pyramid(frames[start + step : start + step + count], params)
-            size = len(fresh[0])
-            levels = [torch.cat(both) for both in zip(held, fresh, strict=True)]
-            firsts, seconds = [level[:size] for level in levels], [level[step:] for level in levels]
-            result[start : start + size] = _group_flow(firsts, seconds, params=params)
-            held = [level[size:] for level in levels]
-    return result
+        if taken == "native":
+            return tvl1_native.flow_of_clip(frames, step=step, params=params, budget_bytes=budget)
+        if taken == "triton" and len(frames) > step:
+            return _triton_flow(frames[:-step], frames[step:], params)
+        return tvl1_torch.flow_of_clip(frames, step=step, params=params, budget_bytes=budget)
+
+
+def tvl1_flow_many(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    *,
+    params: TVL1Params,
+    path: Path = "auto",
+    budget_bytes: int | None = None,
+) -> list[Tensor]:
+    """Return the flow (2, H, W) of each pair of single images (H, W), which may have different sizes.
+
+    Pairs of one size, type and device are computed together, with the bits of `tvl1_flow`.
+    """
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for i, (first, second) in enumerate(pairs):
+        if first.ndim != 2:
+            raise ValueError(f"tvl1_flow_many needs single images (H, W); pair {i} has {tuple(first.shape)}")
+        groups[first.shape, second.shape, first.dtype, second.dtype, first.device, second.device].append(i)
+    found: dict[int, Tensor] = {}
+    for places in groups.values():
+        first, second = (torch.stack([pairs[i][side] for i in places]) for side in (0, 1))
+        flows = tvl1_flow(first, second, params=params, path=path, budget_bytes=budget_bytes)
+        found |= dict(zip(places, flows, strict=True))
+    return [found[i] for i in range(len(pairs))]
 
 
 def _check_images(first: Tensor, second: Tensor) -> None:
@@ -152,81 +130,65 @@ def _check_images(first: Tensor, second: Tensor) -> None:
         raise ValueError(f"tvl1_flow needs two stacks of grey images of one shape (B, H, W), not {shapes}")
     if first.device != second.device:
         raise ValueError(f"tvl1_flow needs both stacks on one device, not {first.device} and {second.device}")
-    for images in (first, second):
-        if images.dtype != torch.uint8 and not images.is_floating_point():
+    for images in (first,) if first is second else (first, second):
+        if images.dtype == torch.uint8:
+            continue
+        if not images.is_floating_point():
             raise ValueError(f"tvl1_flow needs uint8 or floating point images in 0..255, not {images.dtype}")
-
-
-def _pairs_per_group(images: Tensor) -> int:
-    budget = GROUP_PIXELS_CPU if images.device.type == "cpu" else GROUP_PIXELS_DEVICE
-    return max(1, budget // (images.shape[1] * images.shape[2]))
-
-
-def _pyramid(images: Tensor, params: TVL1Params) -> list[Tensor]:
-    """Return the scales of (B, H, W) as float32, finest first ("create the scales" of both tvl1flow.cpp)."""
-    if images.is_floating_point():
+        if len(images) == 0:
+            continue
         low, high = images.aminmax()
         if not (low.item() >= 0 and high.item() <= 255):  # NaN fails both comparisons
             raise ValueError("tvl1_flow needs grey values in 0..255; found NaN or a value outside that range")
-    levels = [images.to(torch.float32)]
-    half_pixel = params.mode == "opencv"
-    for size in pyramid_sizes(*images.shape[1:], scales=params.scales, zoom=params.zoom)[1:]:
-        levels.append(resize_linear(levels[-1], size, ratio=1 / params.zoom, half_pixel=half_pixel))
-    return levels
 
 
-def _group_flow(first: list[Tensor], second: list[Tensor], *, params: TVL1Params) -> Tensor:
-    """Run the scales of B pairs, coarse to fine (`calc` of both tvl1flow.cpp); return (B, 2, H, W)."""
-    coarsest = first[-1]
-    flow = coarsest.new_zeros(2, *coarsest.shape)
-    for images in zip(reversed(first), reversed(second), strict=True):
-        size = (images[0].shape[1], images[0].shape[2])
-        if images[0] is not coarsest:
-            half_pixel = params.mode == "opencv"
-            flow = resize_linear(flow, size, ratio=None, half_pixel=half_pixel).mul_(1 / params.zoom)
-        flow = _level_flow(*images, flow=flow, params=params)
-    return flow.transpose(0, 1)
+def _path(path: Path, images: Tensor) -> ChosenPath:
+    """Resolve `auto`, and refuse a path that does not run on the images' device here."""
+    kind = images.device.type
+    if path == "native":
+        if kind != "cpu":
+            raise ValueError(f"TV-L1's native path runs on the CPU, not on {kind}; use path='auto'")
+        if tvl1_native.library() is None:
+            raise ValueError(
+                "TV-L1's native path is not built here; install the package where a C compiler is found, "
+                "or use path='torch'"
+            )
+    elif path == "triton":
+        if _triton() is None:
+            raise ValueError("TV-L1's Triton path needs Triton; install it, or use path='torch'")
+        if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"TV-L1's Triton path runs on CUDA, not on {kind}, except in Triton's interpreter "
+                "(TRITON_INTERPRET=1); use path='auto'"
+            )
+    elif path not in PATHS:
+        raise ValueError(f"TV-L1 has the paths {', '.join(PATHS)}, not {path!r}")
+    return chosen_path(images.device) if path == "auto" else path
 
 
-def _level_flow(first: Tensor, second: Tensor, *, flow: Tensor, params: TVL1Params) -> Tensor:
-    """Run the warps of one scale from `flow` (2, B, H, W), as `procOneScale` of both tvl1flow.cpp does."""
-    chunk = STRIP_PIXELS_CPU if first.device.type == "cpu" else GROUP_PIXELS_DEVICE
-    stacks = (second, *centred_gradient(second))
-    warp: ClampedWarp | ZeroWarp
-    warp = ZeroWarp(stacks) if params.mode == "opencv" else ClampedWarp(stacks, chunk_pixels=chunk)
-    state = Iterations(flow, tau=params.tau, lambda_=params.lambda_, theta=params.theta, strip_pixels=chunk)
-    for _ in range(params.warps):
-        flow = state.flow()
-        state.linearise(warp(flow), first, flow)
-        _iterate(state, params)
-    return state.flow()
+def _budget(images: Tensor, params: TVL1Params, budget_bytes: int | None, *, path: ChosenPath) -> int:
+    if budget_bytes is None:
+        return BUDGET_BYTES_CPU if images.device.type == "cpu" else BUDGET_BYTES_DEVICE
+    module = tvl1_native if path == "native" else tvl1_torch
+    height, width = images.shape[1:]
+    needed = module.pair_bytes(height, width, params=params)
+    if budget_bytes < needed:
+        raise ValueError(
+            f"TV-L1 needs {needed / 2**20:.1f} MiB for one pair of {width}x{height}, "
+            f"more than the budget of {budget_bytes / 2**20:.1f} MiB; raise budget_bytes"
+        )
+    return budget_bytes
 
 
-def _iterate(state: Iterations, params: TVL1Params) -> None:
-    """Iterate until each pair has converged or the iterations are used up ("n" of both `procOneScale`)."""
-    threshold = params.epsilon**2 * state.height * state.width
-    previous = [0.0] * state.pairs
-    for n in range(params.iterations):
-        if params.median > 1 and n % params.median_every == 0:
-            planes = state.u[:, : state.active]
-            planes.copy_(median_filter(planes, size=params.median, chunk_pixels=MEDIAN_PIXELS))
-        due = [_error_is_due(n, previous[i], threshold, params) for i in range(state.active)]
-        errors = state.step(with_error=any(due))
-        for i in reversed(range(state.active)):
-            previous[i] = errors[i] if due[i] else previous[i] - threshold
-            if due[i] and errors[i] <= threshold:
-                last = state.retire(i)
-                previous[i], previous[last] = previous[last], previous[i]
-        if state.active == 0:
-            break
+def _triton() -> ModuleType | None:
+    """Return the module of the Triton kernels, None where Triton is absent; loaded on first use, as it is slow."""
+    try:
+        return importlib.import_module("mmkd.pipeline.tvl1_triton")
+    except ImportError:
+        return None
 
 
-def _error_is_due(n: int, previous_error: float, threshold: float, params: TVL1Params) -> bool:
-    """Say whether iteration n tests for convergence.
-
-    The CPU class tests in each. `procOneScale` of cudaoptflow/src/tvl1flow.cpp tests in odd iterations
-    only, and for each threshold that the last sum held not in one of the next iterations.
-    """
-    if params.epsilon == 0:
-        return False
-    return params.mode == "opencv" or (n % 2 == 1 and previous_error < threshold)
+def _triton_flow(first: Tensor, second: Tensor, params: TVL1Params) -> Tensor:
+    module = importlib.import_module("mmkd.pipeline.tvl1_triton")
+    flow: Tensor = module.tvl1_flow_triton(first, second, params=params)
+    return flow

@@ -1,4 +1,4 @@
-"""TV-L1: closed form, OpenCV as a library, a slow reference, properties, Middlebury."""
+"""TV-L1 on both CPU paths: closed form, OpenCV as a library, a slow reference, properties, Middlebury."""
 
 import importlib.util
 import math
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmkd.pipeline import tvl1
-from mmkd.pipeline.tvl1 import TVL1Params, tvl1_clip_flow, tvl1_flow
+from mmkd.pipeline import tvl1_torch
+from mmkd.pipeline.tvl1 import TVL1Params, chosen_path, tvl1_clip_flow, tvl1_flow
 from mmkd.pipeline.tvl1_median import median_filter
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -38,6 +38,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=("torch", "native"))
+def path(request):
+    if request.param == "native" and chosen_path("cpu") != "native":
+        pytest.skip("the native TV-L1 library is not built: no C compiler when this package was installed")
+    return request.param
 
 
 def texture(x, y, *, seed=0):
@@ -125,30 +132,30 @@ BOUNDS = {"default": 0.025, "opencv": 0.06, "accurate": 0.06}
 
 @pytest.mark.parametrize("preset", BOUNDS)
 @pytest.mark.parametrize("name", MOTIONS)
-def test_known_motion_is_found(name, preset):
+def test_known_motion_is_found(name, preset, path):
     first, second, truth = moved(MOTIONS[name])
-    found = tvl1_flow(first, second, params=getattr(TVL1Params, preset)())[0].numpy()
+    found = tvl1_flow(first, second, params=getattr(TVL1Params, preset)(), path=path)[0].numpy()
     assert endpoint_difference(found, truth)[8:-8, 8:-8].mean() < BOUNDS[preset]
 
 
-def test_fast_finds_small_motion_and_its_direction():
+def test_fast_finds_small_motion_and_its_direction(path):
     first, second, truth = moved(translation(2, -1), height=72, width=96)
-    found = tvl1_flow(first, second, params=TVL1Params.fast())[0].numpy()
+    found = tvl1_flow(first, second, params=TVL1Params.fast(), path=path)[0].numpy()
     assert endpoint_difference(found, truth)[8:-8, 8:-8].mean() < 0.1
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_identical_frames_have_exactly_no_flow(preset):
+def test_identical_frames_have_exactly_no_flow(preset, path):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 57, 43), dtype=np.uint8))
-    found = tvl1_flow(images, images.clone(), params=getattr(TVL1Params, preset)())
+    found = tvl1_flow(images, images.clone(), params=getattr(TVL1Params, preset)(), path=path)
     assert torch.equal(found, torch.zeros(3, 2, 57, 43))
 
 
 @pytest.mark.parametrize("params", [SHORT, SHORT_OPENCV, TVL1Params.fast()], ids=["cuda", "opencv", "fast"])
-def test_constant_images_have_exactly_no_flow(params):
+def test_constant_images_have_exactly_no_flow(params, path):
     dark, bright = torch.zeros(1, 40, 50), torch.full((1, 40, 50), 255.0)
     for first, second in ((dark, dark), (bright, bright), (dark, bright)):
-        assert not tvl1_flow(first, second, params=params).any()
+        assert not tvl1_flow(first, second, params=params, path=path).any()
 
 
 # --- what goes in -----------------------------------------------------------------------------------------
@@ -156,22 +163,22 @@ def test_constant_images_have_exactly_no_flow(params):
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (2, 3), (15, 200), (17, 16), (33, 37)])
 @pytest.mark.parametrize("params", [SHORT, SHORT_OPENCV, TVL1Params.fast()], ids=["cuda", "opencv", "fast"])
-def test_any_size_works_with_noise_and_saturation(shape, params):
+def test_any_size_works_with_noise_and_saturation(shape, params, path):
     random = np.random.default_rng(1)
     images = torch.from_numpy(random.choice([0, 0, 128, 255, 255], (4, *shape)).astype(np.uint8))
-    found = tvl1_flow(images[:-1], images[1:], params=replace(params, iterations=8))
+    found = tvl1_flow(images[:-1], images[1:], params=replace(params, iterations=8), path=path)
     assert found.shape == (3, 2, *shape)
     assert found.dtype == torch.float32
     assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("params", [SHORT, SHORT_OPENCV], ids=["cuda", "opencv"])
-def test_uint8_and_float_agree_and_inputs_are_not_changed(params):
+def test_uint8_and_float_agree_and_inputs_are_not_changed(params, path):
     images = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (2, 30, 40), dtype=np.uint8))
     for kind in (torch.uint8, torch.float32, torch.float64):
         first, second = images[:1].to(kind), images[1:].to(kind)
         copies = first.clone(), second.clone()
-        found = tvl1_flow(first, second, params=params)
+        found = tvl1_flow(first, second, params=params, path=path)
         assert torch.equal(first, copies[0])
         assert torch.equal(second, copies[1])
         if kind == torch.uint8:
@@ -180,31 +187,31 @@ def test_uint8_and_float_agree_and_inputs_are_not_changed(params):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 255.5])
-def test_values_outside_the_range_are_refused(value):
+def test_values_outside_the_range_are_refused(value, path):
     images = torch.full((2, 20, 20), 7.0)
     broken = images.clone()
     broken[1, 3, 4] = value
     for pair in ((images, broken), (broken, images)):
         with pytest.raises(ValueError, match=r"0\.\.255; found NaN or a value outside"):
-            tvl1_flow(*pair, params=SHORT)
+            tvl1_flow(*pair, params=SHORT, path=path)
     with pytest.raises(ValueError, match=r"0\.\.255"):
-        tvl1_clip_flow(broken, params=SHORT)
+        tvl1_clip_flow(broken, params=SHORT, path=path)
 
 
-def test_wrong_shapes_and_types_are_refused():
+def test_wrong_shapes_and_types_are_refused(path):
     images = torch.zeros(2, 20, 20)
     for other in (images[0], images[:1], torch.zeros(2, 20, 21), torch.zeros(2, 3, 20, 20)):
         with pytest.raises(ValueError, match="one shape"):
-            tvl1_flow(images, other, params=SHORT)
+            tvl1_flow(images, other, params=SHORT, path=path)
     with pytest.raises(ValueError, match="int64"):
-        tvl1_flow(images, images.long(), params=SHORT)
+        tvl1_flow(images, images.long(), params=SHORT, path=path)
     with pytest.raises(ValueError, match="step of at least 1"):
-        tvl1_clip_flow(images, params=SHORT, step=0)
+        tvl1_clip_flow(images, params=SHORT, step=0, path=path)
 
 
-def test_no_pairs_give_no_flow():
-    assert tvl1_flow(torch.zeros(0, 9, 8), torch.zeros(0, 9, 8), params=SHORT).shape == (0, 2, 9, 8)
-    assert tvl1_clip_flow(torch.zeros(2, 9, 8), params=SHORT, step=2).shape == (0, 2, 9, 8)
+def test_no_pairs_give_no_flow(path):
+    assert tvl1_flow(torch.zeros(0, 9, 8), torch.zeros(0, 9, 8), params=SHORT, path=path).shape == (0, 2, 9, 8)
+    assert tvl1_clip_flow(torch.zeros(2, 9, 8), params=SHORT, step=2, path=path).shape == (0, 2, 9, 8)
 
 
 # --- the same bits in any batch ---------------------------------------------------------------------------
@@ -227,39 +234,41 @@ def clip_of_mixed_motion():
 
 
 @pytest.mark.parametrize("name", EARLY)
-def test_a_pair_has_the_same_bits_in_any_batch(name, monkeypatch):
+def test_a_pair_has_the_same_bits_in_any_batch(name, monkeypatch, path):
     params, frames = EARLY[name], clip_of_mixed_motion()
     first, second = frames[:-1], frames[1:]
-    alone = torch.cat([tvl1_flow(first[i : i + 1], second[i : i + 1], params=params) for i in range(8)])
+    alone = torch.cat([tvl1_flow(first[i : i + 1], second[i : i + 1], params=params, path=path) for i in range(8)])
     order = torch.tensor([5, 2, 7, 0, 3, 3, 6, 1, 4])
-    assert torch.equal(tvl1_flow(first, second, params=params), alone)
-    assert torch.equal(tvl1_flow(first[order], second[order], params=params), alone[order])
-    monkeypatch.setattr(tvl1, "GROUP_PIXELS_CPU", 3 * 61 * 75)
-    monkeypatch.setattr(tvl1, "STRIP_PIXELS_CPU", 1234)
-    assert torch.equal(tvl1_flow(first, second, params=params), alone)
-    assert torch.equal(tvl1_clip_flow(frames, params=params), alone)
-    apart = tvl1_flow(frames[:-3], frames[3:], params=params)
-    assert torch.equal(tvl1_clip_flow(frames, params=params, step=3), apart)
+    assert torch.equal(tvl1_flow(first, second, params=params, path=path), alone)
+    assert torch.equal(tvl1_flow(first[order], second[order], params=params, path=path), alone[order])
+    monkeypatch.setattr(tvl1_torch, "GROUP_PIXELS_CPU", 3 * 61 * 75)
+    monkeypatch.setattr(tvl1_torch, "STRIP_PIXELS_CPU", 1234)
+    assert torch.equal(tvl1_flow(first, second, params=params, path=path), alone)
+    assert torch.equal(tvl1_clip_flow(frames, params=params, path=path), alone)
+    apart = tvl1_flow(frames[:-3], frames[3:], params=params, path=path)
+    assert torch.equal(tvl1_clip_flow(frames, params=params, step=3, path=path), apart)
 
 
 def test_pairs_of_a_batch_stop_at_different_iterations(monkeypatch):
     """The test above means nothing unless pairs leave the batch one after the other."""
     left = []
-    retire = tvl1.Iterations.retire
-    monkeypatch.setattr(tvl1.Iterations, "retire", lambda self, i: (left.append(self.active), retire(self, i))[1])
+    retire = tvl1_torch.Iterations.retire
+    monkeypatch.setattr(
+        tvl1_torch.Iterations, "retire", lambda self, i: (left.append(self.active), retire(self, i))[1]
+    )
     frames = clip_of_mixed_motion()
-    tvl1_flow(frames[:-1], frames[1:], params=EARLY["cuda"])
+    tvl1_flow(frames[:-1], frames[1:], params=EARLY["cuda"], path="torch")
     assert len(set(left)) > 4
 
 
 @pytest.mark.parametrize("params", [SHORT, SHORT_OPENCV], ids=["cuda", "opencv"])
-def test_the_number_of_threads_changes_no_bit(params):
+def test_the_number_of_threads_changes_no_bit(params, path):
     y, x = np.mgrid[:200, :260].astype(np.float64)  # large enough that torch uses its threads
     first, second = (torch.from_numpy(texture(x - shift, y))[None] for shift in (0, 1.5))
     params = replace(params, iterations=4, scales=2, warps=2)
-    one = tvl1_flow(first, second, params=params)
+    one = tvl1_flow(first, second, params=params, path=path)
     torch.set_num_threads(2)
-    assert torch.equal(tvl1_flow(first, second, params=params), one)
+    assert torch.equal(tvl1_flow(first, second, params=params, path=path), one)
 
 
 # --- OpenCV's CPU class -----------------------------------------------------------------------------------
@@ -284,8 +293,8 @@ def cv2_flow(first, second, *, params):
     return solver.calc(first, second, None).transpose(2, 0, 1)
 
 
-def assert_parity(first, second, params):
-    found = tvl1_flow(torch.from_numpy(first)[None], torch.from_numpy(second)[None], params=params)[0]
+def assert_parity(first, second, params, path):
+    found = tvl1_flow(torch.from_numpy(first)[None], torch.from_numpy(second)[None], params=params, path=path)[0]
     difference = endpoint_difference(found, cv2_flow(first, second, params=params))
     assert difference.mean() < 0.01
     assert np.percentile(difference, 99) < 0.1
@@ -299,20 +308,20 @@ FIXED = {
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_opencv_mode_follows_opencv_on_synthetic_motion(name):
+def test_opencv_mode_follows_opencv_on_synthetic_motion(name, path):
     def swirl(x, y):
         return 3 * np.sin(y / 17) + 0.02 * (x - 60), 2 * np.cos(x / 23)
 
     first, second, _ = moved(swirl, height=101, width=133)
-    assert_parity(first[0].numpy().astype(np.uint8), second[0].numpy().astype(np.uint8), FIXED[name])
+    assert_parity(first[0].numpy().astype(np.uint8), second[0].numpy().astype(np.uint8), FIXED[name], path)
 
 
-def test_opencv_mode_stops_when_opencv_does():
+def test_opencv_mode_stops_when_opencv_does(path):
     """OpenCV adds the error up in one float32, so it may stop an iteration apart: updates of ε = 0.01 px."""
     first, second, _ = moved(translation(2.6, -1))
     first, second = (image[0].numpy().astype(np.uint8) for image in (first, second))
     params = TVL1Params.opencv()
-    found = tvl1_flow(torch.from_numpy(first)[None], torch.from_numpy(second)[None], params=params)[0]
+    found = tvl1_flow(torch.from_numpy(first)[None], torch.from_numpy(second)[None], params=params, path=path)[0]
     assert endpoint_difference(found, cv2_flow(first, second, params=params)).mean() < 0.02
 
 
@@ -331,15 +340,17 @@ CLIPS += [("mmaction_test.avi", 20), ("rubber-whale.mp4", 2)]
 
 
 @pytest.mark.parametrize(("name", "frame"), CLIPS[:2])
-def test_opencv_mode_follows_opencv_on_real_clips(name, frame):
-    assert_parity(*video_pair(name, frame), TVL1Params(mode="opencv", median=5, iterations=30, epsilon=0))
+def test_opencv_mode_follows_opencv_on_real_clips(name, frame, path):
+    assert_parity(*video_pair(name, frame), TVL1Params(mode="opencv", median=5, iterations=30, epsilon=0), path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("iterations", [30, 300])
 @pytest.mark.parametrize(("name", "frame"), CLIPS)
-def test_opencv_mode_follows_opencv_on_all_real_clips(name, frame, iterations):
-    assert_parity(*video_pair(name, frame), TVL1Params(mode="opencv", median=5, iterations=iterations, epsilon=0))
+def test_opencv_mode_follows_opencv_on_all_real_clips(name, frame, iterations, path):
+    assert_parity(
+        *video_pair(name, frame), TVL1Params(mode="opencv", median=5, iterations=iterations, epsilon=0), path
+    )
 
 
 @pytest.mark.parametrize("size", [3, 5])
@@ -370,12 +381,13 @@ REFERENCE_CASES = {
 
 @pytest.mark.parametrize("name", REFERENCE_CASES)
 @pytest.mark.parametrize("shape", [(48, 61), (19, 33)])
-def test_cuda_mode_follows_the_slow_reference(name, shape):
+def test_cuda_mode_follows_the_slow_reference(name, shape, path):
     params = REFERENCE_CASES[name]
     first, second, _ = moved(lambda x, y: (2 + 0.02 * y, np.sin(x / 9)), height=shape[0], width=shape[1])
     first, second = first[0].numpy(), second[0].numpy()
     expected, _ = reference_flow(first, second, params=params)
-    found = tvl1_flow(torch.from_numpy(first)[None], torch.from_numpy(second)[None], params=params)[0].numpy()
+    images = (torch.from_numpy(image)[None] for image in (first, second))
+    found = tvl1_flow(*images, params=params, path=path)[0].numpy()
     difference = endpoint_difference(found, expected)
     assert np.abs(expected).mean() > 0.5
     assert difference.mean() < 1e-3
@@ -388,7 +400,7 @@ def test_cuda_mode_sums_the_error_when_the_reference_does(monkeypatch):
     params = TVL1Params(iterations=100)
     _, expected = reference_flow(first[0].numpy(), second[0].numpy(), params=params)
     counts = []
-    step, linearise = tvl1.Iterations.step, tvl1.Iterations.linearise
+    step, linearise = tvl1_torch.Iterations.step, tvl1_torch.Iterations.linearise
 
     def counted_linearise(self, *arguments):
         counts.append(0)
@@ -398,9 +410,9 @@ def test_cuda_mode_sums_the_error_when_the_reference_does(monkeypatch):
         counts[-1] += 1
         return step(self, with_error=with_error)
 
-    monkeypatch.setattr(tvl1.Iterations, "linearise", counted_linearise)
-    monkeypatch.setattr(tvl1.Iterations, "step", counted_step)
-    tvl1_flow(first, second, params=params)
+    monkeypatch.setattr(tvl1_torch.Iterations, "linearise", counted_linearise)
+    monkeypatch.setattr(tvl1_torch.Iterations, "step", counted_step)
+    tvl1_flow(first, second, params=params, path="torch")
     assert len(set(expected)) > 3
     assert counts == expected
 
@@ -426,7 +438,7 @@ def mean_error(flow, truth):
     return endpoint_difference(flow, truth)[known].mean()
 
 
-def check_middlebury(first, second, truth, *, preset):
+def check_middlebury(first, second, truth, *, preset, path):
     """Ours is at most OpenCV's mean error + .005 px in `opencv` mode, + .05 px in `opencv-cuda`.
 
     OpenCV's CUDA class needs a GPU and its own build, so the slow reference stands for it. Where 5 scales cannot
@@ -437,19 +449,19 @@ def check_middlebury(first, second, truth, *, preset):
         bound = mean_error(cv2_flow(first, second, params=params), truth) + 0.005
     else:
         bound = mean_error(reference_flow(first, second, params=params)[0], truth) + 0.05
-    found = tvl1_flow(torch.from_numpy(first)[None], torch.from_numpy(second)[None], params=params)[0]
+    found = tvl1_flow(torch.from_numpy(first)[None], torch.from_numpy(second)[None], params=params, path=path)[0]
     error = mean_error(found.numpy(), truth)
     print(f"{preset} {error:.4f}, at most {bound:.4f}")
     assert error <= bound
 
 
 @pytest.mark.parametrize("preset", ["default", "opencv", "accurate"])
-def test_middlebury_crop(preset):
-    check_middlebury(*middlebury("RubberWhale", crop=np.s_[100:260, 200:400]), preset=preset)
+def test_middlebury_crop(preset, path):
+    check_middlebury(*middlebury("RubberWhale", crop=np.s_[100:260, 200:400]), preset=preset, path=path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["default", "opencv", "accurate"])
 @pytest.mark.parametrize("name", ["Dimetrodon", "Grove2", "RubberWhale", "Urban2"])
-def test_middlebury(name, preset):
-    check_middlebury(*middlebury(name), preset=preset)
+def test_middlebury(name, preset, path):
+    check_middlebury(*middlebury(name), preset=preset, path=path)

@@ -1,0 +1,25 @@
+"""The C library of TV-L1's CPU path; everything else is in pyproject.toml.
+
+`optional`: without a C compiler the package installs all the same, and TV-L1 takes its torch path. The library has
+no Python in it, so Python's headers are not needed; it is called through ctypes.
+"""
+
+from setuptools import Extension, setup
+
+native = Extension(
+    "mmkd.pipeline._tvl1_native",
+    sources=["pipeline/tvl1_native.c"],
+    # Bits must not depend on what a compiler fuses or reorders; errno and traps would forbid vectors.
+    extra_compile_args=[
+        "-std=gnu11",
+        "-O3",
+        "-g0",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+    ],
+    libraries=["m"],
+    optional=True,
+)
+setup(ext_modules=[native])
