@@ -14,8 +14,9 @@ import torch
 from torch.nn import functional
 
 from mmkd.cache_tools.records import ClipFacts, ClipFrames, Float32Array, IntArray, UInt8Array, View
+from mmkd.pipeline.flow_methods import FlowMethod, sequence_flow
 from mmkd.pipeline.recipe import FlowRecipe
-from mmkd.pipeline.tvl1 import TVL1Params, tvl1_flow
+from mmkd.pipeline.tvl1 import TVL1Params
 
 FLOW_RULES = "flow-1: cv2 RGB2GRAY, INTER_LINEAR, last valid pair at the end"
 
@@ -95,8 +96,8 @@ def clip_flow(
     ends = pair_ends(starts, facts, recipe.step)
     used = np.union1d(starts, ends)
     grey = torch.from_numpy(grey_frames(clip.select(used), size)).to(device)
-    first, second = (grey[torch.from_numpy(np.searchsorted(used, side)).to(device)] for side in (starts, ends))
-    fields = tvl1_flow(first, second, params=tvl1_params(recipe))
+    firsts, seconds = (np.searchsorted(used, side) for side in (starts, ends))
+    fields = sequence_flow(grey, firsts, seconds, method=FlowMethod("tvl1", recipe.preset))
     return FlowFields(starts, round_flow(fields.cpu().numpy(), recipe))
 
 

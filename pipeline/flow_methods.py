@@ -106,7 +106,7 @@ def sequence_flow(frames: Tensor, firsts: IntArray, seconds: IntArray, *, method
     The same bits as `pair_flow`; where consecutive frames pair at one distance TV-L1 makes each pyramid once.
     """
     step = int(seconds[0] - firsts[0])
-    consecutive = len(frames) == len(firsts) + abs(step) and bool((np.diff(firsts) == 1).all())
+    consecutive = step != 0 and len(frames) == len(firsts) + abs(step) and bool((np.diff(firsts) == 1).all())
     if method.name == "tvl1" and consecutive and (np.diff(seconds) == 1).all():
         params = tvl1_preset(method)
         if step > 0:

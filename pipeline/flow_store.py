@@ -26,6 +26,7 @@ from mmkd.pipeline.flow import (
     positions_of,
 )
 from mmkd.pipeline.recipe import FlowRecipe
+from mmkd.pipeline.tvl1 import chosen_path
 
 
 class FlowStore:
@@ -34,10 +35,11 @@ class FlowStore:
     def __init__(self, directory: Path, recipe: FlowRecipe, device: str = "cpu") -> None:
         """Open the store below `directory` for one flow recipe and type of device (`cpu`, `cuda`).
 
-        Devices round differently, so each has fields of its own.
+        Devices and TV-L1's paths on them round differently, so each has fields of its own: machines that share the
+        store need not all have a compiler.
         """
         name = fingerprint(flow_identity(recipe) | {"decoder": DECODER_RULES})[:16]
-        self._directory = directory / (name if device == "cpu" else f"{name}-{device}")
+        self._directory = directory / f"{name}-{device}-{chosen_path(device)}"
         self._recipe = recipe
 
     def path(self, item: ClipVideo) -> Path:

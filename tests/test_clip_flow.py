@@ -12,7 +12,7 @@ from mmkd.cache_tools.canonical import canonical_view
 from mmkd.cache_tools.data import ClipVideo
 from mmkd.cache_tools.records import ClipFacts, ClipFrames, VideoFacts, View
 from mmkd.data_manifests.records import Clip
-from mmkd.pipeline import flow_store
+from mmkd.pipeline import flow_methods, flow_store
 from mmkd.pipeline.flow import (
     FlowFields,
     all_pairs,
@@ -175,6 +175,20 @@ def test_a_field_joins_frames_i_and_i_plus_step_whatever_else_was_decoded():
         np.testing.assert_allclose(middle, [step, step / 2], rtol=0.35)
 
 
+def test_consecutive_pairs_make_each_frames_pyramid_once_and_have_the_same_bits(monkeypatch):
+    clip, facts, starts = moving_clip(), facts_of(5, first=10), np.array([10, 11, 12, 13])
+    apart = np.concatenate(
+        [clip_flow(clip, facts, starts[[i]], recipe=FAST, device="cpu").fields for i in range(4)]
+    )
+    streamed = []
+    original = flow_methods.tvl1_clip_flow
+    monkeypatch.setattr(
+        flow_methods, "tvl1_clip_flow", lambda *a, **k: (streamed.append(len(a[0])), original(*a, **k))[1]
+    )
+    np.testing.assert_array_equal(clip_flow(clip, facts, starts, recipe=FAST, device="cpu").fields, apart)
+    assert streamed == [5]
+
+
 def test_a_one_frame_clip_has_one_field_of_zeros():
     flow = clip_flow(moving_clip(1), facts_of(1, first=10), np.array([10]), recipe=FAST, device="cpu")
     assert flow.fields.shape == (1, 2, 24, 32)
@@ -332,11 +346,13 @@ def test_a_pair_that_is_not_stored_is_refused(tmp_path):
         FlowRecipe(preset="fast", short_side_px=24, precision="uint8"),
     ],
 )
-def test_the_fields_of_another_recipe_are_never_read(tmp_path, recipe):
+def test_the_fields_of_another_recipe_are_never_read(tmp_path, recipe, monkeypatch):
     stored(tmp_path)
     assert FlowStore(tmp_path, FAST).has(item_of())
     assert not FlowStore(tmp_path, recipe).has(item_of())
     assert not FlowStore(tmp_path, FAST, "cuda").has(item_of()), "devices round differently"
+    monkeypatch.setattr(flow_store, "chosen_path", lambda device: "triton")
+    assert not FlowStore(tmp_path, FAST).has(item_of()), "so do paths"
 
 
 @pytest.mark.parametrize("other", [{"identity": "b" * 64}, {"first": 11}, {"count": 4}])
