@@ -18,6 +18,7 @@ from zarr.storage import MemoryStore
 
 from mmkd.cache_tools.layout import (
     RESERVED_NAMES,
+    VIEW_ARRAYS,
     SplitLayout,
     label_array,
     logits_array,
@@ -31,6 +32,7 @@ Objects = dict[str, bytes]
 """Object key within the Zarr group -> its bytes."""
 
 INNER_ROWS = 64
+STATIC_ROWS = 16384
 
 
 @dataclass(frozen=True)
@@ -77,19 +79,24 @@ def static_arrays(split: str, values: Mapping[str, Any], labels: Mapping[str, An
     return named | {label_array(split, head): value for head, value in labels.items()}
 
 
-def encode_group(static: Mapping[str, Any], specs: Iterable[tuple[ArraySpec, SplitLayout]]) -> Objects:
-    """Return all objects of a fresh group: metadata of every array, and the contents of the static ones."""
+def encode_group(
+    static: Mapping[str, Any], specs: Iterable[tuple[ArraySpec, SplitLayout]], view_blocks: Mapping[str, int]
+) -> Objects:
+    """Return all objects of a fresh group: metadata of every array, and the contents of the static ones.
+
+    `view_blocks` is split -> views in a block: what init writes of a view has the same blocks as the shards, so
+    that more views are new objects and change no old one.
+    """
     objects: dict[str, Buffer] = {}
     group = zarr.open_group(MemoryStore(objects), mode="w", zarr_format=3)
     codec = ZstdCodec(level=3, checksum=True)
     for name, value in static.items():
         dtype: Any = str if isinstance(value, list) else value.dtype
         shape = np.shape(value)
-        rows = min(shape[0], 16384)
         array = group.create_array(
             name,
             shape=shape,
-            chunks=(rows, *shape[1:]),
+            chunks=static_chunks(name, shape, view_blocks),
             dtype=dtype,
             compressors=codec,
             config={"write_empty_chunks": True},
@@ -108,6 +115,15 @@ def encode_group(static: Mapping[str, Any], specs: Iterable[tuple[ArraySpec, Spl
             config={"write_empty_chunks": True},
         )
     return {key: buffer.to_bytes() for key, buffer in objects.items()}
+
+
+def static_chunks(name: str, shape: tuple[int, ...], view_blocks: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the chunks of a static array: up to 16,384 rows of one block of views."""
+    rows = min(shape[0], STATIC_ROWS)
+    split, _, array = name.partition("/")
+    if array in VIEW_ARRAYS:
+        return rows, view_blocks[split], *shape[2:]
+    return rows, *shape[1:]
 
 
 def encode_block(name: str, metadata: bytes, *, start: tuple[int, int], block: npt.NDArray[Any]) -> Objects:
@@ -130,6 +146,15 @@ def decode_array(name: str, objects: Mapping[str, bytes]) -> npt.NDArray[Any]:
     """Decode a whole array from its metadata object and all its blocks."""
     array, _ = _open(name, objects)
     value: npt.NDArray[Any] = np.asarray(array[...])
+    return value
+
+
+def decode_block(
+    name: str, metadata: bytes, key: str, *, data: bytes, region: tuple[slice, slice]
+) -> npt.NDArray[Any]:
+    """Decode one shard's object of an array; `region` is its rows and views."""
+    array, _ = _open(name, {f"{name}/zarr.json": metadata, key: data})
+    value: npt.NDArray[Any] = np.asarray(array[region])
     return value
 
 

@@ -9,14 +9,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mmkd.cache_tools.arrays import Objects
-from mmkd.cache_tools.atomic import write_atomically
 from mmkd.cache_tools.fingerprints import canonical_json, fingerprint
-from mmkd.cache_tools.layout import SCHEMA, CachePaths, Shard
-from mmkd.data_manifests.errors import StorageError, VerificationError
+from mmkd.cache_tools.layout import SCHEMA, Shard, commit_key, group_key
+from mmkd.cache_tools.store import MissingObjectError, Store
+from mmkd.data_manifests.errors import VerificationError
+
+REPAIR = "run `mmkd-cache verify --repair` and then the build again, which computes that shard anew"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class CommitRecord:
             value["unusable"] = tuple(Unusable(**item) for item in value["unusable"])
             return cls(**value)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise VerificationError(f"{where} is damaged ({error}); run `mmkd-cache build` again") from error
+            raise VerificationError(f"{where} is damaged ({error}); {REPAIR}") from error
 
 
 def hash_objects(objects: Objects) -> dict[str, str]:
@@ -77,46 +78,36 @@ def hash_objects(objects: Objects) -> dict[str, str]:
     return {key: hashlib.sha256(data).hexdigest() for key, data in sorted(objects.items())}
 
 
-def publish(paths: CachePaths, shard: Shard, record: CommitRecord, objects: Objects) -> None:
+def publish(store: Store, shard: Shard, record: CommitRecord, objects: Objects) -> None:
     """Write the objects, then the record that makes them count; raise StorageError when the disk is full."""
     if hash_objects(objects) != dict(record.objects):
         raise ValueError(f"the record of {shard.name} does not describe the objects to publish")
     for key, data in objects.items():
-        write_atomically(paths.group / key, data)
-    write_atomically(paths.commit(shard, record.node), record.to_bytes())
+        store.write(group_key(key), data)
+    store.write(commit_key(shard, record.node, record.fingerprint), record.to_bytes())
 
 
-def read_commit(paths: CachePaths, shard: Shard, node: str) -> CommitRecord | None:
+def read_commit(store: Store, shard: Shard, node: str, fingerprint: str) -> CommitRecord | None:
     """Return the commit record of a node of a shard, or None when it was not completed."""
-    path = paths.commit(shard, node)
+    key = commit_key(shard, node, fingerprint)
     try:
-        record = CommitRecord.from_bytes(path.read_bytes(), str(path))
-    except FileNotFoundError:
+        record = CommitRecord.from_bytes(store.read(key), store.locate(key))
+    except MissingObjectError:
         return None
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    if (record.shard, record.node) != (shard.name, node):
+    if (record.shard, record.node, record.fingerprint) != (shard.name, node, fingerprint):
         raise VerificationError(
-            f"{path} is the record of {record.node} of {record.shard}; run `mmkd-cache build` again"
+            f"{store.locate(key)} is the record of {record.node} of {record.shard} (fingerprint "
+            f"{record.fingerprint[:16]}); {REPAIR}"
         )
     return record
 
 
-def read_verified(root: Path, key: str, sha256: str) -> bytes:
+def read_verified(store: Store, key: str, sha256: str) -> bytes:
     """Return the bytes of an object; raise VerificationError unless they have the recorded hash."""
-    path = root / key
-    if ".." in path.parts or root not in path.parents:
-        raise VerificationError(f"{root}: an object named {key!r} lies outside of it")
     try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise VerificationError(
-            f"{path} is missing; run `mmkd-cache build` again, which computes that shard anew"
-        ) from error
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        data = store.read(key)
+    except MissingObjectError:
+        raise VerificationError(f"{store.locate(key)} is missing; {REPAIR}") from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise VerificationError(
-            f"{path} is damaged (its hash differs); run `mmkd-cache build` again, which computes that shard anew"
-        )
+        raise VerificationError(f"{store.locate(key)} is damaged (its hash differs); {REPAIR}")
     return data

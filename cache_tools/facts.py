@@ -57,6 +57,8 @@ def probe_all(
     timeout_seconds = PROBE_SECONDS if limits is None else limits.clip_timeout_seconds
     probed = run_tasks(probe, missing, workers=min(workers, len(missing)), timeout_seconds=timeout_seconds)
     for position, result in probed:
+        if isinstance(result, StorageError):
+            raise result
         found[missing[position]] = result
         advance(1)
     return {video: facts for video, facts in found.items() if facts is not None}

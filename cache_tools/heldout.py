@@ -1,7 +1,8 @@
 """The held-out part of train: clips on which no expert trains, so that weights can be fitted on them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,3 +23,10 @@ class HeldOut:
         """Return (rows,) whether each clip is held out."""
         draws = [KeyedWords("held-out", dataset, clip_id, self.seed).unit() for clip_id in clip_ids]
         return np.array(draws) < self.fraction
+
+
+def common_held_out(parts: Iterable[Mapping[str, Any]]) -> HeldOut | None:
+    """Return the part that all experts left out, given each one's fraction and seed; None where there is none."""
+    found = {HeldOut(**part) for part in parts}
+    common = found.pop() if len(found) == 1 else None
+    return common if common and common.fraction else None

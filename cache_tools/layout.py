@@ -1,4 +1,4 @@
-"""Every path, array name, shape and block of a cache, in one place.
+"""Every key, array name, shape and block of a cache, in one place.
 
 CACHE/
   init.json                      what was asked for: recipe, fingerprints, blocks, hashes of the static objects
@@ -15,20 +15,26 @@ CACHE/
     <split>/<expert>/logits/<head>   (padded rows, views, classes) float16, minus the row's maximum
     <split>/<expert>/maximum/<head>  (padded rows, views) float32
     <split>/<expert>/status          (padded rows, views) uint8, see Status
-  commits/<split>/<node>/<row block>-<view block>.json   the commit records; a node is `thumbprint` or an expert
-  journal.jsonl                  hosts, times and rates; the only part that differs from build to build
-  root.json                      written last: hashes of all records; readers start here
+  commits/<split>/<node>/<fingerprint>/<row block>-<view block>.json   the commit records; a node is `thumbprint`
+                                 or an expert, the folder after it the start of its fingerprint
+  index.jsonl                    all commit records in one object, so that a reader opens three
+  root.json                      written last: hashes of init.json and index.jsonl; readers start here
+  journal/                       hosts, times and rates; the only part that differs from build to build
+  tasks/, claims/, .tmp/         who is at work on what; gone when the build is finished
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 
-SCHEMA = "mmkd-cache-1"
+SCHEMA = "mmkd-cache-2"
 THUMBPRINT = "thumbprint"
+INIT, ROOT, INDEX = "init.json", "root.json", "index.jsonl"
+GROUP, COMMITS, CLAIMS, TASKS, JOURNAL = "targets.zarr", "commits", "claims", "tasks", "journal"
 RESERVED_NAMES = {THUMBPRINT, "clip_id", "label", "video_identity", "facts", "frame_index", "crop_xywh", "flip"}
 """Names beside the experts' within a split: no expert may have one."""
+VIEW_ARRAYS = {"frame_index", "crop_xywh", "flip"}
+"""The static arrays whose second axis is the view."""
 
 
 class Status(IntEnum):
@@ -106,41 +112,25 @@ class Shard:
         return f"{self.split.name}/{self.row_block}-{self.view_block}"
 
 
-@dataclass(frozen=True)
-class CachePaths:
-    """The files of one cache directory."""
+def group_key(key: str) -> str:
+    """Return the store's key of an object of the Zarr group."""
+    return f"{GROUP}/{key}"
 
-    root: Path
-    """The directory that the user named."""
 
-    @property
-    def init(self) -> Path:
-        """What was asked for."""
-        return self.root / "init.json"
+def commit_key(shard: Shard, node: str, fingerprint: str) -> str:
+    """Return the key of the commit record of one node (thumbprint or expert) of one shard."""
+    return f"{node_commits(shard.split.name, node, fingerprint)}/{shard.row_block}-{shard.view_block}.json"
 
-    @property
-    def final(self) -> Path:
-        """The root record, written last."""
-        return self.root / "root.json"
 
-    @property
-    def journal(self) -> Path:
-        """Hosts, times and rates."""
-        return self.root / "journal.jsonl"
+def node_commits(split: str, node: str, fingerprint: str) -> str:
+    """Return the folder of a node's commit records."""
+    return f"{COMMITS}/{split}/{node}/{fingerprint[:16]}"
 
-    @property
-    def group(self) -> Path:
-        """The Zarr group."""
-        return self.root / "targets.zarr"
 
-    @property
-    def commits(self) -> Path:
-        """The folder of commit records."""
-        return self.root / "commits"
-
-    def commit(self, shard: Shard, node: str) -> Path:
-        """Return the commit record of one node (thumbprint or expert) of one shard."""
-        return self.commits / shard.split.name / node / f"{shard.row_block}-{shard.view_block}.json"
+def block_key(array: str, shard: Shard, dimensions: int) -> str:
+    """Return the key, within the group, of a shard's one object in an array of that many dimensions."""
+    trailing = "/0" * (dimensions - 2)
+    return f"{array}/c/{shard.row_block}/{shard.view_block}{trailing}"
 
 
 def thumbprint_arrays(split: str) -> tuple[str, str]:

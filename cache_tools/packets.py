@@ -7,6 +7,7 @@ presentation time stamp (pts) of the packets that show a frame. The index costs 
 in any decoder that was measured.
 """
 
+import errno
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +22,20 @@ from av.stream import Disposition
 
 from mmkd.cache_tools.containers import is_cut_short
 from mmkd.cache_tools.records import Float64Array, IntArray
-from mmkd.data_manifests.errors import VideoError
+from mmkd.data_manifests.errors import StorageError, VideoError
 
 CONTAINERS = "matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,asf,flv,ogg,mpegts"
 """FFmpeg's names of the containers that may be opened at all: playlists and images could name other files."""
+MACHINE_FAULTS = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOMEM,
+    errno.ENFILE,
+    errno.EMFILE,
+    errno.ETIMEDOUT,
+    errno.EREMOTEIO,
+}
+"""Errors that say nothing about a video: another attempt may succeed."""
 MPEG4_FRAME_START = b"\x00\x00\x01\xb6"
 NOT_EXACT = {"mpegts": "MPEG-TS cannot be read exactly; remux it: ffmpeg -i IN.ts -c copy OUT.mkv"}
 
@@ -103,6 +114,8 @@ def open_video(path: Path, limits: Limits) -> Iterator[tuple[Any, Any]]:
             stream.codec_context.thread_type = "NONE"
             yield container, stream
     except av.error.FFmpegError as error:
+        if error.errno in MACHINE_FAULTS:
+            raise StorageError(f"cannot read {path}: {error.strerror}") from error
         raise VideoError(f"cannot be decoded: {error.strerror}") from error
     except UnicodeError as error:
         raise VideoError("the container's text is not UTF-8") from error

@@ -44,12 +44,14 @@ def run_tasks(
     *,
     workers: int,
     timeout_seconds: float | None = None,
-) -> Generator[tuple[int, Result | VideoError], None, None]:
+    doubt_errors: bool = False,
+) -> Generator[tuple[int, Result | VideoError | StorageError], None, None]:
     """Yield (position, `function(item)`) in the order of `items`, computed in `workers` processes.
 
-    A VideoError raised by the function is its item's value. A worker that dies or takes longer than
-    `timeout_seconds` is replaced and its item tried once more in a fresh one, then a VideoError is its value.
-    Any other exception is raised here. Closing the generator kills the workers. `workers=0` runs inline, for
+    A VideoError raised by the function is its item's value, with `doubt_errors` only when it repeats in a fresh
+    worker. A worker that dies or takes longer than `timeout_seconds` is replaced and its item tried once more in a
+    fresh one, then a VideoError is its value; so is a StorageError, a fault of the machine and not of the item. Any
+    other exception is raised here. Closing the generator kills the workers. `workers=0` runs inline, for
     tests and tiny jobs: without protection from death and time.
     """
     if workers < 0:
@@ -58,25 +60,25 @@ def run_tasks(
         return _run_inline(function, items)
     if getattr(function, "__module__", None) == "__main__":
         raise ValueError("a worker cannot import a function from __main__; define it in a module")
-    return _run_in_workers(function, items, workers, timeout_seconds)
+    minders = _Minders(pickle.dumps(function, protocol=5), timeout_seconds, doubt_errors)
+    return _run_in_workers(minders, items, workers)
 
 
 def _run_inline(
     function: Callable[[Item], Result], items: Iterable[Item]
-) -> Generator[tuple[int, Result | VideoError], None, None]:
+) -> Generator[tuple[int, Result | VideoError | StorageError], None, None]:
     for index, item in enumerate(items):
-        value: Result | VideoError
+        value: Result | VideoError | StorageError
         try:
             value = function(item)
-        except VideoError as error:
+        except (VideoError, StorageError) as error:
             value = error
         yield index, value
 
 
 def _run_in_workers(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int, timeout_seconds: float | None
-) -> Generator[tuple[int, Result | VideoError], None, None]:
-    minders = _Minders(pickle.dumps(function, protocol=5), timeout_seconds)
+    minders: "_Minders", items: Iterable[Any], workers: int
+) -> Generator[tuple[int, Any], None, None]:
     executor = ThreadPoolExecutor(workers, "mmkd-worker", initializer=minders.begin_thread)
     waiting: deque[Future[Any]] = deque()
     delivered = 0
@@ -98,8 +100,9 @@ def _run_in_workers(
 class _Minders:
     """What the minding threads share: the function, the time limit and the workers to kill at the end."""
 
-    def __init__(self, function: bytes, timeout_seconds: float | None) -> None:
+    def __init__(self, function: bytes, timeout_seconds: float | None, doubt_errors: bool) -> None:
         self._function = function
+        self._doubted = (VideoError, StorageError) if doubt_errors else (StorageError,)
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
         self._workers: set[_Worker] = set()
@@ -112,16 +115,18 @@ class _Minders:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
     def call(self, item: object) -> object:
-        """Run one item in this thread's worker; the value is the result or a VideoError."""
-        reason = ""
+        """Run one item in this thread's worker; the value is the result, a VideoError or a StorageError."""
+        value: object = None
         for _ in range(ATTEMPTS):
             worker = self._worker()
             try:
-                return worker.call(item, self._timeout_seconds)
+                value = worker.call(item, self._timeout_seconds)
+                if not isinstance(value, self._doubted):
+                    return value
             except _WorkerLostError as error:
-                reason = str(error)
-                self._discard(worker)
-        return VideoError(reason)
+                value = VideoError(str(error))
+            self._discard(worker)
+        return value
 
     def kill_all(self) -> None:
         """Kill every worker and start no other; the threads that wait for them then end."""
@@ -242,7 +247,7 @@ def _reply(
     try:
         value = function(item)
         message = pickle.dumps((False, None if acknowledge else value), protocol=5)
-    except VideoError as error:
+    except (VideoError, StorageError) as error:
         message = pickle.dumps((False, error))
     except Exception as error:
         message = _dump_exception(error)

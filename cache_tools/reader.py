@@ -4,9 +4,8 @@ Arrays are read whole, once, in order; random access is the caller's, in memory.
 finished has no root record and is refused.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +14,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.arrays import decode_array
+from mmkd.cache_tools.arrays import decode_array, decode_block
 from mmkd.cache_tools.commits import CommitRecord, Unusable, read_verified
-from mmkd.cache_tools.heldout import HeldOut
+from mmkd.cache_tools.finalize import check_schema, read_init, split_layouts, unsealed
+from mmkd.cache_tools.fingerprints import fingerprint
+from mmkd.cache_tools.heldout import HeldOut, common_held_out
 from mmkd.cache_tools.layout import (
-    SCHEMA,
+    INDEX,
+    INIT,
+    ROOT,
     THUMBPRINT,
-    CachePaths,
     SplitLayout,
     Status,
+    block_key,
+    group_key,
     label_array,
     logits_array,
     maximum_array,
@@ -32,6 +36,7 @@ from mmkd.cache_tools.layout import (
 )
 from mmkd.cache_tools.precision import decode_logits
 from mmkd.cache_tools.records import ClipFacts, Float32Array, IntArray, UInt8Array, View
+from mmkd.cache_tools.store import MissingObjectError, Store, open_store
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.records import Head
 
@@ -85,32 +90,34 @@ class SplitTable:
 class CacheReader:
     """A finished cache, opened for reading."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, location: Path | str | Store) -> None:
         """Open the cache; raise InputError when it is none or unfinished, VerificationError when damaged."""
-        self.paths = CachePaths(directory)
-        if not self.paths.init.is_file():
-            raise InputError(f"{directory} is not a cache; make one with `mmkd-cache build`")
-        if not self.paths.final.is_file():
-            raise InputError(f"the cache {directory} is not finished; run the same `mmkd-cache build` again")
-        root = _json(self.paths.final.read_bytes(), self.paths.final)
-        if root.get("schema") != SCHEMA:
-            raise InputError(f"{directory} has schema {root.get('schema')!r}; this version reads {SCHEMA!r}")
-        self._check_seal(root)
-        init_bytes = read_verified(directory, "init.json", root["init"])
-        self.init: dict[str, Any] = _json(init_bytes, self.paths.init)
+        self.store = open_store(location) if isinstance(location, (Path, str)) else location
+        root = self._root()
+        self.fingerprint: str = fingerprint(root)
+        """Over everything that the cache holds."""
+        self.init: dict[str, Any] = unsealed(
+            read_verified(self.store, INIT, root["objects"][INIT]), self.store.locate(INIT)
+        )
+        self.records: list[CommitRecord] = []
         self.objects: dict[str, str] = dict(self.init["objects"])
         """Object key within the group -> SHA-256, over init and all commit records."""
-        self.records: list[CommitRecord] = []
-        for key, sha256 in root["records"].items():
-            record = CommitRecord.from_bytes(read_verified(directory, key, sha256), key)
+        index = read_verified(self.store, INDEX, root["objects"][INDEX])
+        for line in index.splitlines():
+            record = CommitRecord.from_bytes(line, self.store.locate(INDEX))
             self.records.append(record)
             self.objects.update(record.objects)
-        self.fingerprint: str = root["seal"]
 
-    def _check_seal(self, root: dict[str, Any]) -> None:
-        sealed = {key: value for key, value in root.items() if key != "seal"}
-        if seal(sealed) != root.get("seal"):
-            raise VerificationError(f"{self.paths.final} is damaged; delete it and run `mmkd-cache build` again")
+    def _root(self) -> dict[str, Any]:
+        try:
+            data = self.store.read(ROOT)
+        except MissingObjectError:
+            read_init(self.store)  # tells a folder that is no cache from an unfinished one
+            raise InputError(
+                f"the cache {self.store.locate()} is not finished; run the same `mmkd-cache build` again"
+            ) from None
+        check_schema(data, self.store.locate())
+        return unsealed(data, self.store.locate(ROOT))
 
     @property
     def dataset(self) -> str:
@@ -130,13 +137,12 @@ class CacheReader:
     @property
     def held_out(self) -> HeldOut | None:
         """The part of train on which no expert trained, or None where there is none."""
-        value = self.init["held_out"]
-        return HeldOut(**value) if value else None
+        return common_held_out(self.init["held_out"].values())
 
     @cached_property
     def layouts(self) -> dict[str, SplitLayout]:
         """Split name -> its rows, views and blocks."""
-        return {item["name"]: SplitLayout(**item) for item in self.init["splits"]}
+        return split_layouts(self.init)
 
     def layout(self, split: str) -> SplitLayout:
         """Return the layout of a split; raise InputError naming the splits there are for another."""
@@ -191,23 +197,36 @@ class CacheReader:
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """Read one array whole, each object checked against its hash."""
-        keys = [key for key in self.objects if key.startswith(f"{name}/")]
-        objects = {key: read_verified(self.paths.group, key, self.objects[key]) for key in keys}
-        if f"{name}/zarr.json" not in objects:
-            raise VerificationError(f"{self.paths.root} holds no array {name!r}")
-        return decode_array(name, objects)
+        keys = self._keys(name)
+        return decode_array(
+            name, {key: read_verified(self.store, group_key(key), self.objects[key]) for key in keys}
+        )
 
+    def blocks(self, split: str, name: str) -> Iterator[tuple[slice, slice, npt.NDArray[Any]]]:
+        """Yield (rows, views, values) of a sharded array, one verified shard at a time, without the padding."""
+        metadata_key = f"{name}/zarr.json"
+        keys = set(self._keys(name))
+        metadata = read_verified(self.store, group_key(metadata_key), self.objects[metadata_key])
+        dimensions = len(json.loads(metadata)["shape"])
+        for shard in self.layout(split).shards():
+            key = block_key(name, shard, dimensions)
+            if key not in keys:
+                raise VerificationError(f"{self.store.locate()}: {name} lacks {shard.name}")
+            data = read_verified(self.store, group_key(key), self.objects[key])
+            rows = slice(shard.rows.start, shard.rows.stop)
+            views = slice(shard.views.start, shard.views.stop)
+            yield rows, views, decode_block(name, metadata, key, data=data, region=(rows, views))
 
-def seal(fields: Mapping[str, Any]) -> str:
-    """Return the hash that closes the root record."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    def _keys(self, name: str) -> list[str]:
+        keys = self._by_array.get(name)
+        if not keys:
+            raise VerificationError(f"{self.store.locate()} holds no array {name!r}")
+        return keys
 
-
-def _json(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise VerificationError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise VerificationError(f"{path} is damaged: not a JSON object")
-    return value
+    @cached_property
+    def _by_array(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for key in self.objects:
+            name = key.removesuffix("/zarr.json") if key.endswith("/zarr.json") else key.rpartition("/c/")[0]
+            found.setdefault(name, []).append(key)
+        return found

@@ -1,73 +1,48 @@
 """The build: the data's way from video files to a cache, from top to bottom of this file.
 
-    plan      manifest, facts of every video, views of every clip, experts -> a started cache
-    prepare   decoding processes read each clip once for all its views      (mmkd.pipeline.prepare)
+    plan      manifest, facts of every video, views of every clip, experts   (mmkd.pipeline.build_plan)
+    start     static part of the cache written, or the one there checked     (mmkd.pipeline.cache_init)
+    claim     each shard by one of any number of tasks                       (mmkd.cache_tools.claims)
+    prepare   decoding processes read each clip once for all its views       (mmkd.pipeline.prepare)
     flow      TV-L1 in the same processes on a CPU, here on a GPU            (mmkd.pipeline.flow)
     experts   logits in batches that depend on the shard alone               (mmkd.pipeline.shard_block)
     write     objects, then the commit record of each node                   (mmkd.cache_tools.commits)
-    finalize  one root record with the hashes of all records
+    finalize  one root record over all records                               (mmkd.cache_tools.finalize)
 
-Killed at any instant it loses the shards in flight: the next run finds what is committed and checks its bytes.
+Killed at any instant it loses the shards in flight: the next run computes what has no commit record.
 """
 
 import dataclasses
-import json
-import socket
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Collection, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmkd.cache_tools.arrays import Objects
-from mmkd.cache_tools.atomic import write_atomically
-from mmkd.cache_tools.commits import publish, read_commit, read_verified
-from mmkd.cache_tools.data import ClipSet, ClipVideo
-from mmkd.cache_tools.fingerprints import file_sha256, fingerprint
+from mmkd.cache_tools.claims import Claims
+from mmkd.cache_tools.commits import publish
+from mmkd.cache_tools.data import ClipVideo
+from mmkd.cache_tools.finalize import finalize, missing_nodes
 from mmkd.cache_tools.interrupt import StopRequest, stop_on_signals
-from mmkd.cache_tools.layout import SCHEMA, THUMBPRINT, CachePaths, Shard, SplitLayout
+from mmkd.cache_tools.journal import Journal
+from mmkd.cache_tools.layout import THUMBPRINT, commit_key
 from mmkd.cache_tools.pool import run_tasks
 from mmkd.cache_tools.progress import Progress
-from mmkd.cache_tools.reader import CacheReader, seal
-from mmkd.cache_tools.records import View
-from mmkd.data_manifests.errors import InterruptedByUserError, VerificationError, VideoError
-from mmkd.data_manifests.records import Manifest
-from mmkd.pipeline.boxes import BoxFile
-from mmkd.pipeline.cache_init import (
-    SplitPlan,
-    base_fields,
-    draw_views,
-    expert_fingerprint,
-    initialise,
-)
-from mmkd.pipeline.experts import Expert, common_held_out
+from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.records import ClipFrames
+from mmkd.cache_tools.store import Store, open_store
+from mmkd.cache_tools.tasks import Others, Task, new_task_id
+from mmkd.data_manifests.errors import InterruptedByUserError, StorageError, VideoError
+from mmkd.pipeline.build_plan import BuildPlan, ShardWork, committed_nodes, count_clips, pending_shards, plan_build
+from mmkd.pipeline.cache_init import initialise
+from mmkd.pipeline.experts import Expert
 from mmkd.pipeline.flow import clip_flow
 from mmkd.pipeline.prepare import ClipJob, FlowJob, PreparedClip, needed_pairs, prepare_clip
 from mmkd.pipeline.recipe import TeacherRecipe
-from mmkd.pipeline.shard_block import ShardBlock
+from mmkd.pipeline.shard_block import NodeResult, ShardBlock
 from mmkd.pipeline.stages import Stages
-from mmkd.pipeline.teacher import boxes_fields, check_teacher, open_boxes
-
-
-@dataclass(frozen=True)
-class BuildPlan:
-    """Everything that is known before the first clip is decoded."""
-
-    paths: CachePaths
-    """Where the cache lies."""
-    recipe: TeacherRecipe
-    """What was asked for."""
-    clip_set: ClipSet
-    """Manifest and videos."""
-    splits: tuple[SplitPlan, ...]
-    """Rows and views of each split."""
-    experts: tuple[Expert, ...]
-    """The teacher."""
-    boxes: BoxFile | None
-    """Object annotations, where an expert needs them."""
-    objects: Objects
-    """The static objects of the group, among them every array's metadata."""
-    fingerprints: dict[str, str]
-    """Node (thumbprint or expert) -> fingerprint."""
 
 
 @dataclass
@@ -76,236 +51,239 @@ class BuildReport:
 
     clips: int = 0
     """Clips computed by this run."""
-    skipped_shards: int = 0
-    """Shards that were already committed and whole."""
     shards: int = 0
     """Shards written by this run."""
+    skipped_shards: int = 0
+    """Shards that were already committed."""
+    left_shards: int = 0
+    """Shards without all their records when this run ended: other tasks compute them, or experts were not given."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Shard -> why the machine could not compute it."""
     unusable: dict[str, str] = field(default_factory=dict)
-    """split/clip id -> reason, over the whole cache."""
+    """split/clip id -> reason, over the whole cache, once it is finished."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Stage -> seconds; decode and flow on a CPU are summed over processes."""
 
-    def lines(self, out: Path) -> list[str]:
+    def lines(self, out: Path | str) -> list[str]:
         """Return the report for people."""
         total = self.seconds["total"]
         stages = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items() if name != "total")
         rate = f"{self.clips / total:.1f} clips/s" if self.clips else "nothing left to do"
+        left = f"; {self.left_shards} shards are left to other tasks or experts" if self.left_shards else ""
         return [
             f"{out}: {self.shards} shards built, {self.skipped_shards} were there; {self.clips} clips in "
-            f"{total:.1f} s, {rate}; {len(self.unusable)} unusable",
+            f"{total:.1f} s, {rate}; {len(self.unusable)} unusable{left}",
             *([f"time: {stages} (decode and flow summed over processes)"] if stages else []),
         ]
 
 
-def build(recipe: TeacherRecipe, experts: tuple[Expert, ...], out: Path) -> BuildReport:
-    """Build the cache in `out`, or finish the one there.
+def build(
+    recipe: TeacherRecipe,
+    experts: tuple[Expert, ...],
+    out: Path | str | Store,
+    *,
+    task: tuple[int, int] = (0, 1),
+    replace: Collection[str] = (),
+) -> BuildReport:
+    """Build the cache in `out`, or finish or extend the one there; `task` is (i, n) for task i of n.
 
+    Experts of the cache that are not given stay as they are; those named in `replace` are computed anew.
     Raises InputError, FingerprintError, StorageError, or InterruptedByUserError after a clean stop.
     """
-    plan = plan_build(recipe, experts, out)
-    report = BuildReport()
     began = time.perf_counter()
-    pending = list(pending_shards(plan, report))
-    with stop_on_signals() as stop:
-        build_shards(plan, pending, report, stop)
-    finalize(plan)
-    report.unusable = {
-        f"{split.layout.name}/{item.clip_id}": item.reason
-        for split in plan.splits
-        for items in CacheReader(out).unusable(split.layout.name).values()
-        for item in items
-    }
+    report = BuildReport()
+    plan = plan_build(recipe, experts)
+    task_id = new_task_id()
+    store = open_store(out, writer=task_id) if isinstance(out, (Path, str)) else out
+    with stop_on_signals() as stop, Task(store, task_id) as own:
+        others = Others(own)
+        others.sweep()
+        claims = Claims(own, others)
+        with claims:
+            init, metadata = initialise(
+                store,
+                plan.splits,
+                manifest=plan.clip_set.manifest,
+                base=plan.base,
+                experts=plan.nodes,
+                replace=replace,
+            )
+        pending, report.skipped_shards = pending_shards(plan, committed_nodes(store, init), task=task)
+        line = ShardLine(plan, store, claims=claims, metadata=metadata, pending=pending)
+        line.run(report, Journal(store, task_id), stop)
+        report.left_shards = len({shard.name for shard, _ in missing_nodes(store, init)})
+    if report.failed:
+        shard, reason = next(iter(report.failed.items()))
+        raise StorageError(
+            f"{len(report.failed)} shards failed; the first is {shard}: {reason}. Nothing else was lost; run again"
+        )
+    if not report.left_shards:
+        finalize(store)
+        report.unusable = unusable_clips(CacheReader(store))
     report.seconds["total"] = time.perf_counter() - began
     return report
 
 
-def plan_build(recipe: TeacherRecipe, experts: tuple[Expert, ...], out: Path) -> BuildPlan:
-    """Fix rows, views and fingerprints, and start the cache or check that the one there is the same."""
-    clip_set = ClipSet(recipe.data)
-    manifest = clip_set.manifest
-    check_teacher([expert.card for expert in experts], manifest, recipe)
-    splits = tuple(plan_split(name, clip_set, recipe) for name in cached_splits(manifest, recipe))
-    boxes = None
-    if any(expert.modality == "boxes" for expert in experts):
-        boxes = open_boxes(recipe.boxes, {clip.video for split in splits for clip in split.clips})
-    box_identity = boxes_fields(recipe.boxes) if boxes else None
-    base = base_fields(manifest, recipe.views, train_split=recipe.train_split, view_seed=recipe.view_seed)
-    fields = {
-        expert.name: expert.card.fingerprint_fields(box_identity) | {"batch_views": recipe.build.batch_views}
-        for expert in experts
-    }
-    paths = CachePaths(out)
-    held_out = common_held_out([expert.card for expert in experts])
-    objects = initialise(paths, splits, manifest=manifest, base=base, experts=fields, held_out=held_out)
-    nodes = {name: expert_fingerprint(base, value) for name, value in fields.items()}
-    return BuildPlan(
-        paths, recipe, clip_set, splits, experts, boxes, objects, {THUMBPRINT: fingerprint(base)} | nodes
-    )
-
-
-def cached_splits(manifest: Manifest, recipe: TeacherRecipe) -> tuple[str, ...]:
-    """Return the splits to cache: those asked for, or all in which some clip has a label."""
-    for name in (recipe.train_split, *(recipe.build.splits or ())):
-        manifest.split(name)
-    if recipe.build.splits is not None:
-        return recipe.build.splits
-    labelled = {clip.split for clip in manifest.clips if any(v is not None for v in clip.labels.values())}
-    return tuple(name for name in manifest.splits if name in labelled)
-
-
-def plan_split(name: str, clip_set: ClipSet, recipe: TeacherRecipe) -> SplitPlan:
-    """Probe a split's videos and draw its views: random ones for training, fixed ones for evaluation."""
-    clips = clip_set.manifest.split(name)
-    training = recipe.build.views if name == recipe.train_split else None
-    views = training or recipe.views.evaluation_views
-    shard_views = recipe.build.shard_views if training and recipe.build.shard_views else views
-    layout = SplitLayout(name, len(clips), views, recipe.build.shard_rows, shard_views)
-    items = clip_set.probe(clips)
-    drawn = [
-        draw_views(item, recipe.views, manifest=clip_set.manifest, seed=recipe.view_seed, training_views=training)
+def unusable_clips(reader: CacheReader) -> dict[str, str]:
+    """Return split/clip id -> reason of every clip that some expert has no logits for."""
+    return {
+        f"{split}/{item.clip_id}": item.reason
+        for split in reader.layouts
+        for items in reader.unusable(split).values()
         for item in items
-    ]
-    return SplitPlan(layout, clips, items, drawn)
+    }
 
 
-def pending_shards(plan: BuildPlan, report: BuildReport) -> Iterator[tuple[SplitPlan, Shard]]:
-    """Yield the shards of which a node is not committed, or not whole any more."""
-    for split in plan.splits:
-        for shard in split.layout.shards():
-            if all(is_whole(plan, shard, node) for node in plan.fingerprints):
-                report.skipped_shards += 1
-            else:
-                yield split, shard
+class ShardLine:
+    """Shards on their way from claim to commit, one task's share of a build."""
 
+    def __init__(
+        self, plan: BuildPlan, store: Store, *, claims: Claims, metadata: Objects, pending: list[ShardWork]
+    ) -> None:
+        """Compute `pending`; `metadata` holds every array's metadata object."""
+        self._plan, self._store, self._claims, self._metadata = plan, store, claims, metadata
+        self._pending = pending
+        self._claimed: deque[ShardWork] = deque()
 
-def is_whole(plan: BuildPlan, shard: Shard, node: str) -> bool:
-    """Return whether a node of a shard is committed under its fingerprint and all its bytes are right."""
-    try:
-        record = read_commit(plan.paths, shard, node)
-        if record is None or record.fingerprint != plan.fingerprints[node]:
-            return False
-        for key, sha256 in record.objects.items():
-            read_verified(plan.paths.group, key, sha256)
-    except VerificationError:
-        return False
-    return True
-
-
-def build_shards(
-    plan: BuildPlan, pending: list[tuple[SplitPlan, Shard]], report: BuildReport, stop: StopRequest
-) -> None:
-    """Compute and commit the shards in order, clips flowing through all of them without a pause."""
-    stage = Stages(report.seconds)
-    prepared = run_tasks(
-        prepare_clip,
-        clip_jobs(plan, pending),
-        workers=plan.recipe.data.workers,
-        timeout_seconds=plan.recipe.data.clip_timeout_seconds,
-    )
-    total = sum(len(shard.rows) for _, shard in pending)
-    try:
-        with Progress("building", total=total, unit="clip") as progress:
-            for split, shard in pending:
-                began = time.perf_counter()
-                block = ShardBlock(shard, plan.experts, plan.recipe, boxes=plan.boxes)
-                for row in shard.rows:
+    def run(self, report: BuildReport, journal: Journal, stop: StopRequest) -> None:
+        """Compute and commit the shards, clips flowing through all of them without a pause."""
+        recipe, stage = self._plan.recipe, Stages(report.seconds)
+        clips = run_tasks(
+            prepare_clip,
+            self._jobs(),
+            workers=recipe.data.workers,
+            timeout_seconds=recipe.data.clip_timeout_seconds,
+            doubt_errors=True,
+        )
+        current: OpenShard | None = None
+        try:
+            with closing(clips), Progress("building", total=count_clips(self._pending), unit="clip") as progress:
+                for clip in stage.waits(clip for _, clip in clips):
                     if stop.requested:
                         raise InterruptedByUserError("stopped; run the same command again to go on")
-                    add_clip(plan, block, split, row=row, prepared=prepared, stage=stage)
+                    current = current or OpenShard(self._plan, self._claimed[0], stage)
+                    current.add(clip)
                     progress.advance(1, note=stage.shares())
-                with stage("experts"):
-                    block.finish()
-                with stage("write"):
-                    write_shard(plan, block, split)
-                report.clips += len(shard.rows)
-                report.shards += 1
-                log_shard(plan, shard, time.perf_counter() - began)
-    finally:
-        prepared.close()
+                    if current.is_full:
+                        self._finish(current, report, journal)
+                        current = None
+        finally:
+            for work in self._claimed:
+                self._claims.release(work.shard)
+
+    def _jobs(self) -> Iterator[ClipJob]:
+        """Yield a job for each clip of each shard that nobody else holds, or has done meanwhile."""
+        for planned in self._pending:
+            if not self._claims.take(planned.shard):
+                continue
+            nodes = tuple(node for node in planned.nodes if not self._is_committed(planned, node))
+            work = dataclasses.replace(planned, nodes=nodes)
+            if not nodes:
+                self._claims.release(work.shard)
+                continue
+            self._claimed.append(work)
+            for row in work.shard.rows:
+                yield clip_job(self._plan, work, row)
+
+    def _finish(self, shard: "OpenShard", report: BuildReport, journal: Journal) -> None:
+        work = self._claimed.popleft()
+        name, rows = work.shard.name, len(work.shard.rows)
+        if shard.failure:
+            report.failed[name] = shard.failure
+            journal.add(shard=name, error=shard.failure)
+        else:
+            size_bytes = self._publish(shard)
+            report.clips += rows
+            report.shards += 1
+            journal.add(shard=name, rows=rows, bytes=size_bytes, seconds=round(shard.seconds, 3))
+        self._claims.release(work.shard)
+
+    def _publish(self, shard: "OpenShard") -> int:
+        """Write every node of a finished shard, unless another task took it over; return the bytes written."""
+        size_bytes = 0
+        for node, result in shard.results().items():
+            with shard.stage("write"):
+                if self._is_committed(shard.work, node) or not self._claims.holds(shard.work.shard):
+                    continue
+                objects = result.encode(self._metadata)
+                record = result.record(self._plan.fingerprints[node], objects)
+                publish(self._store, shard.work.shard, record, objects)
+                size_bytes += sum(map(len, objects.values()))
+        return size_bytes
+
+    def _is_committed(self, work: ShardWork, node: str) -> bool:
+        return self._store.exists(commit_key(work.shard, node, self._plan.fingerprints[node]))
 
 
-def add_clip(
-    plan: BuildPlan,
-    block: ShardBlock,
-    split: SplitPlan,
-    *,
-    row: int,
-    prepared: Iterator[tuple[int, PreparedClip | VideoError]],
-    stage: Stages,
-) -> None:
-    """Take the next prepared clip and give it to the experts; a clip that cannot be read fails its row alone."""
-    item = split.items[row]
-    if isinstance(item, VideoError):
-        block.fail(row, str(item))
-        return
-    with stage("wait"):
-        _, clip = next(prepared)
-    if isinstance(clip, VideoError):
-        block.fail(row, str(clip))
-        return
-    for name, seconds in clip.seconds.items():
-        stage.add(name, seconds)
-    views = shard_views(split, row, block.shard)
-    if clip.frames is not None:
-        with stage("flow"):
-            starts = needed_pairs(views, item, plan.recipe.flow.step)
-            device = str(plan.experts[0].device)
-            flow = clip_flow(clip.frames, item.facts, starts, recipe=plan.recipe.flow, device=device)
-            clip = dataclasses.replace(clip, flow=flow, frames=None)
-    with stage("experts"):
-        block.add(row, item, views, clip)
+class OpenShard:
+    """A shard that takes its clips, one after the other."""
+
+    def __init__(self, plan: BuildPlan, work: ShardWork, stage: Stages) -> None:
+        """Start with the shard's first row."""
+        self.work, self.stage = work, stage
+        self.failure = ""
+        """Why the machine could not compute the shard; empty as long as it can."""
+        self._plan, self._row = plan, work.shard.rows.start
+        self._began = time.perf_counter()
+        self._block = ShardBlock(
+            work.shard,
+            plan.experts_of(work.nodes),
+            plan.recipe,
+            boxes=plan.boxes,
+            thumbprints=THUMBPRINT in work.nodes,
+        )
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every row has come."""
+        return self._row == self.work.shard.rows.stop
+
+    @property
+    def seconds(self) -> float:
+        """Time since the first clip."""
+        return time.perf_counter() - self._began
+
+    def add(self, clip: PreparedClip | VideoError | StorageError) -> None:
+        """Give the next row's clip to the experts; one that cannot be read fails its row alone."""
+        row, self._row = self._row, self._row + 1
+        if self.failure:
+            return
+        if isinstance(clip, StorageError):
+            self.failure = f"clip {self.work.split.clips[row].clip_id!r}: {clip}"
+            return
+        if isinstance(clip, VideoError):
+            self._block.fail(row, str(clip))
+            return
+        for name, seconds in clip.seconds.items():
+            self.stage.add(name, seconds)
+        item, views = self.work.split.items[row], self.work.views(row)
+        if isinstance(item, VideoError):
+            raise TypeError(f"row {row} was prepared without facts")
+        if clip.frames is not None:
+            with self.stage("flow"):
+                clip = self._with_flow(clip, clip.frames, item)
+        with self.stage("experts"):
+            self._block.add(row, item, views, clip)
+
+    def _with_flow(self, clip: PreparedClip, frames: ClipFrames, item: ClipVideo) -> PreparedClip:
+        recipe = self._plan.recipe.flow
+        starts = needed_pairs(self.work.views(self._row - 1), item, recipe.step)
+        device = str(self._plan.experts[0].device)
+        return dataclasses.replace(
+            clip, flow=clip_flow(frames, item.facts, starts, recipe=recipe, device=device), frames=None
+        )
+
+    def results(self) -> dict[str, NodeResult]:
+        """Run what is still queued and return node -> result."""
+        with self.stage("experts"):
+            self._block.finish()
+        return self._block.results(self.work.split.clips)
 
 
-def shard_views(split: SplitPlan, row: int, shard: Shard) -> tuple[View, ...]:
-    """Return the views of a row that belong to a shard."""
-    return split.views[row][shard.views.start : shard.views.stop]
-
-
-def clip_jobs(plan: BuildPlan, pending: list[tuple[SplitPlan, Shard]]) -> Iterator[ClipJob]:
-    """Yield one job for each readable clip of the pending shards, in order."""
+def clip_job(plan: BuildPlan, work: ShardWork, row: int) -> ClipJob:
+    """Return the job of one clip: its views in the shard, and flow where a wanted expert sees it."""
     recipe = plan.recipe
     flow = None
-    if any(expert.modality == "flow" for expert in plan.experts):
+    if any(expert.modality == "flow" for expert in plan.experts_of(work.nodes)):
         flow = FlowJob(recipe.flow, recipe.scratch, plan.experts[0].device.type)
-    for split, shard in pending:
-        for row in shard.rows:
-            item = split.items[row]
-            if isinstance(item, ClipVideo):
-                views = shard_views(split, row, shard)
-                yield ClipJob(plan.clip_set.source, item, views, recipe.views.size_px, flow)
-
-
-def write_shard(plan: BuildPlan, block: ShardBlock, split: SplitPlan) -> None:
-    """Publish every node of a finished block: its objects, then its commit record."""
-    for node, result in block.results(split.clips).items():
-        objects = result.encode(plan.objects)
-        record = result.record(plan.fingerprints[node], objects)
-        publish(plan.paths, block.shard, record, objects)
-
-
-def finalize(plan: BuildPlan) -> None:
-    """Write the root record over all commit records; raise VerificationError when one is missing."""
-    records: dict[str, str] = {}
-    for split in plan.splits:
-        for shard in split.layout.shards():
-            for node in plan.fingerprints:
-                path = plan.paths.commit(shard, node)
-                if not path.is_file():
-                    raise VerificationError(f"{path} is missing; run `mmkd-cache build` again")
-                records[path.relative_to(plan.paths.root).as_posix()] = file_sha256(path)
-    root = {"schema": SCHEMA, "init": file_sha256(plan.paths.init), "records": records}
-    text = json.dumps(root | {"seal": seal(root)}, sort_keys=True, indent=1)
-    write_atomically(plan.paths.final, (text + "\n").encode())
-
-
-def log_shard(plan: BuildPlan, shard: Shard, seconds: float) -> None:
-    """Append host, time and rate to the journal; nothing ever depends on it."""
-    entry = {
-        "shard": shard.name,
-        "host": socket.gethostname(),
-        "unix_seconds": round(time.time(), 3),
-        "seconds": round(seconds, 3),
-        "clips_per_second": round(len(shard.rows) / seconds, 3),
-    }
-    with plan.paths.journal.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    return ClipJob(plan.clip_set.source, work.split.items[row], work.views(row), recipe.views.size_px, flow)

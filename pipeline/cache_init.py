@@ -1,33 +1,42 @@
 """Starting a cache: rows, views and fingerprints are fixed before the first clip is decoded, or found the same.
 
 `initialise` writes the static part of the group and init.json, or, where they exist, checks field by field that
-the build would compute the same numbers.
+the build would compute the same numbers, and lets the cache grow by experts and views.
 """
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from mmkd.cache_tools.arrays import Objects, encode_group, split_arrays, static_arrays
-from mmkd.cache_tools.atomic import write_atomically
 from mmkd.cache_tools.canonical import CANONICAL_RULES, THUMBNAIL_SIZE
 from mmkd.cache_tools.commits import hash_objects
 from mmkd.cache_tools.data import ClipVideo
-from mmkd.cache_tools.fingerprints import fingerprint, require_same
+from mmkd.cache_tools.finalize import read_init, seal
+from mmkd.cache_tools.fingerprints import require_same
 from mmkd.cache_tools.frames import DECODER_RULES
-from mmkd.cache_tools.heldout import HeldOut
-from mmkd.cache_tools.layout import SCHEMA, CachePaths, SplitLayout
-from mmkd.cache_tools.precision import FORMAT
+from mmkd.cache_tools.layout import GROUP, INDEX, INIT, ROOT, SCHEMA, SplitLayout, group_key
 from mmkd.cache_tools.records import View
+from mmkd.cache_tools.store import MissingObjectError, Store
 from mmkd.cache_tools.views import VIEW_RULES, ViewPolicy, evaluation_views, random_views
-from mmkd.data_manifests.errors import FingerprintError, VideoError
+from mmkd.data_manifests.errors import FingerprintError, InputError, VideoError
 from mmkd.data_manifests.records import Clip, Manifest
 
 NEW_PLACE = "Build into another directory, or restore what changed"
+
+
+@dataclass(frozen=True)
+class ExpertNode:
+    """What a cache keeps of an expert."""
+
+    fields: Mapping[str, Any]
+    """Everything that could change its logits, over the base."""
+    held_out: Mapping[str, Any]
+    """Fraction and seed of the training clips it did not see."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,6 @@ def base_fields(manifest: Manifest, policy: ViewPolicy, *, train_split: str, vie
         "view_rules": VIEW_RULES,
         "canonical": CANONICAL_RULES,
         "decoder": DECODER_RULES,
-        "precision": FORMAT,
     }
 
 
@@ -121,64 +129,110 @@ def static_values(plan: SplitPlan, manifest: Manifest, frames: int) -> dict[str,
 
 
 def initialise(
-    paths: CachePaths,
+    store: Store,
     plans: Sequence[SplitPlan],
     *,
     manifest: Manifest,
     base: Mapping[str, Any],
-    experts: Mapping[str, Mapping[str, Any]],
-    held_out: HeldOut | None,
-) -> Objects:
-    """Write a cache's static part, or check that the one there is the same; return its objects.
+    experts: Mapping[str, ExpertNode],
+    replace: Collection[str] = (),
+) -> tuple[dict[str, Any], Objects]:
+    """Write a cache's static part, or let the one there grow; return its init record and static objects.
 
-    Raises FingerprintError with a field-by-field difference when it is not.
+    A cache may be given further experts, more views, and other experts in the place of those named in `replace`.
+    Raises FingerprintError with a field-by-field difference for anything else that differs.
     """
+    fields = {name: dict(node.fields) for name, node in experts.items()}
+    held_out = {name: dict(node.held_out) for name, node in experts.items()}
+    layouts = [asdict(plan.layout) for plan in plans]
+    there = _stored_init(store)
+    if there is not None:
+        check_same(store.locate(), there, base=base, layouts=layouts, experts=fields, replace=replace)
+        fields, held_out = there["experts"] | fields, there["held_out"] | held_out
+    objects = static_objects(plans, manifest, fields, frames=base["views"]["frames"])
+    hashes = hash_objects(objects)
+    init: dict[str, Any] = {
+        "schema": SCHEMA,
+        "base": dict(base),
+        "experts": fields,
+        "splits": layouts,
+        "held_out": held_out,
+        "objects": hashes,
+        "environment": environment() if there is None else there["environment"],
+    }
+    if there is not None:
+        changed = [key for key, value in there["objects"].items() if hashes.get(key, value) != value]
+        if contents := [key for key in changed if not key.endswith("zarr.json")]:
+            raise FingerprintError(
+                f"{store.locate()}: the videos changed since the cache was started (in {contents[0]}). {NEW_PLACE}"
+            )
+    if there != init:
+        for key in (ROOT, INDEX):  # from here on the cache is unfinished
+            store.delete(key)
+    write_missing(store, objects)
+    if there != init:
+        # Written last: a group without it is a leftover, and is written again.
+        store.write(INIT, (json.dumps(seal(init), indent=1) + "\n").encode())
+    return init, objects
+
+
+def static_objects(
+    plans: Sequence[SplitPlan], manifest: Manifest, experts: Iterable[str], *, frames: int
+) -> Objects:
+    """Return what init writes of the Zarr group: every array's metadata and the contents of the static ones."""
     static: dict[str, Any] = {}
     specs = []
     heads = {head.name: len(head.classes) for head in manifest.heads}
+    experts = tuple(experts)
     for plan in plans:
-        static |= static_values(plan, manifest, base["views"]["frames"])
+        static |= static_values(plan, manifest, frames)
         arrays = split_arrays(plan.layout, experts, heads, thumbnail_size=THUMBNAIL_SIZE)
         specs += [(spec, plan.layout) for spec in arrays]
-    objects = encode_group(static, specs)
-    init = {
-        "schema": SCHEMA,
-        "base": dict(base),
-        "experts": {name: dict(fields) for name, fields in experts.items()},
-        "splits": [asdict(plan.layout) for plan in plans],
-        "held_out": asdict(held_out) if held_out else None,
-        "objects": hash_objects(objects),
-    }
-    if paths.init.exists():
-        _check_same(paths, init)
-    else:
-        for key, data in objects.items():
-            write_atomically(paths.group / key, data)
-        # Written last: a group without it is a leftover, and is written again.
-        write_atomically(paths.init, (json.dumps(init | {"environment": environment()}, indent=1) + "\n").encode())
-    return objects
+    return encode_group(static, specs, {plan.layout.name: plan.layout.shard_views for plan in plans})
 
 
-def _check_same(paths: CachePaths, init: Mapping[str, Any]) -> None:
-    stored = json.loads(paths.init.read_bytes())
-    for part, what in (
-        ("base", "the data or its views"),
-        ("experts", "the teacher"),
-        ("held_out", "the held-out part"),
-    ):
-        require_same({part: stored.get(part)}, {part: init[part]}, what=f"{paths.root}: {what}", advice=NEW_PLACE)
-    layouts = [{item["name"]: item for item in value["splits"]} for value in (stored, init)]
-    require_same(*layouts, what=f"{paths.root}: the layout", advice=NEW_PLACE)
-    changed = [key for key, value in init["objects"].items() if stored["objects"].get(key) != value]
-    if changed:
-        raise FingerprintError(
-            f"{paths.root}: the videos changed since the cache was started (in {changed[0]}). {NEW_PLACE}"
-        )
+def write_missing(store: Store, objects: Objects) -> None:
+    """Write those static objects that are absent or different: metadata of a group that grew, or a torn start."""
+    there = store.list(GROUP)
+    for key, data in objects.items():
+        stored = there.get(group_key(key))
+        if stored is None or stored.size_bytes != len(data) or store.read(group_key(key)) != data:
+            store.write(group_key(key), data)
 
 
-def expert_fingerprint(base: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
-    """Return the fingerprint of an expert's node: its own fields over the base."""
-    return fingerprint({"base": fingerprint(base), "expert": dict(fields)})
+def _stored_init(store: Store) -> dict[str, Any] | None:
+    try:
+        store.read(INIT)
+    except MissingObjectError:
+        return None
+    return read_init(store)
+
+
+def check_same(
+    where: str,
+    stored: Mapping[str, Any],
+    *,
+    base: Mapping[str, Any],
+    layouts: list[dict[str, Any]],
+    experts: Mapping[str, Mapping[str, Any]],
+    replace: Collection[str],
+) -> None:
+    """Raise FingerprintError unless the build would add to what is stored and change nothing of it."""
+    require_same({"base": stored["base"]}, {"base": base}, what=f"{where}: the data or its views", advice=NEW_PLACE)
+    old, new = ({item["name"]: dict(item) for item in items} for items in (stored["splits"], layouts))
+    for name in old.keys() & new.keys():
+        if new[name]["views"] > old[name]["views"]:
+            new[name]["views"] = old[name]["views"]
+    require_same(old, new, what=f"{where}: the layout", advice=f"Views can only be added. {NEW_PLACE}")
+    if unknown := set(replace) - set(experts):
+        raise InputError(f"--replace {sorted(unknown)[0]}: give that expert with --expert, too")
+    kept = {name: fields for name, fields in stored["experts"].items() if name in experts and name not in replace}
+    require_same(
+        {"experts": kept},
+        {"experts": {name: experts[name] for name in kept}},
+        what=f"{where}: the teacher",
+        advice="Give --replace NAME to compute that expert anew, or build into another directory",
+    )
 
 
 def environment() -> dict[str, str]:

@@ -185,8 +185,15 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
 @click.option(
     "--expert", "experts", multiple=True, required=True, type=FOLDER, help="Directory of an expert; repeatable."
 )
-@click.option("-o", "--out", required=True, type=FOLDER, help="Directory of the cache; an unfinished one goes on.")
+@click.option(
+    "-o", "--out", required=True, help="Directory (or URL) of the cache; one that is there goes on or grows."
+)
 @click.option("--views", type=int, help="Random views of each training clip.")
+@click.option("--replace", multiple=True, metavar="NAME", help="Compute this expert of the cache anew; repeatable.")
+@click.option("--task", type=click.IntRange(0), default=0, show_default=True, help="Number of this task, of --of.")
+@click.option(
+    "--of", "tasks", type=click.IntRange(1), default=1, show_default=True, help="Tasks that share the build."
+)
 @click.option(
     "--max-unusable", type=click.IntRange(0), default=0, show_default=True, help="Clips that may be unusable."
 )
@@ -195,8 +202,12 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
 def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
     """Run the teacher once over every clip's views and write its logits to a cache.
 
+    Any number of tasks may work on one cache; each computes what nobody else does. The last one finishes it.
+    A finished cache grows by more --views and further experts; those that are not given stay.
     Exit code 3: finished, but more clips are unusable than --max-unusable; 75: interrupted, run me again.
     """
+    if options["task"] >= options["tasks"]:
+        raise InputError(f"--task {options['task']} --of {options['tasks']}: tasks are counted from 0")
     named = _named(options) | {"build.views": options["views"]}
     recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
     from mmkd.pipeline.build import build as build_cache
@@ -204,11 +215,13 @@ def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
     from mmkd.student.devices import choose_device
 
     teacher = load_teacher(options["experts"], choose_device(options["device"]))
-    report = build_cache(recipe, teacher, options["out"])
+    task = options["task"], options["tasks"]
+    report = build_cache(recipe, teacher, options["out"], task=task, replace=options["replace"])
     value = {
         "clips": report.clips,
         "shards": report.shards,
         "skipped_shards": report.skipped_shards,
+        "left_shards": report.left_shards,
         "unusable": report.unusable,
         "seconds": report.seconds,
     }
@@ -222,9 +235,44 @@ def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
 
 
 @cli.command()
-@click.argument("cache", type=FOLDER)
+@click.argument("cache")
 @as_json
-def inspect(cache: Path, as_json: bool) -> None:
+def status(cache: str, as_json: bool) -> None:
+    """Print how far the build of a CACHE is: done, running, failed, rate, time left, bytes."""
+    from mmkd.cache_tools.status import read_status
+
+    found = read_status(cache)
+    print_result(asdict(found), as_json=as_json, lines=found.lines())
+
+
+@cli.command()
+@click.argument("cache")
+def finalize(cache: str) -> None:
+    """Finish a CACHE whose shards are all there (a build does so by itself); refuse one with holes."""
+    from mmkd.cache_tools.finalize import finalize as finalize_cache
+    from mmkd.cache_tools.store import open_store
+
+    finalize_cache(open_store(cache))
+    click.echo(f"{cache}: finished")
+
+
+@cli.command()
+@click.argument("cache")
+@click.option("--repair", is_flag=True, help="Remove what is damaged, so that the next build computes it anew.")
+@as_json
+def verify(cache: str, repair: bool, as_json: bool) -> None:
+    """Read every byte of a CACHE against its stored checksums; exit code 4 when one is wrong."""
+    from mmkd.cache_tools.verify import verify as verify_cache
+
+    report = verify_cache(cache, repair=repair)
+    print_result(asdict(report), as_json=as_json, lines=report.lines(cache))
+    report.check(cache)
+
+
+@cli.command()
+@click.argument("cache")
+@as_json
+def inspect(cache: str, as_json: bool) -> None:
     """Print what is in a CACHE: splits, views, experts, classes, unusable clips, sizes."""
     from mmkd.pipeline.inspect import describe, describe_lines
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from mmkd.cache_tools.atomic import write_atomically
 from mmkd.cache_tools.fingerprints import file_sha256
-from mmkd.cache_tools.heldout import HeldOut
 from mmkd.cache_tools.records import Float32Array
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.pipeline.recipe import ExpertRecipe
@@ -139,11 +138,3 @@ def load_expert(directory: Path, device: torch.device) -> Expert:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{directory}: expert.json does not describe its weights: {reason}") from error
     return Expert(card, network.to(device).eval(), device)
-
-
-def common_held_out(experts: list[ExpertCard]) -> HeldOut | None:
-    """Return the held-out part that all experts share, or None where there is none."""
-    parts = {json.dumps(card.held_out, sort_keys=True) for card in experts}
-    if len(parts) != 1 or not experts[0].held_out["fraction"]:
-        return None
-    return HeldOut(**experts[0].held_out)

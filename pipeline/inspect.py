@@ -1,5 +1,6 @@
 """What is in a cache, for people and for programs."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ LISTED = 20
 """Unusable clips that are printed for each split and expert; --json has all."""
 
 
-def describe(cache: Path) -> dict[str, Any]:
+def describe(cache: Path | str) -> dict[str, Any]:
     """Return everything worth knowing of a finished cache, as JSON values."""
     reader = CacheReader(cache)
     splits = {}
@@ -40,17 +41,20 @@ def describe(cache: Path) -> dict[str, Any]:
         "views": base["views"],
         "view_seed": base["view_seed"],
         "train_split": base["train_split"],
-        "held_out": reader.init["held_out"],
-        "precision": base["precision"],
+        "held_out": asdict(reader.held_out) if reader.held_out else None,
         "worst_kl_nats": max(
             (value for record in reader.records for value in record.worst_kl.values()), default=0.0
         ),
         "experts": {
-            name: {"modality": fields["modality"], "weights_sha256": fields["weights"]}
+            name: {
+                "modality": fields["modality"],
+                "weights_sha256": fields["weights"],
+                "precision": fields["precision"],
+            }
             for name, fields in reader.init["experts"].items()
         },
         "splits": splits,
-        "bytes": sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()),
+        "bytes": sum(stored.size_bytes for stored in reader.store.list().values()),
         "environment": reader.init["environment"],
     }
 
@@ -64,11 +68,11 @@ def describe_lines(found: dict[str, Any]) -> list[str]:
         f"fingerprint  {found['fingerprint'][:16]}",
         f"views        {views['sampling']}, {views['frames']} frames of {views['size_px']} x {views['size_px']}, "
         f"seed {found['view_seed']}",
-        f"stored as    {found['precision']}, worst error {found['worst_kl_nats']:.1e} nats; "
-        f"{found['bytes'] / 2**20:.1f} MiB",
+        f"stored       {found['bytes'] / 2**20:.1f} MiB, worst error {found['worst_kl_nats']:.1e} nats",
     ]
     for name, expert in found["experts"].items():
-        lines.append(f"expert       {name}: {expert['modality']}, weights {expert['weights_sha256'][:12]}")
+        weights = expert["weights_sha256"][:12]
+        lines.append(f"expert       {name}: {expert['modality']}, weights {weights}, {expert['precision']}")
     for name, split in found["splits"].items():
         lines.append(
             f"split        {name}: {split['clips']} clips x {split['views']} views, {split['shards']} shards"

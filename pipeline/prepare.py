@@ -39,8 +39,8 @@ class ClipJob:
 
     source: FrameSource
     """Where frames come from."""
-    item: ClipVideo
-    """The clip with its facts."""
+    item: ClipVideo | VideoError
+    """The clip with its facts, or why there are none."""
     views: tuple[View, ...]
     """The views wanted."""
     size_px: int
@@ -72,8 +72,10 @@ def needed_pairs(views: tuple[View, ...], item: ClipVideo, step: int) -> IntArra
 def prepare_clip(job: ClipJob) -> PreparedClip:
     """Decode the union of frames once, make the canonical views, and compute or fetch the flow.
 
-    Raises VideoError when the clip cannot be read exactly.
+    Raises VideoError when the clip cannot be read exactly, StorageError when the machine's reading fails.
     """
+    if isinstance(job.item, VideoError):
+        raise job.item
     began = time.perf_counter()
     sampled = [view.frame_indices for view in job.views]
     store = FlowStore(job.flow.store, job.flow.recipe, job.flow.device) if job.flow and job.flow.store else None

@@ -70,6 +70,7 @@ class BuildRecipe(Recipe):
     shard_rows: int = Field(512, ge=1, le=2048, description="clips in a shard")
     shard_views: int | None = Field(None, ge=1, description="views in a shard; divides views; null: all")
     batch_views: int = Field(32, ge=1, le=1024, description="views that an expert sees at once")
+    precision: Literal["fp16"] = Field("fp16", description="how logits are stored; see mmkd.cache_tools.precision")
 
     @model_validator(mode="after")
     def _views_divide(self) -> Self:

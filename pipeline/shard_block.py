@@ -127,10 +127,17 @@ class ShardBlock:
     """The results of one shard while it is computed."""
 
     def __init__(
-        self, shard: Shard, experts: Sequence[Expert], recipe: TeacherRecipe, *, boxes: BoxFile | None
+        self,
+        shard: Shard,
+        experts: Sequence[Expert],
+        recipe: TeacherRecipe,
+        *,
+        boxes: BoxFile | None,
+        thumbprints: bool = True,
     ) -> None:
-        """Start an empty block of a shard."""
+        """Start an empty block of a shard for those of its nodes that are wanted."""
         self.shard = shard
+        self._thumbprints = thumbprints
         self._recipe = recipe
         self._boxes = boxes
         shapes = InputShapes(recipe.views, recipe.boxes.max_boxes)
@@ -144,7 +151,7 @@ class ShardBlock:
     def add(self, row: int, item: ClipVideo, views: Sequence[View], clip: PreparedClip) -> None:
         """Give one prepared clip to every expert; boxes that are missing fail that expert alone."""
         position = row - self.shard.rows.start
-        for number, pixels in enumerate(clip.pixels):
+        for number, pixels in enumerate(clip.pixels if self._thumbprints else ()):
             self._hashes[position, number] = pixel_hash(pixels)
             self._thumbnails[position, number] = thumbnail(pixels)
         for batcher in self._batchers:
@@ -187,7 +194,7 @@ class ShardBlock:
         """Return node -> its result; `clips` are the split's rows."""
         names = thumbprint_arrays(self.shard.split.name)
         blocks: dict[str, npt.NDArray[Any]] = dict(zip(names, (self._hashes, self._thumbnails), strict=True))
-        nodes = {THUMBPRINT: NodeResult(self.shard, THUMBPRINT, blocks)}
+        nodes = {THUMBPRINT: NodeResult(self.shard, THUMBPRINT, blocks)} if self._thumbprints else {}
         return nodes | {batcher.expert.name: self._result(batcher, clips) for batcher in self._batchers}
 
     def _result(self, batcher: ExpertBatcher, clips: Sequence[Clip]) -> NodeResult:

@@ -1,8 +1,11 @@
 """Where a build's time goes: seconds per stage, and each stage's share of the wall clock."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 class Stages:
@@ -25,6 +28,17 @@ class Stages:
             yield
         finally:
             self.add(name, time.perf_counter() - began)
+
+    def waits(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield `items`, timing as `wait` how long each takes to come."""
+        source = iter(items)
+        while True:
+            with self("wait"):
+                try:
+                    item = next(source)
+                except StopIteration:
+                    return
+            yield item
 
     def shares(self) -> str:
         """Return e.g. `decode 41% flow 120% experts 38% write 1%` of the wall clock (workers add up)."""

@@ -16,7 +16,7 @@ from mmkd.cache_tools.interrupt import stop_on_signals
 from mmkd.cache_tools.pool import run_tasks
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.view_streams import DrawnViews
-from mmkd.data_manifests.errors import InputError, VideoError
+from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.data_manifests.records import Head
 from mmkd.pipeline.boxes import BoxesMissingError, BoxFile, boxes_at
 from mmkd.pipeline.expert_views import BoxViews, FlowViews
@@ -212,6 +212,8 @@ def fill_store(
             for index, result in results:
                 stop.check("the flow computed so far is kept")
                 item = clips[todo[index]]
+                if isinstance(result, StorageError):
+                    raise result
                 if isinstance(result, VideoError):
                     failed[todo[index]] = f"clip {item.clip.clip_id!r}: {result}"
                 elif result is not None:

@@ -8,14 +8,24 @@ from pathlib import Path
 import numpy as np
 
 from mmkd.cache_tools.arrays import encode_block, encode_group, split_arrays, static_arrays
-from mmkd.cache_tools.atomic import write_atomically
 from mmkd.cache_tools.canonical import THUMBNAIL_SIZE
 from mmkd.cache_tools.commits import CommitRecord, Unusable, hash_objects, publish
-from mmkd.cache_tools.fingerprints import file_sha256
+from mmkd.cache_tools.finalize import finalize, node_fingerprints, seal
 from mmkd.cache_tools.heldout import HeldOut
-from mmkd.cache_tools.layout import SCHEMA, CachePaths, Shard, SplitLayout, Status, logits_array, maximum_array
+from mmkd.cache_tools.layout import (
+    INIT,
+    SCHEMA,
+    THUMBPRINT,
+    Shard,
+    SplitLayout,
+    Status,
+    group_key,
+    logits_array,
+    maximum_array,
+    thumbprint_arrays,
+)
 from mmkd.cache_tools.precision import encode_logits
-from mmkd.cache_tools.reader import seal
+from mmkd.cache_tools.store import LocalStore
 from mmkd.data_manifests.records import Manifest
 
 FRAMES = 2
@@ -28,9 +38,9 @@ def write_cache(
     *,
     held_out: HeldOut | None = None,
     shard_rows: int = 4,
-) -> CachePaths:
+) -> LocalStore:
     """Write logits[split][expert][head] (rows, views, classes); an expert's NaN rows are stored as unusable."""
-    paths = CachePaths(root)
+    store = LocalStore(root)
     layouts = {
         name: SplitLayout(name, *next(iter(next(iter(experts.values())).values())).shape[:2], shard_rows, 1)
         for name, experts in logits.items()
@@ -42,9 +52,9 @@ def write_cache(
         static |= static_values(manifest, layout)
         arrays = split_arrays(layout, experts, heads, thumbnail_size=THUMBNAIL_SIZE)
         specs += [(spec, layout) for spec in arrays]
-    objects = encode_group(static, specs)
+    objects = encode_group(static, specs, dict.fromkeys(layouts, 1))
     for key, data in objects.items():
-        write_atomically(paths.group / key, data)
+        store.write(group_key(key), data)
     init = {
         "schema": SCHEMA,
         "base": {
@@ -52,22 +62,20 @@ def write_cache(
             "heads": {head.name: list(head.classes) for head in manifest.heads},
             "manifest": manifest.fingerprint(),
         },
-        "experts": {name: {} for name in experts},
+        "experts": {name: {"weights": name} for name in experts},
         "splits": [asdict(layout) for layout in layouts.values()],
-        "held_out": asdict(held_out) if held_out else None,
+        "held_out": {name: asdict(held_out or HeldOut(0.0, 0)) for name in experts},
         "objects": hash_objects(objects),
     }
-    write_atomically(paths.init, json.dumps(init).encode())
-    records = {}
+    store.write(INIT, json.dumps(seal(init)).encode())
+    nodes = node_fingerprints(init)
     for name, layout in layouts.items():
         for shard in layout.shards():
+            publish_thumbprints(store, shard, nodes[THUMBPRINT], objects)
             for expert in experts:
-                publish_shard(paths, shard, expert, logits[name][expert], objects)
-                path = paths.commit(shard, expert)
-                records[path.relative_to(root).as_posix()] = file_sha256(path)
-    final = {"schema": SCHEMA, "init": file_sha256(paths.init), "records": records}
-    write_atomically(paths.final, json.dumps(final | {"seal": seal(final)}).encode())
-    return paths
+                publish_shard(store, shard, expert, logits[name][expert], objects, nodes[expert])
+    finalize(store)
+    return store
 
 
 def static_values(manifest: Manifest, layout: SplitLayout) -> dict:
@@ -86,7 +94,22 @@ def static_values(manifest: Manifest, layout: SplitLayout) -> dict:
     return static_arrays(layout.name, values, labels)
 
 
-def publish_shard(paths: CachePaths, shard: Shard, expert: str, logits: Mapping, metadata: Mapping) -> None:
+def publish_thumbprints(store: LocalStore, shard: Shard, fingerprint: str, metadata: Mapping) -> None:
+    start = (shard.rows.start, shard.views.start)
+    grid = (shard.split.shard_rows, len(shard.views))
+    objects = {}
+    for name, block in zip(
+        thumbprint_arrays(shard.split.name),
+        (np.zeros(grid, np.uint64), np.zeros((*grid, THUMBNAIL_SIZE), np.uint8)),
+        strict=True,
+    ):
+        objects |= encode_block(name, metadata[f"{name}/zarr.json"], start=start, block=block)
+    publish(store, shard, CommitRecord(shard.name, THUMBPRINT, fingerprint, hash_objects(objects)), objects)
+
+
+def publish_shard(
+    store: LocalStore, shard: Shard, expert: str, logits: Mapping, metadata: Mapping, fingerprint: str
+) -> None:
     """Publish one expert's node of one shard."""
     split, rows = shard.split, slice(shard.rows.start, shard.rows.stop)
     start, count = (shard.rows.start, shard.views.start), len(shard.rows)
@@ -109,5 +132,5 @@ def publish_shard(paths: CachePaths, shard: Shard, expert: str, logits: Mapping,
         Unusable(start[0] + row, f"clip-{start[0] + row}", int(Status.FLOW_FAILED), "as the test wants it")
         for row in np.flatnonzero(~ok[:count].all(1)).tolist()
     )
-    record = CommitRecord(shard.name, expert, "f" * 64, hash_objects(objects), unusable)
-    publish(paths, shard, record, objects)
+    record = CommitRecord(shard.name, expert, fingerprint, hash_objects(objects), unusable)
+    publish(store, shard, record, objects)

@@ -10,7 +10,7 @@ import pytest
 
 from mmkd.cache_tools.data import clip_videos
 from mmkd.cache_tools.heldout import HeldOut
-from mmkd.cache_tools.layout import CachePaths
+from mmkd.cache_tools.layout import ROOT
 from mmkd.data_manifests.errors import VideoError
 from mmkd.data_manifests.records import Clip
 
@@ -229,7 +229,7 @@ def test_a_cache_of_another_manifest_is_refused(tiny, tmp_path):
 
 def test_an_unfinished_cache_is_refused(tiny, tmp_path):
     shutil.copytree(tiny.root / "cache", tmp_path / "cache")
-    CachePaths(tmp_path / "cache").final.unlink()
+    (tmp_path / "cache" / ROOT).unlink()
     error = refused(*train("--cache", tmp_path / "cache", *SHORT)(tiny, tmp_path))
     assert f"the cache {tmp_path / 'cache'} is not finished; run the same `mmkd-cache build` again" in error
 

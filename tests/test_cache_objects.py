@@ -33,16 +33,18 @@ from mmkd.cache_tools.commits import (
     read_commit,
     read_verified,
 )
-from mmkd.cache_tools.layout import CachePaths, Shard, SplitLayout
+from mmkd.cache_tools.layout import Shard, SplitLayout, commit_key, group_key
+from mmkd.cache_tools.store import LocalStore
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 
 SPLIT = SplitLayout("train", rows=13, views=4, shard_rows=6, shard_views=2)
 SPEC = ArraySpec("train/rgb/logits/action", (18, 4, 5), "float16", float("nan"))
+FINGERPRINT = "f" * 64
 META = f"{SPEC.name}/zarr.json"
 
 
 def group_of(*specs, split=SPLIT, static=None):
-    return encode_group(static or {}, [(spec, split) for spec in specs])
+    return encode_group(static or {}, [(spec, split) for spec in specs], {split.name: split.shard_views})
 
 
 def random_block(seed=0, shape=(6, 2, 5)):
@@ -204,28 +206,32 @@ def test_a_name_that_another_array_has_cannot_be_an_experts(name):
 @pytest.fixture
 def committed(tmp_path):
     """A cache with one published shard of one expert."""
-    paths, shard = CachePaths(tmp_path / "cache"), Shard(SPLIT, 1, 0)
+    store, shard = LocalStore(tmp_path / "cache"), Shard(SPLIT, 1, 0)
     objects = encode_block(SPEC.name, group_of(SPEC)[META], start=(6, 0), block=random_block())
     record = CommitRecord(
         shard=shard.name,
         node="rgb",
-        fingerprint="f" * 64,
+        fingerprint=FINGERPRINT,
         objects=hash_objects(objects),
         unusable=(Unusable(7, "clip-7", 1, "frames after 3 s: cannot decode"),),
         worst_kl={"action": 1.5e-7},
     )
-    publish(paths, shard, record, objects)
-    return paths, shard, record, objects
+    publish(store, shard, record, objects)
+    return store, shard, record, objects
+
+
+def path_of(store, shard, node="rgb"):
+    return store.root / commit_key(shard, node, FINGERPRINT)
 
 
 def test_a_published_shard_reads_back_whole(committed):
-    paths, shard, record, objects = committed
-    assert read_commit(paths, shard, "rgb") == record
+    store, shard, record, objects = committed
+    assert read_commit(store, shard, "rgb", FINGERPRINT) == record
     for key, data in objects.items():
-        assert read_verified(paths.group, key, record.objects[key]) == data
-    assert read_commit(paths, shard, "flow") is None
-    assert read_commit(paths, Shard(SPLIT, 0, 0), "rgb") is None
-    assert not [path for path in paths.root.rglob("*") if path.name.endswith(".tmp")]
+        assert read_verified(store, group_key(key), record.objects[key]) == data
+    assert read_commit(store, shard, "flow", FINGERPRINT) is None
+    assert read_commit(store, Shard(SPLIT, 0, 0), "rgb", FINGERPRINT) is None
+    assert not [path for path in (store.root / ".tmp").rglob("*") if path.is_file()]
 
 
 def test_records_of_equal_results_are_equal_bytes(committed):
@@ -236,85 +242,85 @@ def test_records_of_equal_results_are_equal_bytes(committed):
 
 
 def test_the_record_is_written_after_every_object(committed, monkeypatch):
-    paths, shard, record, objects = committed
+    store, shard, record, objects = committed
     objects = objects | {"train/rgb/status/c/1/0": b"more"}
     record = dataclasses.replace(record, objects=hash_objects(objects))
     written = []
-    monkeypatch.setattr("mmkd.cache_tools.commits.write_atomically", lambda path, data: written.append(path))
-    publish(paths, shard, record, objects)
-    assert written[-1] == paths.commit(shard, "rgb")
-    assert set(written[:-1]) == {paths.group / key for key in objects}
+    monkeypatch.setattr(store, "write", lambda key, data: written.append(store.root / key))
+    publish(store, shard, record, objects)
+    assert written[-1] == path_of(store, shard)
+    assert set(written[:-1]) == {store.root / group_key(key) for key in objects}
 
 
 def test_a_record_that_does_not_describe_the_objects_is_never_published(committed):
-    paths, shard, record, objects = committed
+    store, shard, record, objects = committed
     changed = {key: data + b"\0" for key, data in objects.items()}
-    before = paths.commit(shard, "rgb").read_bytes()
+    before = path_of(store, shard).read_bytes()
     with pytest.raises(ValueError, match="does not describe"):
-        publish(paths, shard, record, changed)
+        publish(store, shard, record, changed)
     with pytest.raises(ValueError, match="does not describe"):
-        publish(paths, shard, record, objects | {"extra": b""})
-    assert paths.commit(shard, "rgb").read_bytes() == before
-    assert not (paths.group / "extra").exists()
+        publish(store, shard, record, objects | {"extra": b""})
+    assert path_of(store, shard).read_bytes() == before
+    assert not (store.root / group_key("extra")).exists()
 
 
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:9] + b"!" + data[10:]]
 )
 def test_a_truncated_or_changed_object_is_refused(committed, damage):
-    paths, _, record, objects = committed
+    store, _, record, objects = committed
     (key,) = objects
-    path = paths.group / key
+    path = store.root / group_key(key)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(VerificationError, match=r"c/1/0/0 is damaged .*build"):
-        read_verified(paths.group, key, record.objects[key])
+        read_verified(store, group_key(key), record.objects[key])
 
 
 def test_a_missing_object_is_refused(committed):
-    paths, _, record, objects = committed
+    store, _, record, objects = committed
     (key,) = objects
-    (paths.group / key).unlink()
-    with pytest.raises(VerificationError, match=r"c/1/0/0 is missing; run `mmkd-cache build`"):
-        read_verified(paths.group, key, record.objects[key])
+    (store.root / group_key(key)).unlink()
+    with pytest.raises(VerificationError, match=r"c/1/0/0 is missing; run `mmkd-cache verify --repair`"):
+        read_verified(store, group_key(key), record.objects[key])
 
 
 def test_an_object_that_cannot_be_read_is_a_storage_error(committed):
-    paths, shard, record, objects = committed
+    store, shard, record, objects = committed
     (key,) = objects
-    (paths.group / key).unlink()
-    (paths.group / key).mkdir()
+    (store.root / group_key(key)).unlink()
+    (store.root / group_key(key)).mkdir()
     with pytest.raises(StorageError, match="cannot read"):
-        read_verified(paths.group, key, record.objects[key])
-    paths.commit(shard, "rgb").unlink()
-    paths.commit(shard, "rgb").mkdir()
+        read_verified(store, group_key(key), record.objects[key])
+    path_of(store, shard).unlink()
+    path_of(store, shard).mkdir()
     with pytest.raises(StorageError, match="cannot read"):
-        read_commit(paths, shard, "rgb")
+        read_commit(store, shard, "rgb", FINGERPRINT)
 
 
-@pytest.mark.parametrize("key", ["../init.json", "train/../../init.json", "/etc/hostname", "."])
+@pytest.mark.parametrize("key", ["../../init.json", "../init.json", "train/../../init.json"])
 def test_an_object_outside_of_the_group_is_never_read(committed, key):
-    paths = committed[0]
-    paths.init.write_bytes(b"")
+    store = committed[0]
+    (store.root.parent / "init.json").write_bytes(b"")
     empty = hash_objects({"": b""})[""]
     with pytest.raises(VerificationError, match="outside"):
-        read_verified(paths.group, key, empty)
+        read_verified(store, group_key(key), empty)
 
 
 def test_a_record_with_any_byte_changed_is_refused(committed):
-    paths, shard, record, _ = committed
-    path = paths.commit(shard, "rgb")
+    store, shard, record, _ = committed
+    path = path_of(store, shard)
     data = path.read_bytes()
     for position in range(len(data) - 1):
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
         with pytest.raises(VerificationError, match=r"1-0\.json is (damaged|of schema)"):
-            read_commit(paths, shard, "rgb")
+            read_commit(store, shard, "rgb", FINGERPRINT)
     path.write_bytes(data)
-    assert read_commit(paths, shard, "rgb") == record
+    assert read_commit(store, shard, "rgb", FINGERPRINT) == record
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"3", b'"text"', b"null", b"\xff", b'{"seal": 3}'])
 def test_what_is_no_record_is_refused(data):
-    with pytest.raises(VerificationError, match=r"here is damaged .*run `mmkd-cache build` again"):
+    with pytest.raises(VerificationError, match=r"here is damaged .*run `mmkd-cache verify --repair`"):
         CommitRecord.from_bytes(data, "here")
 
 
@@ -326,19 +332,19 @@ def test_a_truncated_record_is_refused(committed):
 
 
 def test_a_record_of_another_schema_is_refused(committed):
-    other = dataclasses.replace(committed[2], schema="mmkd-cache-2")
-    with pytest.raises(VerificationError, match=r"here is of schema 'mmkd-cache-2', this version reads"):
+    other = dataclasses.replace(committed[2], schema="mmkd-cache-1")
+    with pytest.raises(VerificationError, match=r"here is of schema 'mmkd-cache-1', this version reads"):
         CommitRecord.from_bytes(other.to_bytes(), "here")
 
 
 def test_a_record_in_another_shards_place_is_refused(committed):
-    paths, shard, *_ = committed
+    store, shard, *_ = committed
     for other, node in ((Shard(SPLIT, 0, 0), "rgb"), (shard, "flow")):
-        place = paths.commit(other, node)
+        place = path_of(store, other, node)
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(paths.commit(shard, "rgb").read_bytes())
+        place.write_bytes(path_of(store, shard).read_bytes())
         with pytest.raises(VerificationError, match="is the record of rgb of train/1-0"):
-            read_commit(paths, other, node)
+            read_commit(store, other, node, FINGERPRINT)
 
 
 def test_a_record_says_no_time_and_no_host(committed):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mmkd.cache_tools.heldout import HeldOut
+from mmkd.cache_tools.layout import GROUP
 from mmkd.cache_tools.mixing import mean_cross_entropy, softmin_weights
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.data_manifests.errors import InputError, VerificationError
@@ -277,36 +278,39 @@ def test_what_is_no_table_is_refused(tmp_path, text):
 
 
 def test_a_cache_of_which_an_object_is_missing_or_torn_is_refused(tmp_path):
-    paths = write_cache(tmp_path, make_manifest(), make_logits())
-    victim = paths.group / "train/flow/logits/noun/c/1/2/0"
+    write_cache(tmp_path, make_manifest(), make_logits())
+    victim = tmp_path / GROUP / "train/flow/logits/noun/c/1/2/0"
     data = victim.read_bytes()
     for damage in (None, b"", data[:-1], bytes([data[0] ^ 4]) + data[1:]):
         victim.unlink()
         if damage is not None:
             victim.write_bytes(damage)
-        with pytest.raises(VerificationError, match=r"noun/c/1/2/0 is (missing|damaged).*mmkd-cache build"):
+        with pytest.raises(VerificationError, match=r"noun/c/1/2/0 is (missing|damaged).*mmkd-cache verify"):
             CacheReader(tmp_path).logits("train", "flow")
         victim.write_bytes(data)
     CacheReader(tmp_path).logits("train", "flow")
 
 
-def test_a_cache_of_which_a_record_is_missing_or_changed_is_refused(tmp_path):
+def test_a_cache_of_which_the_index_is_missing_or_changed_is_refused(tmp_path):
     write_cache(tmp_path, make_manifest(), make_logits())
-    victim = tmp_path / "commits/train/flow/1-2.json"
+    victim = tmp_path / "index.jsonl"
     data = victim.read_bytes()
-    for damage in (None, b"", data.replace(b"ffff", b"eeee", 1)):
+    for damage in (None, b"", data.replace(b"rgb", b"gbr", 1)):
         victim.unlink()
         if damage is not None:
             victim.write_bytes(damage)
-        with pytest.raises(VerificationError, match=r"1-2\.json is (missing|damaged)"):
+        with pytest.raises(VerificationError, match=r"index\.jsonl is (missing|damaged)"):
             CacheReader(tmp_path)
         victim.write_bytes(data)
-    for name, code in (("root.json", "not finished"), ("init.json", "is not a cache")):
+    for name, error, code in (
+        ("root.json", InputError, "not finished"),
+        ("init.json", VerificationError, "init.json is missing"),
+    ):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
-        with pytest.raises(InputError, match=code):
+        with pytest.raises(error, match=code):
             CacheReader(tmp_path)
-        (tmp_path / name).write_bytes(content[:-2] + b" }")
+        (tmp_path / name).write_bytes(content.replace(b"a", b"b", 1))
         with pytest.raises(VerificationError, match="damaged"):
             CacheReader(tmp_path)
         (tmp_path / name).write_bytes(content)

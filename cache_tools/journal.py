@@ -1,0 +1,54 @@
+"""The journal: hosts, times and rates of a build, one file for each task and some hundred shards.
+
+Nothing that is computed ever depends on it; `mmkd-cache status` reads it.
+"""
+
+import json
+import socket
+import time
+from typing import Any
+
+from mmkd.cache_tools.layout import JOURNAL
+from mmkd.cache_tools.store import MissingObjectError, Store
+
+PART_ENTRIES = 256
+"""Entries of one file: it is written anew with each of them, since an object store cannot append."""
+
+
+class Journal:
+    """The entries of one task."""
+
+    def __init__(self, store: Store, task_id: str) -> None:
+        """Write to `store` in the name of a task."""
+        self._store, self._task_id = store, task_id
+        self._part = 0
+        self._lines: list[str] = []
+
+    def add(self, **values: Any) -> None:
+        """Add an entry (JSON values) with this task, host and the time."""
+        entry = values | {
+            "task": self._task_id,
+            "host": socket.gethostname(),
+            "unix_seconds": round(time.time(), 3),
+        }
+        self._lines.append(json.dumps(entry, sort_keys=True) + "\n")
+        self._store.write(f"{JOURNAL}/{self._task_id}-{self._part}.jsonl", "".join(self._lines).encode())
+        if len(self._lines) == PART_ENTRIES:
+            self._part += 1
+            self._lines = []
+
+
+def read_journal(store: Store) -> list[dict[str, Any]]:
+    """Return all entries in the order of their times; lines that cannot be read are left out."""
+    entries = []
+    for key in store.list(JOURNAL):
+        try:
+            lines = store.read(key).splitlines()
+        except MissingObjectError:
+            continue
+        for line in lines:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                continue
+    return sorted(entries, key=lambda entry: float(entry.get("unix_seconds", 0)))

@@ -1,0 +1,158 @@
+"""Who is at work on a cache: each task leaves a sign of life, so that others can tell a dead one.
+
+A task is one process of a build. It rewrites `tasks/<id>.json` every few seconds. Its id names machine, process
+and the time when that started, so that on the same machine a killed task is known for dead at once. Ages are
+differences of modification times of one store: the hosts' clocks do not matter.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmkd.cache_tools.layout import TASKS
+from mmkd.cache_tools.store import Store
+from mmkd.data_manifests.errors import StorageError
+
+BEAT_SECONDS = 10.0
+"""Seconds between two signs of life."""
+STALE_SECONDS = 120.0
+"""A task without a sign of life for so long is taken for dead."""
+LOOK_SECONDS = 2.0
+"""How long a look at the other tasks stays good."""
+
+
+@dataclass(frozen=True)
+class TaskId:
+    """The parts of a task's id, `<machine>-<pid>-<started>-<random>`."""
+
+    machine: str
+    """Hash of the kernel's boot and process namespace: where it is equal, process ids mean the same."""
+    pid: int
+    """Process id."""
+    started: str
+    """When the process started, in the kernel's ticks: tells it from a later one of the same id."""
+
+    @classmethod
+    def parse(cls, text: str) -> "TaskId | None":
+        """Return the parts, or None for a text that is no task id."""
+        parts = text.split("-")
+        if len(parts) != 4 or not parts[1].isdigit():
+            return None
+        return cls(parts[0], int(parts[1]), parts[2])
+
+
+def new_task_id() -> str:
+    """Return an id for this process that no other task has or had."""
+    pid = os.getpid()
+    return f"{_machine()}-{pid}-{_started(pid)}-{uuid.uuid4().hex[:8]}"
+
+
+def surely_dead(task_id: str) -> bool:
+    """Return whether the task ran on this machine and its process is gone."""
+    parts = TaskId.parse(task_id)
+    return parts is not None and parts.machine == _machine() != "" and _started(parts.pid) != parts.started
+
+
+class Task:
+    """This process's sign of life, from entering the block to leaving it."""
+
+    def __init__(self, store: Store, task_id: str, *, beat_seconds: float = BEAT_SECONDS) -> None:
+        """Prepare the task `task_id`, made by `new_task_id`."""
+        self.id = task_id
+        self.store = store
+        self._beat_seconds = beat_seconds
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="mmkd-heartbeat", daemon=True)
+
+    def __enter__(self) -> "Task":
+        """Give the first sign of life."""
+        self.beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave nothing behind."""
+        self._ended.set()
+        self._thread.join()
+        with suppress(StorageError):  # the error that ended the block matters more
+            self.store.delete(task_key(self.id))
+            self.store.sweep(self.id)
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        card = {"host": socket.gethostname(), "pid": os.getpid()}
+        self.store.write(task_key(self.id), json.dumps(card, sort_keys=True).encode())
+
+    def _live(self) -> None:
+        while not self._ended.wait(self._beat_seconds):
+            with suppress(StorageError):  # a full disk stops the build itself; others taking over is harmless
+                self.beat()
+
+
+class Others:
+    """What a task knows of the others."""
+
+    def __init__(self, own: Task, *, stale_seconds: float = STALE_SECONDS) -> None:
+        """Judge by the clock of `own`'s store."""
+        self._own, self._stale_seconds = own, stale_seconds
+        self._live: set[str] = set()
+        self._looked = -LOOK_SECONDS
+
+    def alive(self, task_id: str) -> bool:
+        """Return whether a task is at work, as of at most `LOOK_SECONDS` ago."""
+        if task_id == self._own.id:
+            return True
+        if surely_dead(task_id):
+            return False
+        if time.monotonic() - self._looked > LOOK_SECONDS or task_id not in self._live:
+            self._live = live_tasks(self._own.store, own=self._own.id, stale_seconds=self._stale_seconds)
+            self._looked = time.monotonic()
+        return task_id in self._live
+
+    def sweep(self) -> None:
+        """Remove what dead tasks left behind."""
+        store = self._own.store
+        for task_id in {*(Path(key).stem for key in store.list(TASKS)), *store.writers()}:
+            if not self.alive(task_id):
+                store.sweep(task_id)
+                store.delete(task_key(task_id))
+
+
+def live_tasks(store: Store, *, own: str | None = None, stale_seconds: float = STALE_SECONDS) -> set[str]:
+    """Return the ids of the tasks at work. The time is that of the latest sign of life, `own`'s if it is given."""
+    listed = {Path(key).stem: stored.modified_seconds for key, stored in store.list(TASKS).items()}
+    now = listed.get(own) if own else max(listed.values(), default=0.0)
+    return {
+        task_id
+        for task_id, modified in listed.items()
+        if not surely_dead(task_id) and (now is None or now - modified <= stale_seconds)
+    }
+
+
+def task_key(task_id: str) -> str:
+    """Return the key of a task's sign of life."""
+    return f"{TASKS}/{task_id}.json"
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return hashlib.sha256(f"{boot} {Path('/proc/self/ns/pid').readlink()}".encode()).hexdigest()[:12]
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    try:
+        # The command's name, in parentheses, may hold anything; the start time is the 20th field after it.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]  # a zombie does no work
