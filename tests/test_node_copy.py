@@ -144,6 +144,7 @@ def damages(size):
         **{f"flip {at}": lambda data, at=at: data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :] for at in flips},
         **{f"cut {at}": lambda data, at=at: data[:at] for at in cuts},
         "longer": lambda data: data + b"\0",
+        "longer before its footer": lambda data: data.replace(b'{"arrays"', b'\0{"arrays"'),
         "zeroed page": lambda data: bytes(4096) + data[4096:],
         "one byte out": lambda data: data[:100] + data[101:],
     }
