@@ -10,23 +10,24 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.layout import logits_array, maximum_array
+from mmkd.cache_tools.layout import label_array, logits_array, maximum_array
 from mmkd.cache_tools.mixing import (
+    HeadMixtures,
     Missing,
-    Weights,
+    Mixture,
     mean_cross_entropy,
-    mix,
+    mix_head,
     mixable,
     parse_weights,
     softmin_weights,
+    uniform_weights,
 )
 from mmkd.cache_tools.precision import decode_logits
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.records import Float32Array
+from mmkd.cache_tools.weights_file import mixtures_from_file, split_spec
 from mmkd.data_manifests.errors import InputError
 
-HeadWeights = dict[str, Weights]
-"""Head -> expert -> weight."""
 Block = tuple[slice, slice, Float32Array]
 """Rows, views, and the logits (rows, views, classes) there."""
 
@@ -43,54 +44,73 @@ class MixedTeacher:
 
 def choose_weights(
     reader: CacheReader, spec: str, *, weights_temperature: float, train_split: str
-) -> tuple[HeadWeights, str | None]:
-    """Return weights per head for `uniform`, `heldout` or `rgb=1,flow=2`, and a warning or None.
+) -> tuple[HeadMixtures, str | None]:
+    """Return the mixture of each head for what `--weights` says, and a warning or None.
 
-    `heldout` is the softmin of each expert's mean cross-entropy on the held-out part of the training split, over
-    `weights_temperature` (Radevski et al.); uniform, with a warning, where nothing was held out.
+    `uniform`; `rgb=1,flow=2`; `FILE.json` or `FILE.json:scheme` (of `mmkd-cache weigh`); `heldout`, the softmin of
+    each expert's mean cross-entropy on the held-out part of the training split, over `weights_temperature`
+    (Radevski et al.), and uniform, with a warning, where nothing was held out; `per-sample`, the softmin of each
+    view's own cross-entropies, over the same temperature, and uniform for clips without a label.
     """
     heads = [head.name for head in reader.heads]
-    uniform = {expert: 1 / len(reader.experts) for expert in reader.experts}
-    if spec == "uniform":
-        return dict.fromkeys(heads, uniform), None
-    if spec != "heldout":
-        return dict.fromkeys(heads, parse_weights(spec, reader.experts)), None
+    uniform = uniform_weights(reader.experts)
+    named = split_spec(spec)
+    if named is not None:
+        return mixtures_from_file(reader, *named), None
+    if spec == "per-sample":
+        return dict.fromkeys(heads, Mixture(uniform, sample_temperature=weights_temperature)), None
+    if spec == "heldout":
+        return softmin_mixtures(reader, weights_temperature=weights_temperature, train_split=train_split)
+    weights = uniform if spec == "uniform" else parse_weights(spec, reader.experts)
+    return dict.fromkeys(heads, Mixture(weights)), None
+
+
+def softmin_mixtures(
+    reader: CacheReader, *, weights_temperature: float, train_split: str
+) -> tuple[HeadMixtures, str | None]:
+    """Return each head's softmin weights from the held-out clips, or uniform ones and a warning."""
+    heads = [head.name for head in reader.heads]
+    uniform = dict.fromkeys(heads, Mixture(uniform_weights(reader.experts)))
     if reader.held_out is None:
-        return dict.fromkeys(heads, uniform), (
-            "the experts share no held-out part of the training split: uniform weights are used"
-        )
+        return uniform, "the experts share no held-out part of the training split: uniform weights are used"
     table = reader.split(train_split)
     rows = reader.held_out.mask(reader.dataset, table.clip_ids)
     if not rows.any():
-        return dict.fromkeys(heads, uniform), (
-            "no clip of the training split happens to be held out: uniform weights are used"
-        )
+        return uniform, "no clip of the training split happens to be held out: uniform weights are used"
     errors: dict[str, dict[str, float]] = {head: {} for head in heads}
     for expert in reader.experts:
         logits, usable = reader.logits(train_split, expert), reader.usable(train_split, expert)
         for head in heads:
             errors[head][expert] = mean_cross_entropy(logits[head][rows], table.labels[head][rows], usable[rows])
-    return {head: softmin_weights(errors[head], weights_temperature) for head in heads}, None
+    return {head: Mixture(softmin_weights(errors[head], weights_temperature)) for head in heads}, None
 
 
-def mix_split(reader: CacheReader, split: str, weights: HeadWeights, missing: Missing) -> MixedTeacher:
-    """Read and mix the teacher of one split; raise InputError when it has logits for no view at all."""
-    valid = valid_views(reader, split, weights, missing)
+def mix_split(reader: CacheReader, split: str, mixtures: HeadMixtures, missing: Missing) -> MixedTeacher:
+    """Read and mix the teacher of one split, to evaluate it.
+
+    Raises InputError when it has logits for no view at all, or when it is weighed by the clips' true labels.
+    """
+    if any(mixture.sample_temperature is not None for mixture in mixtures.values()):
+        raise InputError(
+            f"weights per sample are made from the true labels: such a teacher gives training targets, and cannot "
+            f"be evaluated on split {split!r}"
+        )
+    valid = valid_views(reader, split, mixtures, missing)
     classes = {head.name: len(head.classes) for head in reader.heads}
     mixed: dict[str, Float32Array] = {}
-    for head, mixture in weights.items():
+    for head, mixture in mixtures.items():
         mixed[head] = np.empty((*valid.shape, classes[head]), np.float32)
         for rows, views, values in mixed_blocks(reader, split, head, mixture=mixture, missing=missing, valid=valid):
             mixed[head][rows, views] = values
     return MixedTeacher(mixed, valid)
 
 
-def valid_views(reader: CacheReader, split: str, weights: HeadWeights, missing: Missing) -> npt.NDArray[np.bool_]:
+def valid_views(reader: CacheReader, split: str, mixtures: HeadMixtures, missing: Missing) -> npt.NDArray[np.bool_]:
     """Return (rows, views) whether every head has a teacher; raise InputError when no view has."""
-    experts = sorted({expert for mixture in weights.values() for expert in mixture})
+    experts = sorted({expert for mixture in mixtures.values() for expert in mixture.weights})
     usable = {expert: reader.usable(split, expert) for expert in experts}
     valid: npt.NDArray[np.bool_] = np.logical_and.reduce(
-        [mixable(usable, weights=mixture, missing=missing) for mixture in weights.values()]
+        [mixable(usable, weights=mixture.weights, missing=missing) for mixture in mixtures.values()]
     )
     if not valid.any():
         raise InputError(f"the cache holds no usable teacher logits for split {split!r}; see `mmkd-cache inspect`")
@@ -102,7 +122,7 @@ def mixed_blocks(
     split: str,
     head: str,
     *,
-    mixture: Weights,
+    mixture: Mixture,
     missing: Missing,
     valid: npt.NDArray[np.bool_],
 ) -> Iterator[Block]:
@@ -111,13 +131,14 @@ def mixed_blocks(
     A shard of each expert is all that lies in memory. `valid` (rows, views) is `valid_views`'s: one head's experts
     may be there where another's are not.
     """
-    usable = {expert: reader.usable(split, expert) for expert in mixture}
-    streams = [logit_blocks(reader, split, expert, head) for expert in mixture]
+    usable = {expert: reader.usable(split, expert) for expert in mixture.weights}
+    labels = reader.array(label_array(split, head))
+    streams = [logit_blocks(reader, split, expert, head) for expert in mixture.weights]
     for parts in zip(*streams, strict=True):
         rows, views, _ = parts[0]
-        logits = {expert: part[2] for expert, part in zip(mixture, parts, strict=True)}
+        logits = {expert: part[2] for expert, part in zip(mixture.weights, parts, strict=True)}
         present = {expert: mask[rows, views] for expert, mask in usable.items()}
-        mixed, _ = mix(logits, present, weights=mixture, missing=missing)
+        mixed, _ = mix_head(logits, present, mixture, missing=missing, labels=labels[rows])
         mixed[~valid[rows, views]] = np.nan
         yield rows, views, mixed
 

@@ -40,7 +40,7 @@ def cli() -> None:
 @click.option("-o", "--out", required=True, type=FOLDER, help="Directory of the run; an unfinished run goes on.")
 @click.option("--labels-only", is_flag=True, help="Train the baseline: the same run without a teacher.")
 @click.option("--fresh-views", is_flag=True, help="With --labels-only: new views every epoch.")
-@click.option("--weights", help="Experts' weights: uniform, heldout, or e.g. rgb=1,flow=2.")
+@click.option("--weights", help="uniform, heldout, per-sample, e.g. rgb=1,flow=2, or FILE.json[:SCHEME] of weigh.")
 @click.option("--temperature", type=float, help="T of the distillation loss.")
 @click.option("--label-weight", type=float, help="Weight of the label term, 0..1.")
 @click.option(
@@ -127,7 +127,7 @@ def _table(options: dict[str, Any]) -> Any:
     from mmkd.cache_tools.reader import CacheReader
     from mmkd.student.cached_targets import choose_weights
     from mmkd.student.compare import compare as compare_runs
-    from mmkd.student.compare import weights_of_runs
+    from mmkd.student.compare import mixtures_of_runs
 
     if options["cache"] is None or options["manifest"] is None:
         raise click.UsageError("give --cache and --manifest, or --tables to merge finished tables")
@@ -138,9 +138,9 @@ def _table(options: dict[str, Any]) -> Any:
             raise InputError(f"--run {text!r}: expected NAME=DIR, each name once")
         runs[name] = Path(directory)
     reader = CacheReader(options["cache"])
-    weights = None if options["weights"] else weights_of_runs(runs)
-    if weights is None:
-        weights, warning = choose_weights(
+    mixtures = None if options["weights"] else mixtures_of_runs(runs)
+    if mixtures is None:
+        mixtures, warning = choose_weights(
             reader,
             options["weights"] or "uniform",
             weights_temperature=options["weights_temperature"],
@@ -150,7 +150,7 @@ def _table(options: dict[str, Any]) -> Any:
             click.echo(warning, err=True)
     manifest = load_manifest(options["manifest"])
     return compare_runs(
-        reader, manifest, runs, weights=weights, missing="renormalise", train_split=options["train_split"]
+        reader, manifest, runs, mixtures=mixtures, missing="renormalise", train_split=options["train_split"]
     )
 
 

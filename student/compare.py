@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.cache_tools.mixing import Missing
+from mmkd.cache_tools.mixing import HeadMixtures, Missing, Mixture
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import Manifest
-from mmkd.student.cached_targets import HeadWeights
 from mmkd.student.evaluation import SplitMetrics, evaluate_cached
 from mmkd.student.run_data import check_manifest
+from mmkd.student.run_files import run_mixtures
 
 SCHEMA = "mmkd-table-1"
 COLUMNS = (("top1", "top-1"), ("top5", "top-5"), ("ece", "ECE"))
@@ -36,7 +36,7 @@ def compare(
     manifest: Manifest,
     runs: Mapping[str, Path],
     *,
-    weights: HeadWeights,
+    mixtures: HeadMixtures,
     missing: Missing,
     train_split: str,
 ) -> Table:
@@ -44,11 +44,11 @@ def compare(
     check_manifest(reader, manifest)
     rows: dict[str, SplitMetrics] = {}
     for expert in reader.experts:
-        alone = {head.name: {expert: 1.0} for head in reader.heads}
+        alone = {head.name: Mixture({expert: 1.0}) for head in reader.heads}
         rows[f"{expert} expert"] = evaluate_cached(
             reader, alone, missing, train_split=train_split, clips=manifest.clips
         )
-    rows["teacher"] = evaluate_cached(reader, weights, missing, train_split=train_split, clips=manifest.clips)
+    rows["teacher"] = evaluate_cached(reader, mixtures, missing, train_split=train_split, clips=manifest.clips)
     for name, directory in runs.items():
         if name in rows:
             raise InputError(f"a run may not be named {name!r}: the table has a row of that name")
@@ -56,16 +56,12 @@ def compare(
     return Table({name: [metrics] for name, metrics in rows.items()})
 
 
-def weights_of_runs(runs: Mapping[str, Path]) -> HeadWeights | None:
-    """Return the experts' weights of the first run (name -> directory) that had a teacher, or None."""
+def mixtures_of_runs(runs: Mapping[str, Path]) -> HeadMixtures | None:
+    """Return the teacher of the first run (name -> directory) that had one which can be evaluated, or None."""
     for directory in runs.values():
-        path = directory / "run.json"
-        try:
-            weights: HeadWeights | None = json.loads(path.read_bytes())["weights"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is missing or damaged ({error!r}): {directory} is no run") from error
-        if weights is not None:
-            return weights
+        mixtures = run_mixtures(directory)
+        if mixtures and all(mixture.sample_temperature is None for mixture in mixtures.values()):
+            return mixtures
     return None
 
 

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +20,19 @@ from torch import nn
 
 from mmkd.cache_tools.atomic import write_atomically
 from mmkd.cache_tools.data import ClipSet
+from mmkd.cache_tools.mixing import HeadMixtures, Missing
 from mmkd.cache_tools.precision import kl_divergence
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.records import Float32Array
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.cached_targets import HeadWeights, choose_weights, mix_split
+from mmkd.student.cached_targets import choose_weights, mix_split
 from mmkd.student.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.evaluation import SplitMetrics, evaluate_split, evaluation_splits
 from mmkd.student.metrics import average_views
 from mmkd.student.networks import build_network
 from mmkd.student.predict import predict
 from mmkd.student.run_data import SplitData, check_manifest, open_split
+from mmkd.student.run_files import RUN_FILE, run_mixtures
 from mmkd.student.shared_targets import copies_folder, shared_targets
 from mmkd.student.student_recipe import StudentRecipe
 from mmkd.student.thumbprints import check_thumbprints
@@ -61,30 +64,25 @@ def train_student(recipe: StudentRecipe, cache: Path, out: Path, *, mode: Mode, 
     reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
     check_manifest(reader, clip_set.manifest)
     copies = None if mode.labels_only else copies_folder(recipe.node_copies, cache)
+    mixtures, warning = chosen_mixtures(recipe, reader)
+    if warning and not mode.labels_only:
+        log.warning(warning)
     split = open_training(recipe, reader, clip_set, mode)
     for name in evaluation_splits(reader, recipe.train_split):
         open_split(reader, clip_set, name, memory_bytes=0)  # what cannot be evaluated shows now, not after training
-    weights, warning = choose_weights(
-        reader,
-        recipe.teacher.weights,
-        weights_temperature=recipe.teacher.weights_temperature,
-        train_split=recipe.train_split,
-    )
-    if warning and not mode.labels_only:
-        log.warning(warning)
     targets = None
     if copies:
         targets = shared_targets(
             reader,
             recipe.train_split,
-            weights,
+            mixtures,
             missing=recipe.teacher.missing,
             rows=split.rows,
             directory=copies,
         )
         report_missing(targets.mask[split.rows], recipe)
     if latest_checkpoint(out) is None:  # else this run goes on under what was written then, or is refused
-        write_run(out, recipe, reader, mode=mode, weights=None if mode.labels_only else weights)
+        write_run(out, recipe, reader, mode=mode, mixtures=None if mode.labels_only else mixtures)
     network = new_network(recipe, reader)
     report = fit(
         network,
@@ -96,7 +94,7 @@ def train_student(recipe: StudentRecipe, cache: Path, out: Path, *, mode: Mode, 
         device=device,
         identity={
             "cache": reader.fingerprint,
-            "weights": weights if targets else None,
+            "weights": mixtures_json(mixtures) if targets else None,
             "missing": recipe.teacher.missing if targets else None,
         },
     )
@@ -140,8 +138,23 @@ def new_network(recipe: StudentRecipe, reader: CacheReader) -> nn.Module:
     return build_network(recipe.train, heads=heads, modality="rgb")
 
 
+def chosen_mixtures(recipe: StudentRecipe, reader: CacheReader) -> tuple[HeadMixtures, str | None]:
+    """Return the recipe's mixture of each head, and a warning or None."""
+    return choose_weights(
+        reader,
+        recipe.teacher.weights,
+        weights_temperature=recipe.teacher.weights_temperature,
+        train_split=recipe.train_split,
+    )
+
+
+def mixtures_json(mixtures: HeadMixtures) -> dict[str, Any]:
+    """Return the mixtures for run.json and for the run's identity: their values, wherever they come from."""
+    return {head: mixture.to_json() for head, mixture in mixtures.items()}
+
+
 def write_run(
-    out: Path, recipe: StudentRecipe, reader: CacheReader, *, mode: Mode, weights: HeadWeights | None
+    out: Path, recipe: StudentRecipe, reader: CacheReader, *, mode: Mode, mixtures: HeadMixtures | None
 ) -> None:
     """Write what this run is, before its first step."""
     run = {
@@ -150,10 +163,10 @@ def write_run(
         "heads": {head.name: list(head.classes) for head in reader.heads},
         "labels_only": mode.labels_only,
         "fresh_views": mode.fresh_views,
-        "weights": weights,
+        "weights": None if mixtures is None else mixtures_json(mixtures),
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
     }
-    write_atomically(out / "run.json", (json.dumps(run, indent=1) + "\n").encode())
+    write_atomically(out / RUN_FILE, (json.dumps(run, indent=1) + "\n").encode())
 
 
 def evaluate_run(recipe: StudentRecipe, cache: Path, run: Path, *, device: torch.device) -> SplitMetrics:
@@ -162,12 +175,22 @@ def evaluate_run(recipe: StudentRecipe, cache: Path, run: Path, *, device: torch
     check_manifest(reader, clip_set.manifest)
     network = new_network(recipe, reader)
     load_model(network, run)
+    mixtures = teacher_of_run(recipe, reader, run)
     metrics: SplitMetrics = {}
     for name in evaluation_splits(reader, recipe.train_split):
-        metrics |= evaluate_on(network, reader, clip_set, name, recipe=recipe, device=device)
+        metrics |= evaluate_on(network, reader, clip_set, name, recipe=recipe, mixtures=mixtures, device=device)
     value = {"cache": reader.fingerprint, "metrics": metrics}
     write_atomically(run / "evaluation.json", (json.dumps(value, indent=1) + "\n").encode())
     return metrics
+
+
+def teacher_of_run(recipe: StudentRecipe, reader: CacheReader, run: Path) -> HeadMixtures:
+    """Return what the run learned from; the recipe's for a baseline, or where the cache holds other experts."""
+    mixtures = run_mixtures(run)
+    experts = {expert for mixture in (mixtures or {}).values() for expert in mixture.weights}
+    if mixtures is None or not experts <= set(reader.experts):
+        return chosen_mixtures(recipe, reader)[0]
+    return mixtures
 
 
 def load_model(network: nn.Module, run: Path) -> None:
@@ -188,6 +211,7 @@ def evaluate_on(
     name: str,
     *,
     recipe: StudentRecipe,
+    mixtures: HeadMixtures,
     device: torch.device,
 ) -> SplitMetrics:
     """Evaluate a network on one split, over its stored views; with its agreement with the teacher."""
@@ -208,7 +232,9 @@ def evaluate_on(
         logits[head][split.rows] = value
     clips = clip_set.manifest.split(name)
     metrics = evaluate_split(split.table, logits, usable, clips=clips)
-    for head, found_agreement in agreement(reader, name, logits, usable, recipe=recipe).items():
+    for head, found_agreement in agreement(
+        reader, name, logits, usable, mixtures=mixtures, missing=recipe.teacher.missing
+    ).items():
         metrics[name][head] |= found_agreement
     return metrics
 
@@ -219,17 +245,12 @@ def agreement(
     logits: Mapping[str, Float32Array],
     usable: npt.NDArray[np.bool_],
     *,
-    recipe: StudentRecipe,
+    mixtures: HeadMixtures,
+    missing: Missing,
 ) -> dict[str, dict[str, float]]:
     """Return head -> agreement of a student's logits (rows, V, C) with the teacher's, over clips that both have."""
-    weights, _ = choose_weights(
-        reader,
-        recipe.teacher.weights,
-        weights_temperature=recipe.teacher.weights_temperature,
-        train_split=recipe.train_split,
-    )
     try:
-        teacher = mix_split(reader, split, weights, recipe.teacher.missing)
+        teacher = mix_split(reader, split, mixtures, missing)
     except InputError as error:  # a trained student is worth its metrics even where it has no teacher
         log.warning("agreement with the teacher is not known: %s", error)
         return {}

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.mixing import Missing
+from mmkd.cache_tools.mixing import HeadMixtures, Missing
 from mmkd.cache_tools.reader import CacheReader, SplitTable
 from mmkd.cache_tools.records import Float32Array
 from mmkd.data_manifests.records import Clip
-from mmkd.student.cached_targets import HeadWeights, mix_split
+from mmkd.student.cached_targets import mix_split
 from mmkd.student.metrics import average_views, evaluate
 
 SplitMetrics = dict[str, dict[str, Any]]
@@ -51,13 +51,13 @@ def evaluation_splits(reader: CacheReader, train_split: str) -> list[str]:
 
 
 def evaluate_cached(
-    reader: CacheReader, weights: HeadWeights, missing: Missing, *, train_split: str, clips: Sequence[Clip]
+    reader: CacheReader, mixtures: HeadMixtures, missing: Missing, *, train_split: str, clips: Sequence[Clip]
 ) -> SplitMetrics:
     """Evaluate a mixture of cached experts (or one alone) on the cache's evaluation splits."""
     result: SplitMetrics = {}
     for split in evaluation_splits(reader, train_split):
         table = reader.split(split)
-        teacher = mix_split(reader, split, weights, missing)
+        teacher = mix_split(reader, split, mixtures, missing)
         own = [clip for clip in clips if clip.split == split]
         result |= evaluate_split(table, teacher.logits, np.asarray(teacher.valid.all(axis=1)), clips=own)
     return result

@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from mmkd.cache_tools.copy_file import ArrayPlan
 from mmkd.cache_tools.layout import SplitLayout
-from mmkd.cache_tools.mixing import Missing
+from mmkd.cache_tools.mixing import HeadMixtures, Missing
 from mmkd.cache_tools.node_copy import default_copies_folder, shared_arrays
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.records import Float32Array, IntArray
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.cached_targets import Block, HeadWeights, mixed_blocks, valid_views
+from mmkd.student.cached_targets import Block, mixed_blocks, valid_views
 
 CONTENTS = "mixed-teacher-1"
 """Rises when mixing the same experts would give other numbers, or the arrays lie otherwise."""
@@ -52,7 +52,7 @@ class CachedTargets:
 
 
 def shared_targets(
-    reader: CacheReader, split: str, weights: HeadWeights, *, missing: Missing, rows: IntArray, directory: Path
+    reader: CacheReader, split: str, mixtures: HeadMixtures, *, missing: Missing, rows: IntArray, directory: Path
 ) -> CachedTargets:
     """Return the targets of a split's `rows` from the node's copy in `directory`, made if it is not there.
 
@@ -64,10 +64,10 @@ def shared_targets(
         "numpy": np.__version__,
         "cache": reader.fingerprint,
         "split": split,
-        "weights": weights,
+        "weights": {head: mixture.to_json() for head, mixture in mixtures.items()},
         "missing": missing,
     }
-    maps = shared_arrays(directory, key, lambda: plan_arrays(reader, split, weights, missing))
+    maps = shared_arrays(directory, key, lambda: plan_arrays(reader, split, mixtures, missing))
     mask = np.asarray(maps.pop("valid"))
     logits = {
         name.removeprefix("logits/"): np.asarray(value).reshape(-1, len(mask), *value.shape[1:])
@@ -76,13 +76,13 @@ def shared_targets(
     return CachedTargets(logits, mask, rows)
 
 
-def plan_arrays(reader: CacheReader, split: str, weights: HeadWeights, missing: Missing) -> Iterator[ArrayPlan]:
+def plan_arrays(reader: CacheReader, split: str, mixtures: HeadMixtures, missing: Missing) -> Iterator[ArrayPlan]:
     """Yield the arrays of a copy: the mask, then each head's logits in the order of the shards."""
-    layout, valid = reader.layout(split), valid_views(reader, split, weights, missing)
+    layout, valid = reader.layout(split), valid_views(reader, split, mixtures, missing)
     yield ArrayPlan("valid", valid.shape, "bool", [valid])
     for head in reader.heads:
-        if head.name in weights:
-            mixture = weights[head.name]
+        if head.name in mixtures:
+            mixture = mixtures[head.name]
             blocks = mixed_blocks(reader, split, head.name, mixture=mixture, missing=missing, valid=valid)
             rows = layout.rows * (layout.views // layout.shard_views)
             shape = (rows, layout.shard_views, len(head.classes))

@@ -13,8 +13,12 @@ from mmkd.student.recipe import LossRecipe, TrainRecipe
 class TeacherMix(Recipe):
     """How cached experts become a teacher; changing it costs seconds and no GPU."""
 
-    weights: str = Field("uniform", description="uniform, heldout, or a list such as rgb=1,flow=2,boxes=2")
-    weights_temperature: float = Field(1.0, gt=0, description="heldout only: larger is more uniform")
+    weights: str = Field(
+        "uniform",
+        description="uniform, heldout, per-sample, a list such as rgb=1,flow=2,boxes=2, or FILE.json[:SCHEME] of "
+        "`mmkd-cache weigh`",
+    )
+    weights_temperature: float = Field(1.0, gt=0, description="heldout and per-sample only: larger is more uniform")
     missing: Literal["renormalise", "drop", "label-only"] = Field(
         "renormalise",
         description="a view that lacks an expert: weigh the others, leave it out, or use its label",

@@ -8,7 +8,7 @@ import pytest
 
 from mmkd.cache_tools.heldout import HeldOut
 from mmkd.cache_tools.layout import GROUP
-from mmkd.cache_tools.mixing import mean_cross_entropy, softmin_weights
+from mmkd.cache_tools.mixing import Mixture, mean_cross_entropy, softmin_weights
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.records import Clip, Head, Manifest
@@ -99,12 +99,12 @@ def test_a_cache_reads_back_what_was_put_in(reader, logits):
 def test_uniform_and_given_weights(reader):
     even = {"rgb": 0.5, "flow": 0.5}
     assert choose_weights(reader, "uniform", weights_temperature=1, train_split="train") == (
-        {"verb": even, "noun": even},
+        {"verb": Mixture(even), "noun": Mixture(even)},
         None,
     )
     uneven = {"rgb": 0.25, "flow": 0.75}
     chosen, _ = choose_weights(reader, "rgb=1,flow=3", weights_temperature=1, train_split="train")
-    assert chosen == {"verb": uneven, "noun": uneven}
+    assert chosen == {"verb": Mixture(uneven), "noun": Mixture(uneven)}
     with pytest.raises(InputError, match="experts: rgb, flow"):
         choose_weights(reader, "boxes=1", weights_temperature=1, train_split="train")
 
@@ -123,33 +123,33 @@ def test_held_out_weights_are_the_softmin_of_errors_on_held_out_clips_alone(read
             )
             for expert in EXPERTS
         }
-        assert chosen[head] == softmin_weights(errors, 0.5)
+        assert chosen[head] == Mixture(softmin_weights(errors, 0.5))
     assert chosen["verb"] != chosen["noun"]
 
 
 def test_without_a_held_out_part_weights_are_uniform_with_a_warning(tmp_path):
     write_cache(tmp_path, make_manifest(), make_logits())
     chosen, warning = choose_weights(CacheReader(tmp_path), "heldout", weights_temperature=1, train_split="train")
-    assert chosen["verb"] == {"rgb": 0.5, "flow": 0.5}
+    assert chosen["verb"] == Mixture({"rgb": 0.5, "flow": 0.5})
     assert "uniform" in warning
 
 
 def test_the_teacher_of_a_split_is_the_mixture_of_its_experts(reader, logits):
-    weights = {"verb": {"rgb": 0.25, "flow": 0.75}, "noun": {"rgb": 0.5, "flow": 0.5}}
-    teacher = mix_split(reader, "train", weights, "renormalise")
+    mixtures = {"verb": Mixture({"rgb": 0.25, "flow": 0.75}), "noun": Mixture({"rgb": 0.5, "flow": 0.5})}
+    teacher = mix_split(reader, "train", mixtures, "renormalise")
     assert teacher.valid.all()
-    for head, mixture in weights.items():
-        expected = sum(weight * logits["train"][expert][head] for expert, weight in mixture.items())
+    for head, mixture in mixtures.items():
+        expected = sum(weight * logits["train"][expert][head] for expert, weight in mixture.weights.items())
         expected[4], expected[5, 1] = logits["train"]["rgb"][head][4], logits["train"]["rgb"][head][5, 1]
         np.testing.assert_allclose(teacher.logits[head], expected, atol=3e-3)
-    dropped = mix_split(reader, "train", weights, "drop")
+    dropped = mix_split(reader, "train", mixtures, "drop")
     np.testing.assert_array_equal(dropped.valid, reader.usable("train", "flow"))
 
 
 @pytest.mark.parametrize("lacking", ["verb", "noun"])
 def test_a_view_is_valid_when_every_head_has_a_teacher_and_nan_elsewhere(reader, lacking):
-    weights = {"verb": {"rgb": 1.0}, "noun": {"rgb": 1.0}} | {lacking: {"flow": 1.0}}
-    teacher = mix_split(reader, "train", weights, "renormalise")
+    mixtures = dict.fromkeys(("verb", "noun"), Mixture({"rgb": 1.0})) | {lacking: Mixture({"flow": 1.0})}
+    teacher = mix_split(reader, "train", mixtures, "renormalise")
     np.testing.assert_array_equal(teacher.valid, reader.usable("train", "flow"))
     for value in teacher.logits.values():
         np.testing.assert_array_equal(np.isfinite(value).all(-1), teacher.valid)
@@ -161,7 +161,7 @@ def test_a_split_without_any_teacher_is_refused(tmp_path):
         values["test"]["rgb"][head.name][:] = np.nan
     write_cache(tmp_path, make_manifest(), values)
     with pytest.raises(InputError, match=r"no usable teacher logits for split 'test'; see `mmkd-cache inspect`"):
-        mix_split(CacheReader(tmp_path), "test", {"verb": {"rgb": 1.0}}, "renormalise")
+        mix_split(CacheReader(tmp_path), "test", {"verb": Mixture({"rgb": 1.0})}, "renormalise")
 
 
 # ---- the comparison table
@@ -173,13 +173,13 @@ def write_evaluation(directory, value):
     return directory
 
 
-def compared(reader, runs, weights=None):
+def compared(reader, runs):
     even = {"rgb": 0.5, "flow": 0.5}
     return compare(
         reader,
         make_manifest(),
         runs,
-        weights=weights or {"verb": even, "noun": even},
+        mixtures={"verb": Mixture(even), "noun": Mixture(even)},
         missing="renormalise",
         train_split="train",
     )
@@ -236,10 +236,10 @@ def test_a_run_that_was_not_evaluated_is_refused(reader, tmp_path):
 
 def test_another_manifest_is_refused(reader):
     manifest = make_manifest()
-    even = {"verb": {"rgb": 1.0}, "noun": {"rgb": 1.0}}
+    even = {"verb": Mixture({"rgb": 1.0}), "noun": Mixture({"rgb": 1.0})}
     other = replace(manifest, clips=(replace(manifest.clips[0], split="test"), *manifest.clips[1:]))
     with pytest.raises(InputError, match="made from another manifest"):
-        compare(reader, other, {}, weights=even, missing="drop", train_split="train")
+        compare(reader, other, {}, mixtures=even, missing="drop", train_split="train")
 
 
 def one_table(*values, part="test"):

@@ -1,5 +1,7 @@
 """From experts to a teacher: weights and mixtures by closed form, missing experts, the held-out draw."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from mmkd.cache_tools import mixing
 from mmkd.cache_tools.heldout import HeldOut
-from mmkd.cache_tools.mixing import mean_cross_entropy, mix, parse_weights, softmin_weights
+from mmkd.cache_tools.mixing import (
+    Mixture,
+    cross_entropies,
+    mean_cross_entropy,
+    mix,
+    mix_head,
+    parse_weights,
+    sample_weights,
+    softmin_weights,
+)
 from mmkd.data_manifests.errors import InputError
 
 EXPERTS = ("rgb", "flow", "boxes")
@@ -160,6 +172,121 @@ def test_mixing_changes_no_input(gaps):
     mix(logits, usable, weights=dict.fromkeys(EXPERTS, 1 / 3), missing="renormalise")
     for name in EXPERTS:
         np.testing.assert_array_equal(logits[name], before[name])
+
+
+# ---- a temperature per expert, and weights per sample
+
+
+def test_an_experts_temperature_divides_its_logits_before_the_weighted_sum():
+    logits = drawn_logits()
+    mixture = Mixture({"rgb": 0.5, "flow": 0.3, "boxes": 0.2}, {"rgb": 0.25, "boxes": 4.0})
+    mixed, valid = mix_head(logits, all_usable(), mixture, missing="drop")
+    assert valid.all()
+    expected = 0.5 * logits["rgb"] / 0.25 + 0.3 * logits["flow"] + 0.2 * logits["boxes"] / 4
+    np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_missing_experts_rescale_the_weights_and_leave_the_temperatures(gaps):
+    logits, usable = gaps
+    mixture = Mixture({"rgb": 0.5, "flow": 0.3, "boxes": 0.2}, {"boxes": 4.0, "flow": 0.5})
+    mixed, _ = mix_head(logits, usable, mixture, missing="renormalise")
+    np.testing.assert_allclose(mixed[2], logits["boxes"][2] / 4, rtol=1e-6)
+    np.testing.assert_allclose(mixed[0, 1], (0.5 * logits["rgb"] + 0.6 * logits["flow"])[0, 1] / 0.8, rtol=1e-5)
+
+
+def test_cross_entropies_are_those_of_torch(monkeypatch, gaps):
+    monkeypatch.setattr(mixing, "BLOCK_ROWS", 3)  # the four rows lie in two blocks
+    logits, usable = gaps
+    labels = np.array([4, 0, 2, 1])
+    found = cross_entropies(logits["flow"], labels, usable["flow"])
+    expected = functional.cross_entropy(
+        torch.from_numpy(logits["flow"]).double().flatten(0, 1),
+        torch.from_numpy(labels).repeat_interleave(3),
+        reduction="none",
+    ).reshape(4, 3)
+    np.testing.assert_allclose(found[usable["flow"]], expected[torch.from_numpy(usable["flow"])], rtol=1e-12)
+    assert np.isinf(found[~usable["flow"]]).all()
+    assert np.isfinite(found[usable["flow"]]).all()
+
+
+@pytest.mark.parametrize("temperature", [0.3, 5.0])
+def test_each_sample_is_weighed_by_the_softmin_of_its_own_errors(gaps, temperature):
+    logits, usable = gaps
+    labels = np.array([4, 0, 2, -1])
+    uneven = Mixture({"rgb": 0.5, "flow": 0.3, "boxes": 0.2}, sample_temperature=temperature)
+    weights = sample_weights(logits, usable, labels, mixture=uneven)
+    errors = torch.tensor(np.stack([cross_entropies(logits[n], labels, usable[n]) for n in EXPERTS], -1))
+    expected = torch.softmax(-errors / temperature, -1).numpy()
+    for i, name in enumerate(EXPERTS):
+        assert weights[name].dtype == np.float32
+        np.testing.assert_allclose(weights[name][[0, 2]], expected[[0, 2], :, i], rtol=1e-6)
+        assert (weights[name][[1, 3]] == np.float32(uneven.weights[name])).all(), "no expert, or no label"
+    assert weights["boxes"][0, 1] == 0
+    assert (weights["boxes"][2] == 1).all()
+
+
+def test_a_teacher_of_samples_is_the_sum_under_their_own_weights(gaps):
+    logits, usable = gaps
+    labels = np.array([4, 0, 2, 1])
+    mixture = Mixture(dict.fromkeys(EXPERTS, 1 / 3), sample_temperature=0.5)
+    weights = sample_weights(logits, usable, labels, mixture=mixture)
+    mixed, valid = mix_head(logits, usable, mixture, missing="renormalise", labels=labels)
+    assert valid.tolist() == [[True] * 3, [False] * 3, [True] * 3, [True] * 3]
+    expected = sum(np.nan_to_num(logits[name]) * weights[name][..., None] for name in EXPERTS)
+    np.testing.assert_allclose(mixed[valid], expected[valid], rtol=1e-5, atol=1e-6)
+    own = np.take_along_axis(mixed, labels[:, None, None], -1)
+    alike, _ = mix(logits, usable, weights=mixture.weights, missing="renormalise")
+    assert (own - mixed.max(-1, keepdims=True))[3].mean() > (
+        np.take_along_axis(alike, labels[:, None, None], -1) - alike.max(-1, keepdims=True)
+    )[3].mean(), "the experts that know the label weigh more"
+    _, dropped = mix_head(logits, usable, mixture, missing="drop", labels=labels)
+    assert dropped.tolist() == [[True, False, True], [False] * 3, [False] * 3, [True] * 3]
+    with pytest.raises(ValueError, match="need labels"):
+        mix_head(logits, usable, mixture, missing="drop")
+    with pytest.raises(ValueError, match="no sample_temperature"):
+        sample_weights(logits, usable, labels, mixture=Mixture({"rgb": 1.0}))
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        Mixture({"rgb": 0.25, "flow": 0.75}),
+        Mixture({"rgb": 1.0}, {"rgb": 0.5}),
+        Mixture({"rgb": 0.5, "flow": 0.5}, sample_temperature=2.0),
+        Mixture({"weights": 1.0}),  # an expert of that name
+    ],
+)
+def test_mixtures_come_back_from_json(mixture):
+    assert Mixture.from_json(json.loads(json.dumps(mixture.to_json()))) == mixture
+
+
+def test_weights_alone_are_written_as_they_always_were():
+    assert Mixture({"rgb": 0.25, "flow": 0.75}).to_json() == {"rgb": 0.25, "flow": 0.75}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [],
+        {},
+        {"rgb": "1"},
+        {"rgb": True},
+        {"rgb": 0.5},
+        {"rgb": 1.5, "flow": -0.5},
+        {"rgb": 1.0, "flow": 0},
+        {"weights": {"rgb": 1}, "temperatures": {"rgb": 0}},
+        {"weights": {"rgb": 1}, "temperatures": {"rgb": float("inf")}},
+        {"weights": {"rgb": 1}, "temperatures": {"flow": 1}},
+        {"weights": {"rgb": 1}, "temperatures": [1]},
+        {"weights": {"rgb": 1}, "sample_temperature": -1},
+        {"weights": {"rgb": 1}, "sample_temperature": "1"},
+        {"weights": {"rgb": 1}, "temperature": {"rgb": 1}},
+        {"weights": {"rgb": float("nan")}},
+    ],
+)
+def test_what_is_no_mixture_is_refused(value):
+    with pytest.raises((ValueError, TypeError)):
+        Mixture.from_json(value)
 
 
 @quick

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmkd.cache_tools.layout import Shard, SplitLayout
+from mmkd.cache_tools.mixing import Mixture
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.records import Clip, Head, Manifest
@@ -25,7 +26,7 @@ from .small_cache import write_cache
 HEADS = (Head("direction", ("left", "right", "up", "down")), Head("noun", tuple("defghi")))
 EXPERTS, ROWS, VIEWS, SHARD_ROWS = ("rgb", "flow"), 10, 3, 4
 SHARDS = 3 * VIEWS
-WEIGHTS = {"direction": {"rgb": 0.25, "flow": 0.75}, "noun": {"rgb": 0.5, "flow": 0.5}}
+WEIGHTS = {"direction": Mixture({"rgb": 0.25, "flow": 0.75}), "noun": Mixture({"rgb": 0.5, "flow": 0.5})}
 SUBSET = np.array([9, 0, 4, 5, 2, 7])
 
 
@@ -100,7 +101,7 @@ def test_what_changes_a_number_makes_another_copy_and_nothing_else_does(root, tm
         open_targets(root, tmp_path, missing=missing)
     open_targets(root, tmp_path, rows=np.arange(3))
     assert len(list(tmp_path.iterdir())) == 2
-    changed = WEIGHTS | {"noun": {"rgb": 0.5000001, "flow": 0.4999999}}
+    changed = WEIGHTS | {"noun": Mixture({"rgb": 0.5000001, "flow": 0.4999999})}
     open_targets(root, tmp_path, weights=changed)
     assert len(list(tmp_path.iterdir())) == 3
 

@@ -125,4 +125,4 @@ def test_held_out_weights_are_the_softmin_of_mean_cross_entropy(tiny):
         errors.append((np.log(np.exp(logits).sum(-1)) - chosen).mean())
     scores = np.exp(-np.array(errors) / 0.5)
     expected = dict(zip(reader.experts, scores / scores.sum(), strict=True))
-    assert weights["action"] == pytest.approx(expected, abs=1e-6)
+    assert weights["action"].weights == pytest.approx(expected, abs=1e-6)
