@@ -23,7 +23,6 @@ from pathlib import Path
 from mmkd.cache_tools.arrays import Objects
 from mmkd.cache_tools.claims import Claims
 from mmkd.cache_tools.commits import publish
-from mmkd.cache_tools.data import ClipVideo
 from mmkd.cache_tools.finalize import finalize, missing_nodes
 from mmkd.cache_tools.interrupt import StopRequest, stop_on_signals
 from mmkd.cache_tools.journal import Journal
@@ -31,15 +30,13 @@ from mmkd.cache_tools.layout import THUMBPRINT, commit_key
 from mmkd.cache_tools.pool import run_tasks
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.records import ClipFrames
 from mmkd.cache_tools.store import Store, open_store
 from mmkd.cache_tools.tasks import Others, Task, new_task_id
 from mmkd.data_manifests.errors import InterruptedByUserError, StorageError, VideoError
 from mmkd.pipeline.build_plan import BuildPlan, ShardWork, committed_nodes, count_clips, pending_shards, plan_build
 from mmkd.pipeline.cache_init import initialise
 from mmkd.pipeline.experts import Expert
-from mmkd.pipeline.flow import clip_flow
-from mmkd.pipeline.prepare import ClipJob, FlowJob, PreparedClip, needed_pairs, prepare_clip
+from mmkd.pipeline.prepare import ClipJob, FlowJob, PreparedClip, prepare_clip, with_flow
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.pipeline.shard_block import NodeResult, ShardBlock
 from mmkd.pipeline.stages import Stages
@@ -261,17 +258,10 @@ class OpenShard:
             raise TypeError(f"row {row} was prepared without facts")
         if clip.frames is not None:
             with self.stage("flow"):
-                clip = self._with_flow(clip, clip.frames, item)
+                device = str(self._plan.experts[0].device)
+                clip = with_flow(clip, item, views, recipe=self._plan.recipe.flow, device=device)
         with self.stage("experts"):
             self._block.add(row, item, views, clip)
-
-    def _with_flow(self, clip: PreparedClip, frames: ClipFrames, item: ClipVideo) -> PreparedClip:
-        recipe = self._plan.recipe.flow
-        starts = needed_pairs(self.work.views(self._row - 1), item, recipe.step)
-        device = str(self._plan.experts[0].device)
-        return dataclasses.replace(
-            clip, flow=clip_flow(frames, item.facts, starts, recipe=recipe, device=device), frames=None
-        )
 
     def results(self) -> dict[str, NodeResult]:
         """Run what is still queued and return node -> result."""

@@ -1,5 +1,6 @@
 """What an expert of each modality sees of one view: one function for teaching and for the build."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy.typing as npt
 from mmkd.cache_tools.data import ClipVideo
 from mmkd.cache_tools.records import UInt8Array, View
 from mmkd.cache_tools.views import ViewPolicy
-from mmkd.pipeline.boxes import BoxTrack, boxes_at
+from mmkd.pipeline.boxes import BoxFile, BoxTrack, boxes_at
 from mmkd.pipeline.flow import FlowFields, crop_flow, pair_starts
+from mmkd.pipeline.prepare import PreparedClip
+from mmkd.pipeline.recipe import TeacherRecipe
 
 Inputs = dict[str, npt.NDArray[Any]]
 """Name -> array of one view, without a batch axis."""
@@ -58,3 +61,27 @@ def boxes_input(track: BoxTrack, view: View, item: ClipVideo) -> Inputs:
     times_seconds = item.video.times_seconds[view.frame_indices]
     found = boxes_at(track, times_seconds, width=item.facts.width, height=item.facts.height)
     return {"boxes": found.boxes, "categories": found.categories, "scores": found.scores}
+
+
+def view_inputs(
+    modality: str,
+    item: ClipVideo,
+    views: Sequence[View],
+    clip: PreparedClip,
+    *,
+    recipe: TeacherRecipe,
+    boxes: BoxFile | None,
+) -> list[Inputs]:
+    """Return what an expert of a modality sees of each view of a prepared clip.
+
+    Raises BoxesMissingError when the annotation does not fit the video.
+    """
+    if modality == "rgb":
+        return [rgb_input(pixels) for pixels in clip.pixels]
+    if modality == "flow" and clip.flow is not None:
+        step, size_px = recipe.flow.step, recipe.views.size_px
+        return [flow_input(clip.flow, view, item, step=step, size_px=size_px) for view in views]
+    if modality == "boxes" and boxes is not None:
+        track = boxes.track(item.clip.video)
+        return [boxes_input(track, view, item) for view in views]
+    raise ValueError(f"an expert wants {modality!r}, which was not prepared")

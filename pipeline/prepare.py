@@ -5,7 +5,7 @@ thread to a process, since TV-L1 scales by processes there; on a GPU the build c
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +96,17 @@ def prepare_clip(job: ClipJob) -> PreparedClip:
     seconds = {"decode": decoded - began, "flow": time.perf_counter() - decoded}
     left = frames if job.flow and flow is None else None
     return PreparedClip(pixels, flow, left, seconds)
+
+
+def with_flow(
+    clip: PreparedClip, item: ClipVideo, views: tuple[View, ...], *, recipe: FlowRecipe, device: str
+) -> PreparedClip:
+    """Compute the flow that preparing left to the caller's device; a clip without such frames stays as it is."""
+    if clip.frames is None:
+        return clip
+    starts = needed_pairs(views, item, recipe.step)
+    flow = clip_flow(clip.frames, item.facts, starts, recipe=recipe, device=device)
+    return replace(clip, flow=flow, frames=None)
 
 
 def check_size(frames: ClipFrames, item: ClipVideo) -> None:
