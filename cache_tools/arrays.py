@@ -21,11 +21,11 @@ from mmkd.cache_tools.layout import (
     VIEW_ARRAYS,
     SplitLayout,
     label_array,
-    logits_array,
-    maximum_array,
+    part_array,
     status_array,
     thumbprint_arrays,
 )
+from mmkd.cache_tools.storage_formats import StorageFormat
 from mmkd.data_manifests.errors import InputError
 
 Objects = dict[str, bytes]
@@ -50,16 +50,17 @@ class ArraySpec:
 
 
 def split_arrays(
-    split: SplitLayout, experts: Iterable[str], heads: Mapping[str, int], *, thumbnail_size: int
+    split: SplitLayout, experts: Mapping[str, StorageFormat], heads: Mapping[str, int], *, thumbnail_size: int
 ) -> tuple[ArraySpec, ...]:
-    """Return the sharded arrays of one split: thumbprints, and logits, maxima and status of each expert.
+    """Return the sharded arrays of one split: thumbprints, and logits and status of each expert.
 
-    Raises InputError for an expert whose name would stand where another array is.
+    `experts` is name -> how its logits are stored, `heads` name -> number of classes. Raises InputError for an
+    expert whose name would stand where another array is.
     """
     grid = (split.padded_rows, split.views)
     hashes, thumbnails = thumbprint_arrays(split.name)
     specs = [ArraySpec(hashes, grid, "uint64", 0), ArraySpec(thumbnails, (*grid, thumbnail_size), "uint8", 0)]
-    for expert in experts:
+    for expert, storage in experts.items():
         if expert in RESERVED_NAMES or not expert.isidentifier():
             raise InputError(
                 f"{expert!r} cannot name an expert: it must be an identifier other than "
@@ -67,9 +68,9 @@ def split_arrays(
             )
         specs.append(ArraySpec(status_array(split.name, expert), grid, "uint8", 255))
         for head, classes in heads.items():
-            nan = float("nan")
-            specs.append(ArraySpec(logits_array(split.name, expert, head), (*grid, classes), "float16", nan))
-            specs.append(ArraySpec(maximum_array(split.name, expert, head), grid, "float32", nan))
+            for part in storage.parts(classes):
+                name = part_array(split.name, expert, part.name, head=head)
+                specs.append(ArraySpec(name, (*grid, *part.shape), part.dtype, part.fill))
     return tuple(specs)
 
 

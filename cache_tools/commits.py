@@ -49,7 +49,7 @@ class CommitRecord:
     unusable: tuple[Unusable, ...] = ()
     """Rows without a usable result."""
     worst_kl: Mapping[str, float] = field(default_factory=dict)
-    """Head -> largest KL divergence (nats, T = 1) of the stored from the computed logits."""
+    """Head -> largest KL divergence (nats, T from 1 to 10) of the stored from the computed logits."""
     schema: str = SCHEMA
     """Schema of the cache."""
 

@@ -12,8 +12,8 @@ CACHE/
     <split>/flip                 (rows, views) bool
     <split>/thumbprint/hash      (padded rows, views) uint64           written shard by shard, as is all below
     <split>/thumbprint/thumbnail (padded rows, views, 144) uint8
-    <split>/<expert>/logits/<head>   (padded rows, views, classes) float16, minus the row's maximum
-    <split>/<expert>/maximum/<head>  (padded rows, views) float32
+    <split>/<expert>/logits/<head>   (padded rows, views, classes) float16, minus the row's maximum; or packed bytes
+    <split>/<expert>/maximum/<head>  (padded rows, views) float32; packed logits have <split>/<expert>/range, too
     <split>/<expert>/status          (padded rows, views) uint8, see Status
   commits/<split>/<node>/<fingerprint>/<row block>-<view block>.json   the commit records; a node is `thumbprint`
                                  or an expert, the folder after it the start of its fingerprint
@@ -138,14 +138,9 @@ def thumbprint_arrays(split: str) -> tuple[str, str]:
     return f"{split}/{THUMBPRINT}/hash", f"{split}/{THUMBPRINT}/thumbnail"
 
 
-def logits_array(split: str, expert: str, head: str) -> str:
-    """Return the name of an expert's logits array."""
-    return f"{split}/{expert}/logits/{head}"
-
-
-def maximum_array(split: str, expert: str, head: str) -> str:
-    """Return the name of the row maxima that belong to a logits array."""
-    return f"{split}/{expert}/maximum/{head}"
+def part_array(split: str, expert: str, part: str, *, head: str) -> str:
+    """Return the name of one of the arrays that hold an expert's logits (see mmkd.cache_tools.storage_formats)."""
+    return f"{split}/{expert}/{part}/{head}"
 
 
 def status_array(split: str, expert: str) -> str:

@@ -29,13 +29,12 @@ from mmkd.cache_tools.layout import (
     block_key,
     group_key,
     label_array,
-    logits_array,
-    maximum_array,
+    part_array,
     status_array,
     thumbprint_arrays,
 )
-from mmkd.cache_tools.precision import decode_logits
 from mmkd.cache_tools.records import ClipFacts, Float32Array, IntArray, UInt8Array, View
+from mmkd.cache_tools.storage_formats import StorageFormat, format_of
 from mmkd.cache_tools.store import MissingObjectError, Store, open_store
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.records import Head
@@ -165,11 +164,29 @@ class CacheReader:
 
     def logits(self, split: str, expert: str) -> dict[str, Float32Array]:
         """Return head -> float32 (rows, views, classes); NaN where there are none."""
-        rows = self.layout(split).rows
-        names = [head.name for head in self.heads]
-        shifted = {head: self.array(logits_array(split, expert, head)) for head in names}
-        maxima = {head: self.array(maximum_array(split, expert, head)) for head in names}
-        return {head: decode_logits(shifted[head][:rows], maxima[head][:rows]) for head in names}
+        layout, found = self.layout(split), {}
+        for head in self.heads:
+            found[head.name] = np.empty((layout.rows, layout.views, len(head.classes)), np.float32)
+            for rows, views, values in self.logit_blocks(split, expert, head.name):
+                found[head.name][rows, views] = values
+        return found
+
+    def logit_blocks(self, split: str, expert: str, head: str) -> Iterator[tuple[slice, slice, Float32Array]]:
+        """Yield (rows, views, float32 logits) of one head, one verified shard at a time."""
+        storage = self.storage(expert)
+        classes = next(len(known.classes) for known in self.heads if known.name == head)
+        names = [part.name for part in storage.parts(classes)]
+        blocks = [self.blocks(split, part_array(split, expert, name, head=head)) for name in names]
+        for parts in zip(*blocks, strict=True):
+            rows, views, _ = parts[0]
+            values = {name: part[2] for name, part in zip(names, parts, strict=True)}
+            yield rows, views, storage.decode(values, classes=classes)
+
+    def storage(self, expert: str) -> StorageFormat:
+        """Return how an expert's logits are stored."""
+        if expert not in self.init["experts"]:
+            raise InputError(f"the cache has no expert {expert!r}; it has: {', '.join(self.experts)}")
+        return format_of(self.init["experts"][expert]["precision"])
 
     def status(self, split: str, expert: str) -> UInt8Array:
         """Return (rows, views): the `Status` of each view."""

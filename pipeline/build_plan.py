@@ -1,6 +1,6 @@
 """What a build computes: rows, views, experts and fingerprints, all known before the first clip is decoded."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,12 @@ from mmkd.cache_tools.layout import (
     block_key,
     commit_key,
     group_key,
-    logits_array,
-    maximum_array,
+    part_array,
     status_array,
     thumbprint_arrays,
 )
 from mmkd.cache_tools.records import View
+from mmkd.cache_tools.storage_formats import FORMATS, format_of
 from mmkd.cache_tools.store import Store
 from mmkd.data_manifests.records import Manifest
 from mmkd.pipeline.boxes import BoxFile
@@ -94,7 +94,7 @@ def plan_build(recipe: TeacherRecipe, experts: tuple[Expert, ...]) -> BuildPlan:
 
 def expert_node(expert: Expert, boxes: dict[str, Any] | None, recipe: TeacherRecipe) -> ExpertNode:
     """Return what the cache keeps of an expert."""
-    form = {"batch_views": recipe.build.batch_views, "precision": recipe.build.precision}
+    form = {"batch_views": recipe.build.batch_views, "precision": FORMATS[recipe.build.precision].name}
     return ExpertNode(expert.card.fingerprint_fields(boxes) | form, expert.card.held_out)
 
 
@@ -134,23 +134,24 @@ def committed_nodes(store: Store, init: dict[str, Any]) -> set[tuple[str, str]]:
     for shard, node, node_fingerprint in wanted_nodes(init):
         if (shard.name, node) in missing:
             continue
-        if all(group_key(key) in objects for key in node_objects(shard, node, init["base"]["heads"])):
+        if all(group_key(key) in objects for key in node_objects(shard, node, init)):
             there.add((shard.name, node))
         else:
             store.delete(commit_key(shard, node, node_fingerprint))
     return there
 
 
-def node_objects(shard: Shard, node: str, heads: Collection[str]) -> list[str]:
-    """Return the keys, within the group, of the objects of one node of one shard."""
+def node_objects(shard: Shard, node: str, init: Mapping[str, Any]) -> list[str]:
+    """Return the keys, within the group, of the objects of one node of one shard of a cache."""
     split = shard.split.name
     if node == THUMBPRINT:
         hashes, thumbnails = thumbprint_arrays(split)
         return [block_key(hashes, shard, 2), block_key(thumbnails, shard, 3)]
     keys = [block_key(status_array(split, node), shard, 2)]
-    for head in heads:
-        keys.append(block_key(logits_array(split, node, head), shard, 3))
-        keys.append(block_key(maximum_array(split, node, head), shard, 2))
+    for head, classes in init["base"]["heads"].items():
+        for part in format_of(init["experts"][node]["precision"]).parts(len(classes)):
+            name = part_array(split, node, part.name, head=head)
+            keys.append(block_key(name, shard, 2 + len(part.shape)))
     return keys
 
 

@@ -6,7 +6,7 @@ the build would compute the same numbers, and lets the cache grow by experts and
 
 import json
 import platform
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from mmkd.cache_tools.fingerprints import require_same
 from mmkd.cache_tools.frames import DECODER_RULES
 from mmkd.cache_tools.layout import GROUP, INDEX, INIT, ROOT, SCHEMA, SplitLayout, group_key
 from mmkd.cache_tools.records import View
+from mmkd.cache_tools.storage_formats import format_of
 from mmkd.cache_tools.store import MissingObjectError, Store
 from mmkd.cache_tools.views import VIEW_RULES, ViewPolicy, evaluation_views, random_views
 from mmkd.data_manifests.errors import FingerprintError, InputError, VideoError
@@ -177,16 +178,16 @@ def initialise(
 
 
 def static_objects(
-    plans: Sequence[SplitPlan], manifest: Manifest, experts: Iterable[str], *, frames: int
+    plans: Sequence[SplitPlan], manifest: Manifest, experts: Mapping[str, Mapping[str, Any]], *, frames: int
 ) -> Objects:
     """Return what init writes of the Zarr group: every array's metadata and the contents of the static ones."""
     static: dict[str, Any] = {}
     specs = []
     heads = {head.name: len(head.classes) for head in manifest.heads}
-    experts = tuple(experts)
+    storage = {name: format_of(fields["precision"]) for name, fields in experts.items()}
     for plan in plans:
         static |= static_values(plan, manifest, frames)
-        arrays = split_arrays(plan.layout, experts, heads, thumbnail_size=THUMBNAIL_SIZE)
+        arrays = split_arrays(plan.layout, storage, heads, thumbnail_size=THUMBNAIL_SIZE)
         specs += [(spec, plan.layout) for spec in arrays]
     return encode_group(static, specs, {plan.layout.name: plan.layout.shard_views for plan in plans})
 

@@ -189,6 +189,8 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
     "-o", "--out", required=True, help="Directory (or URL) of the cache; one that is there goes on or grows."
 )
 @click.option("--views", type=int, help="Random views of each training clip.")
+@click.option("--precision", type=click.Choice(["fp16", "12-bit", "9-bit", "8-bit"]), help="How logits are stored.")
+@click.option("--max-kl", type=float, help="Largest error in nats that storing may cost [default: 1e-4].")
 @click.option("--replace", multiple=True, metavar="NAME", help="Compute this expert of the cache anew; repeatable.")
 @click.option("--task", type=click.IntRange(0), default=0, show_default=True, help="Number of this task, of --of.")
 @click.option(
@@ -208,7 +210,7 @@ def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
     """
     if options["task"] >= options["tasks"]:
         raise InputError(f"--task {options['task']} --of {options['tasks']}: tasks are counted from 0")
-    named = _named(options) | {"build.views": options["views"]}
+    named = _named(options) | {f"build.{name}": options[name] for name in ("views", "precision", "max_kl")}
     recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
     from mmkd.pipeline.build import build as build_cache
     from mmkd.pipeline.teacher import load_teacher

@@ -70,7 +70,15 @@ class BuildRecipe(Recipe):
     shard_rows: int = Field(512, ge=1, le=2048, description="clips in a shard")
     shard_views: int | None = Field(None, ge=1, description="views in a shard; divides views; null: all")
     batch_views: int = Field(32, ge=1, le=1024, description="views that an expert sees at once")
-    precision: Literal["fp16"] = Field("fp16", description="how logits are stored; see mmkd.cache_tools.precision")
+    precision: Literal["fp16", "12-bit", "9-bit", "8-bit"] = Field(
+        "fp16", description="how logits are stored: 2, 1.5, 1.125 or 1 byte a class; see `max_kl`"
+    )
+    max_kl: float = Field(
+        1e-4,
+        gt=0,
+        description="storing may cost at most this KL divergence in nats at any temperature from 1 to 10, else the "
+        "build stops; larger accepts coarser formats",
+    )
 
     @model_validator(mode="after")
     def _views_divide(self) -> Self:

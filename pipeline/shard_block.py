@@ -20,21 +20,19 @@ from mmkd.cache_tools.layout import (
     THUMBPRINT,
     Shard,
     Status,
-    logits_array,
-    maximum_array,
+    part_array,
     status_array,
     thumbprint_arrays,
 )
-from mmkd.cache_tools.precision import decode_logits, encode_logits, kl_divergence
 from mmkd.cache_tools.records import Float32Array, View
+from mmkd.cache_tools.storage_formats import FORMATS, StorageFormat, storable, worst_kl
+from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import Clip
 from mmkd.pipeline.boxes import BoxesMissingError, BoxFile
 from mmkd.pipeline.experts import Expert
-from mmkd.pipeline.modalities import Inputs, InputShapes, boxes_input, flow_input, rgb_input
+from mmkd.pipeline.modalities import Inputs, InputShapes, view_inputs
 from mmkd.pipeline.prepare import PreparedClip
 from mmkd.pipeline.recipe import TeacherRecipe
-
-FP16_RANGE = 65504.0
 
 
 @dataclass(frozen=True)
@@ -118,11 +116,6 @@ class ExpertBatcher:
         self._slots, self._inputs = [], []
 
 
-def storable(logits: Float32Array) -> bool:
-    """Return whether one row of logits is finite and fits the stored format."""
-    return bool(np.isfinite(logits).all() and logits.max() - logits.min() <= FP16_RANGE)
-
-
 class ShardBlock:
     """The results of one shard while it is computed."""
 
@@ -156,23 +149,13 @@ class ShardBlock:
             self._thumbnails[position, number] = thumbnail(pixels)
         for batcher in self._batchers:
             try:
-                inputs = self._inputs(batcher.expert.modality, item, views, clip)
+                modality = batcher.expert.modality
+                inputs = view_inputs(modality, item, views, clip, recipe=self._recipe, boxes=self._boxes)
             except BoxesMissingError as error:
                 self._fail(batcher, position, Status.BOXES_MISSING, str(error))
                 continue
             for number, value in enumerate(inputs):
                 batcher.add((position, number), value)
-
-    def _inputs(self, modality: str, item: ClipVideo, views: Sequence[View], clip: PreparedClip) -> list[Inputs]:
-        if modality == "rgb":
-            return [rgb_input(pixels) for pixels in clip.pixels]
-        if modality == "flow" and clip.flow is not None:
-            step, size_px = self._recipe.flow.step, self._recipe.views.size_px
-            return [flow_input(clip.flow, view, item, step=step, size_px=size_px) for view in views]
-        if modality == "boxes" and self._boxes is not None:
-            track = self._boxes.track(item.clip.video)
-            return [boxes_input(track, view, item) for view in views]
-        raise ValueError(f"an expert wants {modality!r}, which the build did not prepare")
 
     def fail(self, row: int, reason: str) -> None:
         """Record that a clip cannot be decoded."""
@@ -199,19 +182,26 @@ class ShardBlock:
 
     def _result(self, batcher: ExpertBatcher, clips: Sequence[Clip]) -> NodeResult:
         split, name = self.shard.split.name, batcher.expert.name
-        ok = batcher.status == Status.OK
         blocks: dict[str, npt.NDArray[Any]] = {status_array(split, name): batcher.status}
-        worst_kl = {}
+        errors = {}
+        storage = FORMATS[self._recipe.build.precision]
         for head, logits in batcher.logits.items():
-            shifted = np.full(logits.shape, np.nan, np.float16)
-            maximum = np.full(ok.shape, np.nan, np.float32)
-            shifted[ok], maximum[ok] = encode_logits(logits[ok]) if ok.any() else (shifted[ok], maximum[ok])
-            error = kl_divergence(logits[ok], decode_logits(shifted[ok], maximum[ok]))
-            worst_kl[head] = float(error.max(initial=0.0))
-            blocks |= {logits_array(split, name, head): shifted, maximum_array(split, name, head): maximum}
+            errors[head] = self._storage_error(storage, logits, f"expert {name}, head {head}")
+            for part, block in storage.encode(logits).items():
+                blocks[part_array(split, name, part, head=head)] = block
         start = self.shard.rows.start
         unusable = tuple(
             Unusable(start + row, clips[start + row].clip_id, int(batcher.status[row].max()), batcher.reasons[row])
             for row in sorted(batcher.reasons)
         )
-        return NodeResult(self.shard, name, blocks, unusable, worst_kl)
+        return NodeResult(self.shard, name, blocks, unusable, errors)
+
+    def _storage_error(self, storage: StorageFormat, logits: Float32Array, what: str) -> float:
+        """Return the worst storage error of a head's rows; raise InputError when it is above the recipe's bound."""
+        error, allowed = worst_kl(storage, logits), self._recipe.build.max_kl
+        if error > allowed:
+            raise InputError(
+                f"{self.shard.name}, {what}: storing logits as {storage.key} costs up to {error:.1e} nats, more "
+                f"than build.max_kl {allowed:g}; choose a finer build.precision, or allow more with --max-kl"
+            )
+        return error

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.layout import label_array, logits_array, maximum_array
+from mmkd.cache_tools.layout import label_array
 from mmkd.cache_tools.mixing import (
     HeadMixtures,
     Missing,
@@ -22,7 +22,6 @@ from mmkd.cache_tools.mixing import (
     softmin_weights,
     uniform_weights,
 )
-from mmkd.cache_tools.precision import decode_logits
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.records import Float32Array
 from mmkd.cache_tools.weights_file import mixtures_from_file, split_spec
@@ -133,7 +132,7 @@ def mixed_blocks(
     """
     usable = {expert: reader.usable(split, expert) for expert in mixture.weights}
     labels = reader.array(label_array(split, head))
-    streams = [logit_blocks(reader, split, expert, head) for expert in mixture.weights]
+    streams = [reader.logit_blocks(split, expert, head) for expert in mixture.weights]
     for parts in zip(*streams, strict=True):
         rows, views, _ = parts[0]
         logits = {expert: part[2] for expert, part in zip(mixture.weights, parts, strict=True)}
@@ -141,13 +140,3 @@ def mixed_blocks(
         mixed, _ = mix_head(logits, present, mixture, missing=missing, labels=labels[rows])
         mixed[~valid[rows, views]] = np.nan
         yield rows, views, mixed
-
-
-def logit_blocks(reader: CacheReader, split: str, expert: str, head: str) -> Iterator[Block]:
-    """Yield (rows, views, float32 (rows, views, classes)) of an expert's logits, in the order of the shards."""
-    # Swap for CacheReader.blocks, shard by shard, once it is there: an array of one head lies in memory whole here.
-    shifted = reader.array(logits_array(split, expert, head))
-    maximum = reader.array(maximum_array(split, expert, head))
-    for shard in reader.layout(split).shards():
-        rows, views = slice(shard.rows.start, shard.rows.stop), slice(shard.views.start, shard.views.stop)
-        yield rows, views, decode_logits(shifted[rows, views], maximum[rows, views])

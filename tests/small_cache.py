@@ -20,11 +20,11 @@ from mmkd.cache_tools.layout import (
     SplitLayout,
     Status,
     group_key,
-    logits_array,
-    maximum_array,
+    part_array,
     thumbprint_arrays,
 )
 from mmkd.cache_tools.precision import encode_logits
+from mmkd.cache_tools.storage_formats import FORMATS
 from mmkd.cache_tools.store import LocalStore
 from mmkd.data_manifests.records import Manifest
 
@@ -50,7 +50,7 @@ def write_cache(
     static, specs = {}, []
     for layout in layouts.values():
         static |= static_values(manifest, layout)
-        arrays = split_arrays(layout, experts, heads, thumbnail_size=THUMBNAIL_SIZE)
+        arrays = split_arrays(layout, dict.fromkeys(experts, FORMATS["fp16"]), heads, thumbnail_size=THUMBNAIL_SIZE)
         specs += [(spec, layout) for spec in arrays]
     objects = encode_group(static, specs, dict.fromkeys(layouts, 1))
     for key, data in objects.items():
@@ -62,7 +62,7 @@ def write_cache(
             "heads": {head.name: list(head.classes) for head in manifest.heads},
             "manifest": manifest.fingerprint(),
         },
-        "experts": {name: {"weights": name} for name in experts},
+        "experts": {name: {"weights": name, "precision": FORMATS["fp16"].name} for name in experts},
         "splits": [asdict(layout) for layout in layouts.values()],
         "held_out": {name: asdict(held_out or HeldOut(0.0, 0)) for name in experts},
         "objects": hash_objects(objects),
@@ -120,8 +120,8 @@ def publish_shard(
         shifted = np.full((*ok.shape, value.shape[-1]), np.nan, np.float16)
         maximum = np.full(ok.shape, np.nan, np.float32)
         shifted[ok], maximum[ok] = encode_logits(value[rows, shard.views][ok[:count]])
-        blocks[logits_array(split.name, expert, head)] = shifted
-        blocks[maximum_array(split.name, expert, head)] = maximum
+        blocks[part_array(split.name, expert, "logits", head=head)] = shifted
+        blocks[part_array(split.name, expert, "maximum", head=head)] = maximum
     status = np.where(ok, Status.OK, Status.FLOW_FAILED).astype(np.uint8)
     status[count:] = Status.NOT_COMPUTED
     blocks[f"{split.name}/{expert}/status"] = status

@@ -16,6 +16,7 @@ from mmkd.cache_tools.canonical import canonical_view, pixel_hash
 from mmkd.cache_tools.commits import read_verified
 from mmkd.cache_tools.data import ClipSet
 from mmkd.cache_tools.layout import group_key
+from mmkd.cache_tools.precision import kl_divergence
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.recipes import load_recipe
 from mmkd.cache_tools.verify import verify
@@ -189,6 +190,25 @@ def test_a_cache_of_other_views_is_refused_field_by_field(tiny, tmp_path):
     assert result.code == 5
     assert re.search(r"base\.view_seed: cache 0, now 1", result.err)
     assert "Traceback" not in result.err
+
+
+def test_logits_are_stored_as_exactly_as_asked_for_or_the_build_stops(tiny, tmp_path):
+    boxes = (*tiny.stage_one, "--expert", tiny.root / "experts" / "boxes")
+    refused = run_command(
+        "mmkd-cache", "build", *boxes, "-o", tmp_path / "c", "--precision", "8-bit", "--max-kl", 1e-9
+    )
+    assert refused.code == 2
+    assert re.search(r"train/0-0, expert boxes, head action: storing logits as 8-bit costs .* choose", refused.err)
+    run_ok("mmkd-cache", "build", *boxes, "-o", tmp_path / "d", "--precision", "9-bit", "--max-kl", 1e-3)
+    coarse, fine = CacheReader(tmp_path / "d"), CacheReader(tiny.root / "cache")
+    assert coarse.array("train/boxes/logits/action").dtype == np.uint8
+    exact, stored = (reader.logits("train", "boxes")["action"] for reader in (fine, coarse))
+    ok = fine.usable("train", "boxes")
+    error = kl_divergence(exact[ok], stored[ok]).max()
+    worst = max(record.worst_kl.get("action", 0) for record in coarse.records)
+    assert 0 < error < 1e-3
+    assert error <= worst * 1.01 + 1e-6
+    assert np.isnan(stored[~ok]).all()
 
 
 def test_a_full_disk_ends_with_exit_74_and_a_resumable_cache(tiny, tmp_path):

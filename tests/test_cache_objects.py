@@ -34,6 +34,7 @@ from mmkd.cache_tools.commits import (
     read_verified,
 )
 from mmkd.cache_tools.layout import Shard, SplitLayout, commit_key, group_key
+from mmkd.cache_tools.storage_formats import FORMATS
 from mmkd.cache_tools.store import LocalStore
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 
@@ -173,7 +174,9 @@ def test_static_arrays_round_trip_with_an_object_for_each_chunk():
 
 
 def test_arrays_of_a_split_have_room_for_every_expert_and_head():
-    specs = split_arrays(SPLIT, ["rgb", "flow"], {"verb": 97, "noun": 300}, thumbnail_size=144)
+    specs = split_arrays(
+        SPLIT, dict.fromkeys(["rgb", "flow"], FORMATS["fp16"]), {"verb": 97, "noun": 300}, thumbnail_size=144
+    )
     found = {spec.name: (spec.shape, spec.dtype) for spec in specs}
     assert found == {
         "train/thumbprint/hash": ((18, 4), "uint64"),
@@ -197,7 +200,7 @@ def test_arrays_of_a_split_have_room_for_every_expert_and_head():
 @pytest.mark.parametrize("name", ["thumbprint", "label", "flip", "facts", "a/b", "..", "", "a b"])
 def test_a_name_that_another_array_has_cannot_be_an_experts(name):
     with pytest.raises(InputError, match="cannot name an expert"):
-        split_arrays(SPLIT, [name], {"action": 3}, thumbnail_size=144)
+        split_arrays(SPLIT, {name: FORMATS["fp16"]}, {"action": 3}, thumbnail_size=144)
 
 
 # ---- commits
