@@ -1,12 +1,14 @@
 """The mixed teacher in a node's memory map: the numbers of memory, read once, and no store at any lookup."""
 
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from mmkd.cache_tools import copy_file
 from mmkd.cache_tools.layout import Shard, SplitLayout
 from mmkd.cache_tools.mixing import Mixture
 from mmkd.cache_tools.reader import CacheReader
@@ -222,6 +224,32 @@ def test_the_first_process_reads_every_shard_once_and_the_next_one_reads_the_cop
     (path,) = tmp_path.iterdir()
     logits = sum(value.nbytes for value in source.logits.values())
     assert path.stat().st_size < logits + source.mask.nbytes + 3 * 4096 + 2048
+
+
+def test_making_a_copy_needs_memory_for_shards_whatever_the_split(tmp_path, monkeypatch):
+    """9.2 MB of float32 logits for each of two experts, in 30 shards; a dozen of a shard's size are in hand."""
+    monkeypatch.setattr(copy_file, "BLOCK_BYTES", 1 << 16)
+    rows, head = 640, Head("direction", tuple(f"class {number}" for number in range(1200)))
+    values = np.random.default_rng(0).standard_normal((rows, VIEWS, 1200)).astype(np.float32)
+    clips = [Clip(f"c{row}", f"c{row}.webm", "train", {"direction": 0}) for row in range(rows)]
+    logits = {name: {"direction": values} for name in EXPERTS}
+    write_cache(tmp_path / "cache", Manifest("demo", (head,), tuple(clips)), {"train": logits}, shard_rows=64)
+
+    def make(missing):
+        mixtures, reader = {"direction": WEIGHTS["direction"]}, CacheReader(tmp_path / "cache")
+        copies = tmp_path / "copies"
+        return shared_targets(reader, "train", mixtures, missing=missing, rows=SUBSET, directory=copies)
+
+    make("renormalise")  # what is imported and kept at the first time does not count
+    tracemalloc.start()
+    try:
+        source = make("drop")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < values.nbytes / 2
+    found = source.targets(np.arange(len(SUBSET)), np.full(len(SUBSET), 2))["direction"]
+    np.testing.assert_allclose(found, values[SUBSET, 2], atol=3e-3)
 
 
 # ---- training
