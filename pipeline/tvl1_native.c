@@ -25,6 +25,7 @@
 #define LANES 16
 #define PAD 4
 #define MAX_BLOCK 32
+#define SPAN 32 /* pixels; measured, see update_row */
 #define SMALLEST_SQUARED_GRADIENT 1e-30f
 #define EXPORT __attribute__((visibility("default")))
 /* The next loop's iterations are independent: `restrict` is lost where a function is inlined. */
@@ -34,7 +35,8 @@
 #define INDEPENDENT _Pragma("GCC ivdep")
 #endif
 #define INLINE static inline __attribute__((always_inline))
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__)
+#if defined(CLONES) /* given on the command line: none, for the test of bits */
+#elif defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__)
 #define CLONES __attribute__((target_clones("avx512f", "fma", "default")))
 #else
 #define CLONES
@@ -266,10 +268,9 @@ CLONES static void linearise(Level *level, const float *first, float to_pixels, 
 
 /* ---- iterations ---- */
 
-INLINE void update_u(const Level *level, int y, float *restrict squares)
+INLINE void update_u(const Level *level, int y, int from, int n, float *restrict squares)
 {
     ptrdiff_t row = y * level->pitch;
-    int n = (int)level->pitch & -LANES, width = level->width;
     float *restrict u0 = level->u[0] + y * level->u_pitch, *restrict u1 = level->u[1] + y * level->u_pitch;
     const float *restrict slope0 = level->slope[0] + row, *restrict slope1 = level->slope[1] + row;
     const float *restrict gradient0 = level->gradient[0] + row, *restrict gradient1 = level->gradient[1] + row;
@@ -280,7 +281,8 @@ INLINE void update_u(const Level *level, int y, float *restrict squares)
     const float *restrict above1 = y > 0 ? y1 - level->pitch : level->zeros;
     float tau = level->tau, lambda = level->lambda;
     INDEPENDENT
-    for (int x = 0; x < n; x++) {
+    for (int i = 0; i < n; i++) {
+        int x = from + i;
         float data = fmaf(slope1[x], u1[x], fmaf(slope0[x], u0[x], constant[x]));
         data = data < -lambda ? -lambda : data;
         data = data > lambda ? lambda : data;
@@ -290,10 +292,13 @@ INLINE void update_u(const Level *level, int y, float *restrict squares)
         u1[x] = fmaf(tau, update1, u1[x]);
         if (squares) squares[x] = fmaf(update0, update0, update1 * update1);
     }
-    float end0 = u0[width - 1], end1 = u1[width - 1];
-    for (int x = width; x <= n; x++) {
-        u0[x] = end0;
-        u1[x] = end1;
+}
+
+INLINE void repeat_last_column(const Level *level, int y)
+{
+    for (int i = 0; i < 2; i++) {
+        float *u = level->u[i] + y * level->u_pitch;
+        for (ptrdiff_t x = level->width; x <= level->pitch; x++) u[x] = u[level->width - 1];
     }
 }
 
@@ -303,21 +308,23 @@ INLINE double sum_squares(const Level *level)
     for (ptrdiff_t x = level->width; x < level->pitch; x++) squares[x] = 0;
     v16 lanes = {0};
     for (ptrdiff_t x = 0; x < level->pitch; x += LANES) lanes += *(const v16 *)(squares + x);
-    double sum = 0;
-    for (int i = 0; i < LANES; i++) sum += (double)lanes[i];
-    return sum;
+    double sums[LANES];
+    for (int i = 0; i < LANES; i++) sums[i] = (double)lanes[i];
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) sums[i] += sums[half + i];
+    return sums[0];
 }
 
-INLINE void update_p(const Level *level, int y)
+INLINE void update_p(const Level *level, int y, int from, int n)
 {
     ptrdiff_t row = y * level->pitch;
-    int n = (int)level->pitch & -LANES;
     const float *restrict u0 = level->u[0] + y * level->u_pitch, *restrict u1 = level->u[1] + y * level->u_pitch;
     ptrdiff_t down = y < level->height - 1 ? level->u_pitch : 0; /* no difference below the last row */
     float *restrict x0 = level->p[0] + row, *restrict x1 = level->p[1] + row;
     float *restrict y0 = level->p[2] + row, *restrict y1 = level->p[3] + row;
     INDEPENDENT
-    for (int x = 0; x < n; x++) {
+    for (int i = 0; i < n; i++) {
+        int x = from + i;
         float across0 = u0[x + 1] - u0[x], down0 = u0[x + down] - u0[x];
         float across1 = u1[x + 1] - u1[x], down1 = u1[x + down] - u1[x];
         float norm0 = 1 + sqrtf(fmaf(across0, across0, down0 * down0));
@@ -344,24 +351,39 @@ INLINE void copy_row(const Level *level, int y, int restore)
     }
 }
 
+/* Updates p of row y and then u for the next iteration, a span behind: roots and divisions of the one overlap
+   with the arithmetic of the other, and what is stored has left the store buffer before it is read shifted. */
+INLINE void update_row(const Level *level, int y, int with_p, int with_u, float *squares)
+{
+    int n = (int)level->pitch;
+    for (int from = 0; from < n + SPAN; from += SPAN) {
+        int here = n - from < SPAN ? n - from : SPAN, before = n - from < 0 ? n - from + SPAN : SPAN;
+        if (with_p && from < n) update_p(level, y, from, here & -LANES);
+        if (with_u && from > 0) update_u(level, y, from - SPAN, before & -LANES, squares);
+    }
+    if (with_u) repeat_last_column(level, y);
+}
+
 /* Runs `count` iterations as one wavefront; iteration j adds its squared updates to errors[j] if tested[j]. */
 CLONES static void run_block(const Level *level, int count, const uint8_t *tested, double *errors, int save)
 {
     int height = level->height;
     for (int j = 0; j < count; j++) errors[j] = 0;
-    for (int step = 0; step < height + count - 1; step++) {
+    for (int step = 0; step < height + count; step++) {
         if (save && step < height) copy_row(level, step, 0);
-        for (int j = 0; j < count; j++) {
-            int y = step - j;
+        for (int j = 0; j <= count; j++) {
+            int y = step - j; /* for p of iteration j - 1, which needs u of the row below, and u of iteration j */
             if (y < 0 || y >= height) continue;
-            if (tested[j]) {
-                update_u(level, y, level->error);
+            if (j == count) {
+                update_row(level, y, 1, 0, NULL);
+            } else if (tested[j]) {
+                if (j == 0) update_row(level, y, 0, 1, level->error);
+                else update_row(level, y, 1, 1, level->error);
                 errors[j] += sum_squares(level);
             } else {
-                update_u(level, y, NULL);
+                if (j == 0) update_row(level, y, 0, 1, NULL);
+                else update_row(level, y, 1, 1, NULL);
             }
-            if (y > 0) update_p(level, y - 1);
-            if (y == height - 1) update_p(level, y);
         }
     }
 }
@@ -470,17 +492,19 @@ static int plan_cuda(const Options *options, int n, int limit, double threshold,
     return limit;
 }
 
-/* As many as the fall of the error lets expect before it meets the threshold, less one. */
-static int plan_opencv(const Options *options, int n, int limit, double threshold, const double *last)
+/* As many as the fall of the error lets expect before it meets the threshold, less some; at the start of a warp
+   half as many as the warp before took. */
+static int plan_opencv(const Options *options, int n, int limit, double threshold, const double *last, int before)
 {
     if (options->epsilon == 0) return limit;
-    if (n < 2 || !(last[1] < last[0])) return 1;
-    double expected = log(threshold / last[1]) / log(last[1] / last[0]);
-    int count = expected < limit ? (int)(expected * 0.75) : limit;
+    double expected = before / 2;
+    if (n >= 2) expected = last[1] < last[0] ? 0.75 * log(threshold / last[1]) / log(last[1] / last[0]) : 1;
+    int count = expected < limit ? (int)expected : limit;
     return count < 1 ? 1 : count;
 }
 
-static int iterate(Level *level, const Options *options)
+/* Iterates until convergence, or as often as allowed; `before` is how often the warp before did. */
+static int iterate(Level *level, const Options *options, int before)
 {
     double threshold = options->epsilon * options->epsilon * level->height * level->width;
     double scale = options->theta * options->theta, previous = 0, last[2] = {0, 0}, errors[MAX_BLOCK];
@@ -496,7 +520,7 @@ static int iterate(Level *level, const Options *options)
         limit = limit < options->block ? limit : options->block;
         int count, save = 0;
         if (options->opencv) {
-            count = plan_opencv(options, n, limit, threshold, last);
+            count = plan_opencv(options, n, limit, threshold, last, before);
             memset(tested, options->epsilon > 0, sizeof tested);
             save = count > 1 && options->epsilon > 0;
         } else {
@@ -546,7 +570,7 @@ static void run_level(Level *level, const Options *options, const float *first, 
     make_quads(level, second, !options->opencv);
     for (int warp = 0; warp < options->warps; warp++) {
         linearise(level, first, to_pixels, (float)options->theta, !options->opencv);
-        counts[warp] = iterate(level, options);
+        counts[warp] = iterate(level, options, warp > 0 ? counts[warp - 1] : 0);
     }
     for (int i = 0; i < 2; i++)
         for (int y = 0; y < height; y++)

@@ -42,11 +42,16 @@ def library() -> ctypes.CDLL | None:
     spec = importlib.util.find_spec(EXTENSION)
     if spec is None or spec.origin is None:
         return None
+    return open_library(spec.origin)
+
+
+def open_library(path: str) -> ctypes.CDLL | None:
+    """Return the library in a file, None where it cannot be used here."""
     try:
-        loaded = ctypes.CDLL(spec.origin)
+        loaded = ctypes.CDLL(path)
     except OSError:  # built for another machine
         return None
-    if not hasattr(loaded, "tvl1_interface"):
+    if not hasattr(loaded, "tvl1_interface") or loaded.tvl1_interface() != INTERFACE:
         return None
     pointer, options = ctypes.c_void_p, ctypes.POINTER(_Options)
     loaded.tvl1_pyramid_floats.argtypes = loaded.tvl1_workspace_floats.argtypes = [options]
@@ -54,7 +59,7 @@ def library() -> ctypes.CDLL | None:
     loaded.tvl1_pyramid.argtypes = [options, pointer, ctypes.c_int, pointer, pointer]
     loaded.tvl1_pair.argtypes = [options, *[pointer] * 5]
     loaded.tvl1_pyramid.restype = loaded.tvl1_pair.restype = None
-    return loaded if loaded.tvl1_interface() == INTERFACE else None
+    return loaded
 
 
 class NativePairs:

@@ -1,6 +1,9 @@
 """TV-L1's paths against each other, the choice among them, their memory, and what the native library promises."""
 
 import importlib.util
+import platform
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,6 +129,31 @@ def test_the_wavefront_changes_no_bit(name, monkeypatch):
         found = pairs.flow(list(frames), [(i, i + 1) for i in range(8)])
         expected = found if expected is None else expected
         assert all(map(torch.equal, found, expected)), block
+
+
+@pytest.fixture(scope="module")
+def plain_library(tmp_path_factory):
+    """The library as the compiler makes it without a single vector."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler here")
+    made = tmp_path_factory.mktemp("native") / "plain.so"
+    source = Path(__file__).resolve().parents[1] / "pipeline" / "tvl1_native.c"
+    fused = ["-mfma"] if platform.machine() == "x86_64" else []
+    options = ["-std=gnu11", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-psabi", "-DCLONES=", *fused]
+    subprocess.run([compiler, *options, str(source), "-lm", "-o", str(made)], check=True)
+    return tvl1_native.open_library(str(made))
+
+
+@native_only
+@pytest.mark.parametrize("name", PARAMS)
+def test_vectors_change_no_bit(name, plain_library, monkeypatch):
+    """So processors with wider or narrower registers agree, and compilers that vectorise other loops."""
+    frames, params = clip(), PARAMS[name]
+    expected = tvl1_clip_flow(frames, params=params, path="native")
+    assert tvl1_native.library() is not plain_library
+    monkeypatch.setattr(tvl1_native, "library", lambda: plain_library)
+    assert torch.equal(tvl1_clip_flow(frames, params=params, path="native"), expected)
 
 
 @native_only
