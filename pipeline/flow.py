@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from mmkd.cache_tools.records import ClipFacts, ClipFrames, Float32Array, IntArray, UInt8Array, View
+from mmkd.pipeline.flow_conventions import codes_of_flow, flow_of_codes
 from mmkd.pipeline.flow_methods import FlowMethod, sequence_flow
 from mmkd.pipeline.recipe import FlowRecipe
 from mmkd.pipeline.tvl1 import TVL1Params
@@ -113,17 +114,16 @@ def encode_flow(fields: Float32Array, recipe: FlowRecipe) -> np.ndarray[Any, Any
     """
     if recipe.precision == "float16":
         return fields.astype(np.float16)
-    bound = recipe.bound_px
-    # Divided first: (0 + b) / 2b is exactly one half for every b.
-    return np.rint(np.clip((fields.astype(np.float64) + bound) / (2 * bound) * 255, 0, 255)).astype(np.uint8)
+    codes: UInt8Array = codes_of_flow(torch.from_numpy(fields), bound_px=recipe.bound_px).numpy()
+    return codes
 
 
 def decode_flow(stored: np.ndarray[Any, Any], recipe: FlowRecipe) -> Float32Array:
     """Invert `encode_flow`: float32, for 8 bits x / 255 · 2b - b."""
     if recipe.precision == "float16":
         return stored.astype(np.float32)
-    bound = recipe.bound_px
-    return (stored.astype(np.float64) * (2 * bound / 255) - bound).astype(np.float32)
+    flow: Float32Array = flow_of_codes(torch.from_numpy(stored), bound_px=recipe.bound_px).numpy()
+    return flow
 
 
 def crop_flow(fields: Float32Array, view: View, facts: ClipFacts, *, size_px: int) -> Float32Array:

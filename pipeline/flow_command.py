@@ -44,8 +44,8 @@ from mmkd.pipeline.flow_files import EncodedFlow, FlowWriter, encode_values, sto
 from mmkd.pipeline.flow_methods import FlowMethod
 from mmkd.pipeline.flow_output import FILE_SUFFIXES, DoneVideo, FlowOutput
 from mmkd.pipeline.flow_videos import NamedVideo, find_videos
-from mmkd.pipeline.raft import load_raft
 from mmkd.pipeline.stages import Stages
+from mmkd.pipeline.tvl1 import chosen_path
 from mmkd.student.devices import choose_device
 
 SOURCE = VideoFiles(Path("/"))
@@ -109,8 +109,15 @@ def method_device(method: FlowMethod, name: str) -> torch.device:
         name = "cpu"
     device = choose_device(name)
     if method.weights is not None:
+        from mmkd.pipeline.raft import load_raft  # torchvision takes a second to import
+
         load_raft(method.weights, device)
     return device
+
+
+def rounding_of(method: FlowMethod, device: torch.device) -> str:
+    """Return a name for what results of the same parameters still differ by in their last bits."""
+    return f"{device.type}, {chosen_path(device)}" if method.name == "tvl1" else device.type
 
 
 def compute_flow(
@@ -126,7 +133,7 @@ def compute_flow(
 
     Raises InputError for other parameters than `out` was made with, and InterruptedByUserError after a clean stop.
     """
-    output = FlowOutput(out, options, device.type)
+    output = FlowOutput(out, options, rounding_of(options.method, device))
     run = FlowRun(output, options, device, workers=workers, preview=preview)
     began = time.perf_counter()
     with stop_on_signals() as stop:

@@ -43,8 +43,11 @@ class DoneVideo:
 class FlowOutput:
     """A folder of results, or one HDF5 file that is gathered at the end."""
 
-    def __init__(self, out: Path, options: FlowOptions, device: str) -> None:
-        """Open or start the output; raise InputError when it holds flow of other parameters."""
+    def __init__(self, out: Path, options: FlowOptions, computed_by: str) -> None:
+        """Open or start the output; raise InputError when it holds flow of other parameters.
+
+        Devices and paths round differently, so one output is `computed_by` one of them.
+        """
         self.out = out
         self.is_file = out.suffix.lower() in FILE_SUFFIXES
         if self.is_file and options.layout not in ("hdf5", "i3d"):
@@ -53,8 +56,7 @@ class FlowOutput:
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"-o {self.folder} is a file; name a folder, or a file that ends in .h5")
         self._options = options
-        # What devices compute differs by rounding, so one output is of one kind of device.
-        self._identity = options_identity(options) | {"device": device}
+        self._identity = options_identity(options) | {"computed_by": computed_by}
         self._in_file = self._read_file()
         self._check_parameters(self.folder / PARAMETERS)
 

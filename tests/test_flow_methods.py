@@ -1,7 +1,9 @@
 """DIS and RAFT behind TV-L1's call: shapes, known motion, independence of pairs, weights files."""
 
 import pickle
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from mmkd.pipeline.tvl1 import TVL1Params, tvl1_flow
 from .flow_videos import texture
 
 FAST = FlowMethod(preset="fast")
+MIDDLEBURY = Path(__file__).resolve().parents[2] / "shared" / "data" / "middlebury"
 
 
 def grey(frames, **more):
@@ -57,6 +60,25 @@ def test_dis_refuses_what_it_cannot_take():
         dis_flow(frames[:1], frames[1:])
     with pytest.raises(ValueError, match="one shape"):
         dis_flow(grey(1, size=(32, 32)), grey(1, size=(33, 32)))
+
+
+@pytest.mark.skipif(not MIDDLEBURY.is_dir(), reason="no shared/data beside the repository")
+def test_dis_errors_are_those_that_are_documented():
+    """Mean endpoint error over four pairs: .66, .53 and .34 px, as `DIS_PRESETS` and the README say."""
+    errors = {preset: [] for preset in DIS_PRESETS}
+    for folder in sorted(MIDDLEBURY.iterdir()):
+        raw = (folder / "flow10.flo").read_bytes()
+        width, height = np.frombuffer(raw, "<i4", 2, 4)
+        truth = np.frombuffer(raw, "<f4", -1, 12).reshape(height, width, 2).transpose(2, 0, 1)
+        known = (np.abs(truth) < 1e9).all(0)
+        first, second = (
+            torch.from_numpy(cv2.imread(str(folder / f"frame{number}.png"), cv2.IMREAD_GRAYSCALE))[None]
+            for number in (10, 11)
+        )
+        for preset, found in errors.items():
+            found.append(np.hypot(*(dis_flow(first, second, preset=preset)[0].numpy() - truth))[known].mean())
+    means = {preset: float(np.mean(found)) for preset, found in errors.items()}
+    assert means == pytest.approx({"ultrafast": 0.656, "fast": 0.534, "medium": 0.338}, abs=0.02)
 
 
 # ---- RAFT
