@@ -43,6 +43,7 @@ __all__ = [
 ChosenPath = Literal["torch", "native", "triton"]
 Path = Literal["auto", "torch", "native", "triton"]
 PATHS: tuple[Path, ...] = ("auto", "torch", "native", "triton")
+TRITON_MODULE = "mmkd.pipeline.tvl1_triton"
 BUDGET_BYTES_CPU = 512 * 2**20
 BUDGET_BYTES_DEVICE = 4 * 2**30
 
@@ -74,7 +75,7 @@ def tvl1_flow(
         if taken == "native":
             return tvl1_native.flow_of_pairs(first, second, params=params, budget_bytes=budget)
         if taken == "triton" and len(first):
-            return _triton_flow(first, second, params)
+            return _triton_flow("tvl1_flow_triton", first, second, params=params, budget_bytes=budget)
         return tvl1_torch.flow_of_pairs(first, second, params=params, budget_bytes=budget)
 
 
@@ -96,7 +97,7 @@ def tvl1_clip_flow(
         if taken == "native":
             return tvl1_native.flow_of_clip(frames, step=step, params=params, budget_bytes=budget)
         if taken == "triton" and len(frames) > step:
-            return _triton_flow(frames[:-step], frames[step:], params)
+            return _triton_flow("tvl1_clip_flow_triton", frames, step=step, params=params, budget_bytes=budget)
         return tvl1_torch.flow_of_clip(frames, step=step, params=params, budget_bytes=budget)
 
 
@@ -167,15 +168,15 @@ def _path(path: Path, images: Tensor) -> ChosenPath:
 
 
 def _budget(images: Tensor, params: TVL1Params, budget_bytes: int | None, *, path: ChosenPath) -> int:
+    """Return the bytes to keep within: the default, but as many as one pair needs; or what was asked for."""
+    module = {"native": tvl1_native, "torch": tvl1_torch}.get(path) or importlib.import_module(TRITON_MODULE)
+    needed: int = module.pair_bytes(*images.shape[1:], params=params)
     if budget_bytes is None:
-        return BUDGET_BYTES_CPU if images.device.type == "cpu" else BUDGET_BYTES_DEVICE
-    module = tvl1_native if path == "native" else tvl1_torch
-    height, width = images.shape[1:]
-    needed = module.pair_bytes(height, width, params=params)
+        return max(needed, BUDGET_BYTES_CPU if images.device.type == "cpu" else BUDGET_BYTES_DEVICE)
     if budget_bytes < needed:
         raise ValueError(
-            f"TV-L1 needs {needed / 2**20:.1f} MiB for one pair of {width}x{height}, "
-            f"more than the budget of {budget_bytes / 2**20:.1f} MiB; raise budget_bytes"
+            f"TV-L1 needs {needed:,} bytes for one pair of {images.shape[2]}x{images.shape[1]}, "
+            f"more than the budget of {budget_bytes:,}; raise budget_bytes"
         )
     return budget_bytes
 
@@ -183,12 +184,11 @@ def _budget(images: Tensor, params: TVL1Params, budget_bytes: int | None, *, pat
 def _triton() -> ModuleType | None:
     """Return the module of the Triton kernels, None where Triton is absent; loaded on first use, as it is slow."""
     try:
-        return importlib.import_module("mmkd.pipeline.tvl1_triton")
+        return importlib.import_module(TRITON_MODULE)
     except ImportError:
         return None
 
 
-def _triton_flow(first: Tensor, second: Tensor, params: TVL1Params) -> Tensor:
-    module = importlib.import_module("mmkd.pipeline.tvl1_triton")
-    flow: Tensor = module.tvl1_flow_triton(first, second, params=params)
+def _triton_flow(name: str, *images: Tensor, **options: object) -> Tensor:
+    flow: Tensor = getattr(importlib.import_module(TRITON_MODULE), name)(*images, **options)
     return flow
