@@ -23,6 +23,7 @@ class StopRequest:
     def __init__(self) -> None:
         """Nothing was asked for yet."""
         self._received: signal.Signals | None = None
+        self._at_once: str | None = None
 
     @property
     def requested(self) -> bool:
@@ -35,11 +36,27 @@ class StopRequest:
             name = self._received.name
             raise InterruptedByUserError(f"stopped by {name}: {kept}; run the same command again to go on")
 
+    @contextmanager
+    def at_once(self, kept: str) -> Iterator[None]:
+        """Raise InterruptedByUserError the moment a stop is asked for within the body.
+
+        For waiting on work that a stop throws away; where the body writes, `check` between its steps instead.
+        """
+        self._at_once = kept
+        try:
+            self.check(kept)
+            yield
+        finally:
+            self._at_once = None
+
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal; raise KeyboardInterrupt at the second SIGINT."""
+        """Note a signal; raise KeyboardInterrupt at the second SIGINT, and within `at_once` at the first signal."""
         if number == signal.SIGINT and self._received is not None:
             raise KeyboardInterrupt
+        is_first = self._received is None
         self._received = signal.Signals(number)
+        if self._at_once is not None and is_first:
+            self.check(self._at_once)
         if number == signal.SIGINT:  # os.write, because print may be what this very handler interrupted
             os.write(2, b"\nstopping after the work in hand; press Ctrl-C again to abort at once\n")
 

@@ -226,9 +226,12 @@ class FlowRun:
                 ) as bar,
                 ThreadPoolExecutor(ENCODERS, "mmkd-encoder") as executor,
             ):
-                for _, result in results:
-                    stop.check("the flow of the videos before is kept")
-                    self._take(sent.popleft(), result, encoding, executor=executor, bar=bar)
+                while True:
+                    with stop.at_once("the flow of the videos before is kept"):  # a block may take a minute
+                        result = next(results, None)
+                    if result is None:
+                        break
+                    self._take(sent.popleft(), result[1], encoding, executor=executor, bar=bar)
                 while encoding:
                     self._write(*encoding.popleft(), bar=bar)
         finally:

@@ -100,6 +100,30 @@ def test_the_second_ctrl_c_aborts():
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_at_once_a_signal_ends_a_wait_and_a_second_one_does_not_disturb_the_cleaning_up():
+    cleaned = []
+
+    def wait():
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        try:
+            assert not threading.Event().wait(60), "the wait was not ended"
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleaned.append(True)
+
+    with stop_on_signals() as stop:
+        with pytest.raises(InterruptedByUserError, match="SIGTERM: all is kept"), stop.at_once("all is kept"):
+            wait()
+        with pytest.raises(InterruptedByUserError), stop.at_once("all is kept"):
+            raise AssertionError("a stop that was asked for before is noticed at the beginning")
+    assert cleaned == [True]
+    with stop_on_signals() as stop:
+        with stop.at_once("all is kept"):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested, "outside, a signal is only noted"
+
+
 def test_handlers_come_back_after_an_error_and_nest():
     before = signal.getsignal(signal.SIGTERM)
     with stop_on_signals() as outer:
