@@ -9,7 +9,8 @@ from setuptools import Extension, setup
 native = Extension(
     "mmkd.pipeline._tvl1_native",
     sources=["pipeline/tvl1_native.c"],
-    # Bits must not depend on what a compiler fuses or reorders; errno and traps would forbid vectors.
+    # Bits must not depend on what a compiler fuses or reorders. Errno, traps and integers that wrap, which Python's
+    # own flags ask for, would forbid vectors.
     extra_compile_args=[
         "-std=gnu11",
         "-O3",
@@ -17,6 +18,7 @@ native = Extension(
         "-ffp-contract=off",
         "-fno-math-errno",
         "-fno-trapping-math",
+        "-fno-wrapv",
         "-fvisibility=hidden",
     ],
     libraries=["m"],

@@ -281,8 +281,8 @@ INLINE void update_u(const Level *level, int y, int from, int n, float *restrict
     const float *restrict above1 = y > 0 ? y1 - level->pitch : level->zeros;
     float tau = level->tau, lambda = level->lambda;
     INDEPENDENT
-    for (int i = 0; i < n; i++) {
-        int x = from + i;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        ptrdiff_t x = from + i;
         float data = fmaf(slope1[x], u1[x], fmaf(slope0[x], u0[x], constant[x]));
         data = data < -lambda ? -lambda : data;
         data = data > lambda ? lambda : data;
@@ -323,8 +323,8 @@ INLINE void update_p(const Level *level, int y, int from, int n)
     float *restrict x0 = level->p[0] + row, *restrict x1 = level->p[1] + row;
     float *restrict y0 = level->p[2] + row, *restrict y1 = level->p[3] + row;
     INDEPENDENT
-    for (int i = 0; i < n; i++) {
-        int x = from + i;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        ptrdiff_t x = from + i;
         float across0 = u0[x + 1] - u0[x], down0 = u0[x + down] - u0[x];
         float across1 = u1[x + 1] - u1[x], down1 = u1[x + down] - u1[x];
         float norm0 = 1 + sqrtf(fmaf(across0, across0, down0 * down0));
