@@ -25,6 +25,7 @@ from mmkd.cache_tools.layout import (
     status_array,
     thumbprint_arrays,
 )
+from mmkd.cache_tools.shard_codec import encode_shard
 from mmkd.cache_tools.storage_formats import StorageFormat
 from mmkd.data_manifests.errors import InputError
 
@@ -132,15 +133,12 @@ def encode_block(name: str, metadata: bytes, *, start: tuple[int, int], block: n
 
     `block` is (shard_rows, views, ...) and `start` its first row and view.
     """
-    array, objects = _open(name, {f"{name}/zarr.json": metadata})
     rows, views = start
-    if block.shape != array.shards or block.dtype != array.dtype or rows % block.shape[0] or views % block.shape[1]:
-        raise ValueError(
-            f"{name}: a block at {start} of {block.dtype} {block.shape} is not one whole shard of {array.dtype} "
-            f"{array.shards}"
-        )
-    array[rows : rows + block.shape[0], views : views + block.shape[1]] = block
-    return {key: buffer.to_bytes() for key, buffer in objects.items() if not key.endswith("zarr.json")}
+    if rows % block.shape[0] or views % block.shape[1]:
+        raise ValueError(f"{name}: a block of {block.shape} at {start} is not one whole shard")
+    trailing = "/0" * (block.ndim - 2)
+    key = f"{name}/c/{rows // block.shape[0]}/{views // block.shape[1]}{trailing}"
+    return {key: encode_shard(metadata, block)}
 
 
 def decode_array(name: str, objects: Mapping[str, bytes]) -> npt.NDArray[Any]:
