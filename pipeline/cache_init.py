@@ -140,6 +140,30 @@ def initialise(
 ) -> tuple[dict[str, Any], Objects]:
     """Write a cache's static part, or let the one there grow; return its init record and static objects.
 
+    Raises as `plan_init`.
+    """
+    there, init, objects = plan_init(store, plans, manifest=manifest, base=base, experts=experts, replace=replace)
+    if there != init:
+        for key in (ROOT, INDEX):  # from here on the cache is unfinished
+            store.delete(key)
+    write_missing(store, objects)
+    if there != init:
+        # Written last: a group without it is a leftover, and is written again.
+        store.write(INIT, init_bytes(init))
+    return init, objects
+
+
+def plan_init(
+    store: Store,
+    plans: Sequence[SplitPlan],
+    *,
+    manifest: Manifest,
+    base: Mapping[str, Any],
+    experts: Mapping[str, ExpertNode],
+    replace: Collection[str] = (),
+) -> tuple[dict[str, Any] | None, dict[str, Any], Objects]:
+    """Return the init record that is there, or None, the one to be, and all static objects; write nothing.
+
     A cache may be given further experts, more views, and other experts in the place of those named in `replace`.
     Raises FingerprintError with a field-by-field difference for anything else that differs.
     """
@@ -152,6 +176,12 @@ def initialise(
         fields, held_out = there["experts"] | fields, there["held_out"] | held_out
     objects = static_objects(plans, manifest, fields, frames=base["views"]["frames"])
     hashes = hash_objects(objects)
+    if there is not None:
+        changed = [key for key, value in there["objects"].items() if hashes.get(key, value) != value]
+        if contents := [key for key in changed if not key.endswith("zarr.json")]:
+            raise FingerprintError(
+                f"{store.locate()}: the videos changed since the cache was started (in {contents[0]}). {NEW_PLACE}"
+            )
     init: dict[str, Any] = {
         "schema": SCHEMA,
         "base": dict(base),
@@ -161,20 +191,12 @@ def initialise(
         "objects": hashes,
         "environment": environment() if there is None else there["environment"],
     }
-    if there is not None:
-        changed = [key for key, value in there["objects"].items() if hashes.get(key, value) != value]
-        if contents := [key for key in changed if not key.endswith("zarr.json")]:
-            raise FingerprintError(
-                f"{store.locate()}: the videos changed since the cache was started (in {contents[0]}). {NEW_PLACE}"
-            )
-    if there != init:
-        for key in (ROOT, INDEX):  # from here on the cache is unfinished
-            store.delete(key)
-    write_missing(store, objects)
-    if there != init:
-        # Written last: a group without it is a leftover, and is written again.
-        store.write(INIT, (json.dumps(seal(init), indent=1) + "\n").encode())
-    return init, objects
+    return there, init, objects
+
+
+def init_bytes(init: Mapping[str, Any]) -> bytes:
+    """Return the contents of init.json."""
+    return (json.dumps(seal(init), indent=1) + "\n").encode()
 
 
 def static_objects(

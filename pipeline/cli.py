@@ -11,7 +11,6 @@ from mmkd.cache_tools.command import (
     data_options,
     example_argument,
     example_recipe,
-    named_data,
     print_result,
     recipe_options,
     run_command,
@@ -20,18 +19,19 @@ from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
 from mmkd.data_manifests.errors import InputError, TooManyUnusableError
 from mmkd.data_manifests.records import Manifest, save_manifest
+from mmkd.pipeline.options import (
+    FILE,
+    FOLDER,
+    as_json,
+    boxes_option,
+    build_recipe,
+    cache_options,
+    device_option,
+    named_options,
+    scratch_option,
+    teacher_options,
+)
 from mmkd.pipeline.recipe import TeacherRecipe
-
-FOLDER = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path, dir_okay=False)
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-boxes_option = click.option(
-    "--boxes", multiple=True, type=FILE, help="Box annotations in the Something-Else form; repeatable."
-)
-scratch_option = click.option(
-    "--flow-scratch", type=FOLDER, help="Folder for flow computed once [default: MANIFEST.flow]."
-)
 
 
 @click.group()
@@ -159,7 +159,7 @@ def _write_manifest(made: Manifest, options: dict[str, Any]) -> None:
 @as_json
 def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
     """Train the recipe's expert NAME on labels: rgb, flow or boxes."""
-    named = _named(options)
+    named = named_options(options)
     known = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named).experts
     if name not in known:  # --seed would begin a new expert, and the error be about its missing modality
         raise InputError(f"NAME: the recipe has no expert {name!r}; it has: {', '.join(known) or 'none'}")
@@ -178,20 +178,7 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
 
 
 @cli.command()
-@recipe_options
-@data_options
-@boxes_option
-@scratch_option
-@click.option(
-    "--expert", "experts", multiple=True, required=True, type=FOLDER, help="Directory of an expert; repeatable."
-)
-@click.option(
-    "-o", "--out", required=True, help="Directory (or URL) of the cache; one that is there goes on or grows."
-)
-@click.option("--views", type=int, help="Random views of each training clip.")
-@click.option("--precision", type=click.Choice(["fp16", "12-bit", "9-bit", "8-bit"]), help="How logits are stored.")
-@click.option("--max-kl", type=float, help="Largest error in nats that storing may cost [default: 1e-4].")
-@click.option("--replace", multiple=True, metavar="NAME", help="Compute this expert of the cache anew; repeatable.")
+@cache_options
 @click.option("--task", type=click.IntRange(0), default=0, show_default=True, help="Number of this task, of --of.")
 @click.option(
     "--of", "tasks", type=click.IntRange(1), default=1, show_default=True, help="Tasks that share the build."
@@ -199,19 +186,18 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
 @click.option(
     "--max-unusable", type=click.IntRange(0), default=0, show_default=True, help="Clips that may be unusable."
 )
-@device_option
 @as_json
 def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
     """Run the teacher once over every clip's views and write its logits to a cache.
 
     Any number of tasks may work on one cache; each computes what nobody else does. The last one finishes it.
-    A finished cache grows by more --views and further experts; those that are not given stay.
+    With several GPUs start a task for each, e.g. --device cuda:1 --task 1 --of 2. A finished cache grows by more
+    --views and further experts; those that are not given stay.
     Exit code 3: finished, but more clips are unusable than --max-unusable; 75: interrupted, run me again.
     """
     if options["task"] >= options["tasks"]:
         raise InputError(f"--task {options['task']} --of {options['tasks']}: tasks are counted from 0")
-    named = _named(options) | {f"build.{name}": options[name] for name in ("views", "precision", "max_kl")}
-    recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
+    recipe = build_recipe(files, overrides, options)
     from mmkd.pipeline.build import build as build_cache
     from mmkd.pipeline.teacher import load_teacher
     from mmkd.student.devices import choose_device
@@ -234,6 +220,37 @@ def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
             f"{len(report.unusable)} clips are unusable, more than --max-unusable {options['max_unusable']}; the "
             f"first is {clip}: {reason}. The cache is complete without them; `mmkd-cache inspect` lists all"
         )
+
+
+@cli.command()
+@cache_options
+@click.option(
+    "--sample-clips", type=click.IntRange(1), default=8, show_default=True, help="Clips that are computed to time."
+)
+@click.option(
+    "--hours-per-task",
+    type=click.FloatRange(0, min_open=True),
+    default=4.0,
+    show_default=True,
+    help="Time that a task should take.",
+)
+@as_json
+def plan(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
+    """Say what `build` with the same options would take: rows, bytes, hours, tasks, disk; write no cache.
+
+    Of a cache that is there it counts what is missing. Exit code 74: the disk is too small.
+    """
+    recipe = build_recipe(files, overrides, options)
+    from mmkd.pipeline.plan import plan as plan_cache
+    from mmkd.pipeline.teacher import load_teacher
+    from mmkd.student.devices import choose_device
+
+    chosen = {name: options[name] for name in ("sample_clips", "hours_per_task", "replace")}
+    report = plan_cache(
+        recipe, load_teacher(options["experts"], choose_device(options["device"])), options["out"], **chosen
+    )
+    print_result(report.to_json(), as_json=options["as_json"], lines=report.lines())
+    report.check()
 
 
 @cli.command()
@@ -268,6 +285,38 @@ def verify(cache: str, repair: bool, as_json: bool) -> None:
 
     report = verify_cache(cache, repair=repair)
     print_result(asdict(report), as_json=as_json, lines=report.lines(cache))
+    report.check(cache)
+
+
+@cli.command()
+@click.argument("cache")
+@teacher_options
+@click.option("--sample", type=click.IntRange(1), default=64, show_default=True, help="Views to compute again.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other views.")
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(0),
+    help="Largest KL(stored || fresh) in nats that is no drift [default: 0.002].",
+)
+@as_json
+def drift(cache: str, files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
+    """Run the teacher again on a random sample of a CACHE and compare with what is stored.
+
+    Give the data, recipe and experts that built it (or some of the experts). Exit code 4: drift above --max-kl, or
+    another picture; 5: other data or experts than the cache's.
+    """
+    recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named_options(options))
+    from mmkd.pipeline.drift import MAX_KL_NATS
+    from mmkd.pipeline.drift import drift as measure_drift
+    from mmkd.pipeline.teacher import load_teacher
+    from mmkd.student.devices import choose_device
+
+    teacher = load_teacher(options["experts"], choose_device(options["device"]))
+    max_kl_nats = MAX_KL_NATS if options["max_kl"] is None else options["max_kl"]
+    report = measure_drift(
+        recipe, teacher, cache, sample=options["sample"], seed=options["seed"], max_kl_nats=max_kl_nats
+    )
+    print_result(asdict(report), as_json=options["as_json"], lines=report.lines(cache))
     report.check(cache)
 
 
@@ -352,7 +401,7 @@ def config() -> None:
 @scratch_option
 def config_show(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
     """Print every value of the resolved recipe and where it comes from."""
-    _, values = resolved_with_origins(TeacherRecipe, files=files, overrides=overrides, named=_named(options))
+    _, values = resolved_with_origins(TeacherRecipe, files=files, overrides=overrides, named=named_options(options))
     for value in values:
         click.echo(f"{value.path}: {json.dumps(value.value)}  # {value.origin}")
 
@@ -368,11 +417,6 @@ def config_example(data_set: str) -> None:
 def config_schema() -> None:
     """Print the JSON schema of the recipe."""
     click.echo(json.dumps(TeacherRecipe.model_json_schema(), indent=1))
-
-
-def _named(options: dict[str, Any]) -> dict[str, Any]:
-    boxes = [str(path) for path in options["boxes"]] or None
-    return named_data(options) | {"boxes.files": boxes, "flow_scratch": options["flow_scratch"]}
 
 
 def main() -> None:

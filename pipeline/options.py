@@ -1,0 +1,72 @@
+"""Options that several commands of `mmkd-cache` share, and the recipe that they make."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mmkd.cache_tools.command import data_options, named_data, recipe_options
+from mmkd.cache_tools.recipes import load_recipe
+from mmkd.pipeline.recipe import TeacherRecipe
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+boxes_option = click.option(
+    "--boxes", multiple=True, type=FILE, help="Box annotations in the Something-Else form; repeatable."
+)
+scratch_option = click.option(
+    "--flow-scratch", type=FOLDER, help="Folder for flow computed once [default: MANIFEST.flow]."
+)
+
+
+def teacher_options(function: Any) -> Any:
+    """Add what a command needs to run the teacher over a data set: recipe, data, experts and device."""
+    expert = click.option(
+        "--expert",
+        "experts",
+        multiple=True,
+        required=True,
+        type=FOLDER,
+        help="Directory of an expert; repeatable.",
+    )
+    for option in reversed((recipe_options, data_options, boxes_option, scratch_option, expert, device_option)):
+        function = option(function)
+    return function
+
+
+def cache_options(function: Any) -> Any:
+    """Add what says which cache to build, for the commands that build or plan one."""
+    options = (
+        teacher_options,
+        click.option(
+            "-o",
+            "--out",
+            required=True,
+            help="Directory (or URL) of the cache; one that is there goes on or grows.",
+        ),
+        click.option("--views", type=int, help="Random views of each training clip."),
+        click.option(
+            "--precision", type=click.Choice(["fp16", "12-bit", "9-bit", "8-bit"]), help="How logits are stored."
+        ),
+        click.option("--max-kl", type=float, help="Largest error in nats that storing may cost [default: 1e-4]."),
+        click.option(
+            "--replace", multiple=True, metavar="NAME", help="Compute this expert of the cache anew; repeatable."
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def build_recipe(files: tuple[Path, ...], overrides: tuple[str, ...], options: dict[str, Any]) -> TeacherRecipe:
+    """Return the recipe of `cache_options`."""
+    named = named_options(options) | {f"build.{name}": options[name] for name in ("views", "precision", "max_kl")}
+    return load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
+
+
+def named_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the values of data, boxes and scratch options out of a command's, as named recipe values."""
+    boxes = [str(path) for path in options["boxes"]] or None
+    return named_data(options) | {"boxes.files": boxes, "flow_scratch": options["flow_scratch"]}
