@@ -141,6 +141,54 @@ def encode_block(name: str, metadata: bytes, *, start: tuple[int, int], block: n
     return {key: encode_shard(metadata, block)}
 
 
+def encode_object(name: str, metadata: bytes, key: str, *, values: npt.NDArray[Any]) -> bytes:
+    """Encode one object of any array from the `values` of its region, the padding left out; see `array_form`."""
+    array, objects = _open(name, {f"{name}/zarr.json": metadata})
+    region = array_form(name, metadata).region(key)
+    shape = tuple(part.stop - part.start for part in region)
+    if values.shape != shape:
+        block = np.full(shape, array.fill_value, array.dtype)
+        block[tuple(slice(length) for length in values.shape)] = values
+        values = block
+    if array.shards:
+        return encode_shard(metadata, values)
+    array[region] = values
+    return objects[key].to_bytes()
+
+
+def array_form(name: str, metadata: bytes) -> "ArrayForm":
+    """Return what an array's metadata object says."""
+    array, _ = _open(name, {f"{name}/zarr.json": metadata})
+    return ArrayForm(name, array.shape, array.shards or array.chunks, array.dtype, array.fill_value)
+
+
+@dataclass(frozen=True)
+class ArrayForm:
+    """Shape and blocks of a stored array, static or sharded."""
+
+    name: str
+    """Path within the group."""
+    shape: tuple[int, ...]
+    """Its shape, rows padded where it is sharded."""
+    block: tuple[int, ...]
+    """What one object holds; those at the end may hold less."""
+    dtype: np.dtype[Any]
+    """Its type; NumPy's strings for texts."""
+    fill: Any
+    """Value of what is not computed."""
+
+    def region(self, key: str) -> tuple[slice, ...]:
+        """Return the part of the array that an object holds."""
+        numbers = [int(part) for part in key.removeprefix(f"{self.name}/c/").split("/")]
+        parts = zip(numbers, self.block, self.shape, strict=True)
+        return tuple(slice(n * length, min((n + 1) * length, whole)) for n, length, whole in parts)
+
+
+def array_of(key: str) -> str:
+    """Return the name of the array that an object, or a metadata object, of the group belongs to."""
+    return key.removesuffix("/zarr.json") if key.endswith("/zarr.json") else key.rpartition("/c/")[0]
+
+
 def decode_array(name: str, objects: Mapping[str, bytes]) -> npt.NDArray[Any]:
     """Decode a whole array from its metadata object and all its blocks."""
     array, _ = _open(name, objects)
@@ -149,9 +197,9 @@ def decode_array(name: str, objects: Mapping[str, bytes]) -> npt.NDArray[Any]:
 
 
 def decode_block(
-    name: str, metadata: bytes, key: str, *, data: bytes, region: tuple[slice, slice]
+    name: str, metadata: bytes, key: str, *, data: bytes, region: tuple[slice, ...]
 ) -> npt.NDArray[Any]:
-    """Decode one shard's object of an array; `region` is its rows and views."""
+    """Decode one object of an array; `region` is its rows and views."""
     array, _ = _open(name, {f"{name}/zarr.json": metadata, key: data})
     value: npt.NDArray[Any] = np.asarray(array[region])
     return value

@@ -93,6 +93,16 @@ def data_options(function: Function) -> Function:
     return function
 
 
+def cache_location(text: str) -> Path | str:
+    """Return what names a cache on a command line: its folder as a Path, or its URL as it is; refuse a file."""
+    if "://" in text and not text.startswith("file://"):
+        return text
+    path = Path(text.removeprefix("file://"))
+    if path.is_file():
+        raise click.BadParameter(f"{path} is a file; name the folder or the URL of a cache")
+    return path
+
+
 example_argument = click.argument("data_set", type=click.Choice(["demo", "something-something"]))
 
 

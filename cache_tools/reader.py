@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.arrays import decode_array, decode_block
+from mmkd.cache_tools.arrays import array_form, array_of, decode_array, decode_block
 from mmkd.cache_tools.commits import CommitRecord, Unusable, read_verified
 from mmkd.cache_tools.finalize import check_schema, read_init, split_layouts, unsealed
 from mmkd.cache_tools.fingerprints import fingerprint
@@ -215,24 +215,42 @@ class CacheReader:
     def array(self, name: str) -> npt.NDArray[Any]:
         """Read one array whole, each object checked against its hash."""
         keys = self._keys(name)
-        return decode_array(
-            name, {key: read_verified(self.store, group_key(key), self.objects[key]) for key in keys}
-        )
+        return decode_array(name, {key: self.object(key) for key in keys})
 
     def blocks(self, split: str, name: str) -> Iterator[tuple[slice, slice, npt.NDArray[Any]]]:
         """Yield (rows, views, values) of a sharded array, one verified shard at a time, without the padding."""
-        metadata_key = f"{name}/zarr.json"
-        keys = set(self._keys(name))
-        metadata = read_verified(self.store, group_key(metadata_key), self.objects[metadata_key])
+        metadata, keys = self.metadata(name), set(self._keys(name))
         dimensions = len(json.loads(metadata)["shape"])
         for shard in self.layout(split).shards():
             key = block_key(name, shard, dimensions)
             if key not in keys:
                 raise VerificationError(f"{self.store.locate()}: {name} lacks {shard.name}")
-            data = read_verified(self.store, group_key(key), self.objects[key])
             rows = slice(shard.rows.start, shard.rows.stop)
             views = slice(shard.views.start, shard.views.stop)
-            yield rows, views, decode_block(name, metadata, key, data=data, region=(rows, views))
+            yield rows, views, decode_block(name, metadata, key, data=self.object(key), region=(rows, views))
+
+    def objects_of(self, name: str) -> Iterator[tuple[str, tuple[slice, ...], npt.NDArray[Any]]]:
+        """Yield (key, region, values) of each object of any array, verified, padding included."""
+        metadata = self.metadata(name)
+        form = array_form(name, metadata)
+        for key in sorted(self._keys(name)):
+            if not key.endswith("/zarr.json"):
+                region = form.region(key)
+                yield key, region, decode_block(name, metadata, key, data=self.object(key), region=region)
+
+    def metadata(self, name: str) -> bytes:
+        """Return the metadata object of an array, verified."""
+        self._keys(name)
+        return self.object(f"{name}/zarr.json")
+
+    def object(self, key: str) -> bytes:
+        """Return an object of the group, verified."""
+        return read_verified(self.store, group_key(key), self.objects[key])
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of all arrays."""
+        return tuple(sorted(self._by_array))
 
     def _keys(self, name: str) -> list[str]:
         keys = self._by_array.get(name)
@@ -244,6 +262,5 @@ class CacheReader:
     def _by_array(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for key in self.objects:
-            name = key.removesuffix("/zarr.json") if key.endswith("/zarr.json") else key.rpartition("/c/")[0]
-            found.setdefault(name, []).append(key)
-        return found
+            found.setdefault(array_of(key), []).append(key)
+        return {name: keys for name, keys in found.items() if len(keys) > 1}  # a group has its metadata alone

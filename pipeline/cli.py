@@ -322,6 +322,47 @@ def drift(cache: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opt
 
 @cli.command()
 @click.argument("cache")
+@click.argument("file", type=FILE)
+def export(cache: str, file: Path) -> None:
+    """Write a finished CACHE to one plain HDF5 FILE, which needs no Zarr to be read."""
+    from mmkd.cache_tools.hdf5_export import export_cache
+
+    size_bytes = export_cache(cache, file)
+    click.echo(f"{file}: {size_bytes / 2**20:.1f} MiB")
+
+
+@cli.command("import")
+@click.argument("file", type=FILE)
+@click.option("-o", "--out", required=True, help="Directory (or URL) of the cache.")
+@as_json
+def import_(file: Path, out: str, as_json: bool) -> None:
+    """Make a cache again of a FILE that `export` wrote, every value checked."""
+    from mmkd.cache_tools.hdf5_export import import_cache
+
+    report = import_cache(file, out)
+    print_result(asdict(report), as_json=as_json, lines=report.lines(out))
+
+
+@cli.command()
+@click.argument("caches", nargs=-1, required=True, metavar="CACHE...")
+@click.option("--manifest", "manifest_file", required=True, type=FILE, help="Manifest of all their clips.")
+@click.option("-o", "--out", required=True, help="Directory (or URL) of the merged cache.")
+@as_json
+def merge(caches: tuple[str, ...], manifest_file: Path, out: str, as_json: bool) -> None:
+    """Make one cache of several CACHEs over disjoint clips, as if it had been built over all of them.
+
+    The caches must have been built by one recipe with the same experts. The rows of the merged one are those of the
+    --manifest, with which it trains.
+    """
+    from mmkd.cache_tools.merge import merge as merge_caches
+    from mmkd.data_manifests.records import load_manifest
+
+    report = merge_caches(caches, out, load_manifest(manifest_file))
+    print_result(asdict(report), as_json=as_json, lines=report.lines(out))
+
+
+@cli.command()
+@click.argument("cache")
 @as_json
 def inspect(cache: str, as_json: bool) -> None:
     """Print what is in a CACHE: splits, views, experts, classes, unusable clips, sizes."""

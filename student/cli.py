@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from mmkd.cache_tools.command import (
+    cache_location,
     data_options,
     example_argument,
     example_recipe,
@@ -23,7 +24,13 @@ from mmkd.student.student_recipe import StudentRecipe
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-cache_option = click.option("--cache", required=True, type=FOLDER, help="Cache made by `mmkd-cache build`.")
+cache_option = click.option(
+    "--cache",
+    required=True,
+    type=cache_location,
+    metavar="CACHE",
+    help="Folder or URL that `mmkd-cache build` made.",
+)
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 
 
@@ -97,7 +104,9 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
 
 
 @cli.command()
-@click.option("--cache", type=FOLDER, help="Cache that the runs were trained and evaluated with.")
+@click.option(
+    "--cache", type=cache_location, metavar="CACHE", help="Cache that the runs were trained and evaluated with."
+)
 @click.option("--manifest", type=FILE, help="Manifest of that cache.")
 @click.option(
     "--run", "runs", multiple=True, metavar="NAME=DIR", help="A run and its name in the table; repeatable."

@@ -53,7 +53,9 @@ class Mode:
     """Baseline only: a new view every epoch in place of the cached ones."""
 
 
-def train_student(recipe: StudentRecipe, cache: Path, out: Path, *, mode: Mode, device: torch.device) -> FitReport:
+def train_student(
+    recipe: StudentRecipe, cache: Path | str, out: Path, *, mode: Mode, device: torch.device
+) -> FitReport:
     """Train into the directory `out` (or finish the run there), and evaluate on the cache's other splits.
 
     Student and baseline of one recipe have the same initial weights, clips, views, order and augmentation.
@@ -169,7 +171,7 @@ def write_run(
     write_atomically(out / RUN_FILE, (json.dumps(run, indent=1) + "\n").encode())
 
 
-def evaluate_run(recipe: StudentRecipe, cache: Path, run: Path, *, device: torch.device) -> SplitMetrics:
+def evaluate_run(recipe: StudentRecipe, cache: Path | str, run: Path, *, device: torch.device) -> SplitMetrics:
     """Evaluate a finished run on every evaluation split of the cache, and write evaluation.json."""
     reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
     check_manifest(reader, clip_set.manifest)

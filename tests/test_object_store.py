@@ -1,0 +1,209 @@
+"""Caches in object stores, against an S3 server on this machine: the promises of a store, and whole caches."""
+
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import fsspec
+import numpy as np
+import pytest
+
+from mmkd.cache_tools.claims import Claims
+from mmkd.cache_tools.layout import SplitLayout
+from mmkd.cache_tools.mixing import Mixture
+from mmkd.cache_tools.object_store import ObjectStore
+from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.store import LocalStore, MissingObjectError, open_store
+from mmkd.cache_tools.tasks import Others, Task, live_tasks, new_task_id
+from mmkd.cache_tools.verify import verify
+from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
+from mmkd.student.shared_targets import shared_targets
+
+from .conftest import ENVIRONMENT
+from .in_process import call, call_ok, refused
+from .many_clips import logits_of, manifest_of
+from .s3_server import BUCKET, SECRET, s3_server
+from .small_cache import write_cache
+
+MANIFEST = manifest_of(range(7))
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setitem(ENVIRONMENT, name, value)
+        yield environment
+
+
+@pytest.fixture(params=["s3", "memory"])
+def url(request, server):
+    """A place that no test had before."""
+    return f"{request.param}://{BUCKET}/{new_task_id()}"
+
+
+@pytest.fixture(scope="module")
+def cache(server):
+    """A finished cache in the bucket."""
+    url = f"s3://{BUCKET}/finished/cache"
+    write_cache(open_store(url), MANIFEST, logits_of(MANIFEST), shard_rows=3, shard_views=4)
+    return url
+
+
+def test_the_promises_of_a_store(url):
+    store, other = open_store(url), open_store(url)
+    assert store.list() == {}
+    with pytest.raises(MissingObjectError):
+        store.read("a/b")
+    store.write("a/b", b"one")
+    assert other.read("a/b") == b"one"
+    assert set(other.list("a")) == {"a/b"}
+    other.write("a/b", b"other")
+    other.write("a/c/d", bytes(300))
+    other.write("ab/c", b"")
+    assert store.read("a/b") == b"other"
+    assert {key: stored.size_bytes for key, stored in store.list("a").items()} == {"a/b": 5, "a/c/d": 300}
+    assert list(store.list()) == ["a/b", "a/c/d", "ab/c"], "a fresh listing, whatever was listed before"
+    assert store.exists("a/b")
+    assert not store.exists("a")
+    store.delete("a/b")
+    store.delete("a/b")
+    assert not other.exists("a/b")
+    assert "a/b" not in other.list("a")
+    assert store.locate("a/b") == f"{url}/a/b"
+    for key in ("../x", "/x", "a/../../x", ""):
+        with pytest.raises(VerificationError, match="lies outside"):
+            store.write(key, b"")
+
+
+def test_of_many_that_create_one_wins(url):
+    stores = [open_store(url) for _ in range(6)]
+    for round_number in range(4):
+        start = threading.Barrier(len(stores))
+
+        def create(number, round_number=round_number, start=start):
+            start.wait()
+            return stores[number].create(f"claim/{round_number}", f"task {number}".encode())
+
+        with ThreadPoolExecutor(len(stores)) as pool:
+            won = list(pool.map(create, range(len(stores))))
+        assert sum(won) == 1
+        assert stores[0].read(f"claim/{round_number}") == f"task {won.index(True)}".encode()
+    assert stores[won.index(True)].create("claim/3", f"task {won.index(True)}".encode()), "an answer that was lost"
+
+
+def test_claims_and_signs_of_life(url):
+    layout = SplitLayout("train", 8, 1, 1, 1)
+    stores = [open_store(url) for _ in range(3)]
+    taken = []
+    tasks = [Task(store, new_task_id(), beat_seconds=60) for store in stores]
+    with tasks[0], tasks[1], tasks[2]:
+        assert live_tasks(stores[0]) == {task.id for task in tasks}
+        claims = [Claims(task, Others(task)) for task in tasks]
+
+        def work(own):
+            for shard in layout.shards():
+                if own.take(shard):
+                    taken.append(shard.name)
+                    assert own.holds(shard)
+
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(work, claims))
+        assert sorted(taken) == sorted(shard.name for shard in layout.shards())
+        for own in claims:
+            for shard in layout.shards():
+                own.release(shard)
+    assert stores[0].list() == {}
+
+
+def test_a_server_without_conditional_puts_is_found_out(url, monkeypatch, caplog):
+    store = ObjectStore(url)
+    put = store._files.pipe_file
+    monkeypatch.setattr(store._files, "pipe_file", lambda path, data, mode="overwrite": put(path, data))
+    assert store.create("claim", b"a")
+    assert not store.create("claim", b"b")
+    assert store.read("claim") == b"a"
+    assert [record.message for record in caplog.records if "one task at a time" in record.message]
+    assert len(caplog.records) == 1, "said once"
+
+
+def test_the_bytes_are_those_of_a_local_cache(cache, tmp_path):
+    local = write_cache(LocalStore(tmp_path), MANIFEST, logits_of(MANIFEST), shard_rows=3, shard_views=4)
+    store = open_store(cache)
+    assert {key: store.read(key) for key in store.list()} == {key: local.read(key) for key in local.list()}
+
+
+def test_reading_and_the_trainers_targets(cache, tmp_path):
+    reader, expected = CacheReader(cache), logits_of(MANIFEST)["train"]["rgb"]["noun"]
+    np.testing.assert_allclose(reader.logits("train", "rgb")["noun"], expected, atol=0.02)
+    weights = {head.name: Mixture({"rgb": 1.0}) for head in reader.heads}
+    rows = np.arange(reader.layout("train").rows)
+    targets = shared_targets(reader, "train", weights, missing="renormalise", rows=rows, directory=tmp_path)
+    found = targets.targets(rows, np.zeros_like(rows))["noun"]
+    np.testing.assert_array_equal(found, reader.logits("train", "rgb")["noun"][:, 0])
+
+
+def test_commands_take_a_url_and_repair_it(cache, server, tmp_path):
+    store, url = open_store(cache), f"s3://{BUCKET}/repaired"
+    copy = open_store(url)
+    for key in store.list():
+        copy.write(key, store.read(key))
+    call_ok("mmkd-cache", "verify", url)
+    assert "finished" in call_ok("mmkd-cache", "status", url)
+    assert "demo" in call_ok("mmkd-cache", "inspect", url)
+    damaged = next(key for key in copy.list() if "rgb/logits/noun/c/" in key)
+    copy.write(damaged, b"x" + copy.read(damaged)[1:])
+    found = call("mmkd-cache", "verify", url)
+    assert found.code == 4
+    assert damaged in found.err
+    call_ok("mmkd-cache", "verify", "--repair", url)
+    assert not copy.exists(damaged)
+    assert "not finished" in call_ok("mmkd-cache", "status", url)
+    assert "lacks rgb of" in refused("mmkd-cache", "finalize", url, code=4)
+    call_ok("mmkd-cache", "export", cache, tmp_path / "a.h5")
+    call_ok("mmkd-cache", "import", tmp_path / "a.h5", "-o", f"s3://{BUCKET}/imported")
+    again = open_store(f"s3://{BUCKET}/imported")
+    assert {key: again.read(key) for key in again.list()} == {key: store.read(key) for key in store.list()}
+    assert not verify(again).damaged
+
+
+def test_errors_are_one_line_that_says_what_to_do(server, monkeypatch):
+    with pytest.raises(StorageError, match=r"cannot write s3://no-such-bucket/cache/a: .*bucket"):
+        open_store("s3://no-such-bucket/cache").write("a", b"")
+    assert "is not a cache" in refused("mmkd-cache", "status", f"s3://{BUCKET}/nothing")
+    for bad, what in (
+        ("nonsense://bucket/cache", "cannot use nonsense://bucket/cache"),
+        ("simplecache::s3://bucket/cache", "not a chain"),
+        ("s3://", "names no place"),
+        ("ftp://me:hidden@host/cache", "give credentials by"),
+    ):
+        with pytest.raises(InputError, match=what) as caught:
+            open_store(bad)
+        assert "hidden" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)
+    with pytest.raises(InputError, match=r"pip install 'mmkd\[s3\]'"):
+        open_store("s3://bucket/cache")
+
+
+def test_without_credentials_it_says_so(server, monkeypatch, tmp_path):
+    for name in server:
+        if name.startswith("AWS_") and "KEY" in name:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(StorageError, match="no credentials found; set AWS_PROFILE"):
+        open_store(f"s3://{BUCKET}/cache").read("init.json")
+
+
+def test_a_build_to_s3_is_the_local_build_and_holds_no_secret(tiny, server):
+    url = f"s3://{BUCKET}/built"
+    call_ok("mmkd-cache", "build", *tiny.stage_one, *tiny.experts, "-o", url)
+    built, local = open_store(url), open_store(tiny.root / "cache")
+    objects = {key: built.read(key) for key in built.list()}
+    journal = {key for key in objects if key.startswith("journal/")}
+    assert journal
+    assert not [key for key, data in objects.items() if SECRET.encode() in data or b"AKIA-OF" in data]
+    expected = {key: local.read(key) for key in local.list() if not key.startswith("journal/")}
+    assert {key: data for key, data in objects.items() if key not in journal} == expected
+    assert "nothing left to do" in call_ok("mmkd-cache", "build", *tiny.stage_one, *tiny.experts, "-o", url)
