@@ -373,6 +373,40 @@ def inspect(cache: str, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("cache")
+@click.option("-o", "--out", type=FILE, help="Write all schemes' weights, for `mmkd-student train --weights`.")
+@click.option("--split", help="A labelled split to fit on [default: the held-out part of the training split].")
+@click.option(
+    "--weights-temperature",
+    type=click.FloatRange(0, 1e6, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Of softmin and per-sample; larger is more uniform.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 1e6, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Lowest T of the loss, for the bound of the storage error.",
+)
+@as_json
+def weigh(cache: str, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Fit the experts' weights to the logits in a CACHE, and compare the schemes: top-1, NLL, calibration."""
+    from mmkd.cache_tools.atomic import write_atomically
+    from mmkd.cache_tools.reader import CacheReader
+    from mmkd.cache_tools.weights_file import weights_for
+    from mmkd.student.weigh import weigh as weigh_cache
+    from mmkd.student.weigh_table import report_lines
+
+    reader = CacheReader(cache)
+    report = weigh_cache(reader, train_split=reader.init["base"]["train_split"], **options)
+    if out:
+        write_atomically(out, weights_for(reader, report.mixtures, report.to_json()).to_bytes())
+    print_result(report.to_json(), as_json=as_json, lines=report_lines(report))
+
+
+@cli.command()
 @click.argument("videos", nargs=-1, metavar="VIDEO...")
 @click.option("--list", "lists", multiple=True, type=FILE, help="Text file with a video's path on each line.")
 @click.option("--class-folder", is_flag=True, help="Call results CLASS/NAME, after the folder a video lies in.")
