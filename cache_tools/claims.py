@@ -15,6 +15,8 @@ from mmkd.cache_tools.store import MissingObjectError, Store
 from mmkd.cache_tools.tasks import Others, Task
 
 WAIT_SECONDS = 0.2
+CACHE = f"{CLAIMS}/init"
+"""Folder of the claims on the cache as a whole."""
 
 
 class Claims:
@@ -38,14 +40,26 @@ class Claims:
         """Give up this task's claim on a shard, and the dead ones below it."""
         self._release(claim_folder(shard))
 
-    def __enter__(self) -> None:
+    def holds_cache(self) -> bool:
+        """Return whether the claim on the cache as a whole is (still) this task's."""
+        newest = self._newest(CACHE)
+        return newest is not None and newest[1] == self._task.id
+
+    def clear(self) -> None:
+        """Remove every claim on a shard, when all shards are done; the cache as a whole must be claimed."""
+        for key in self._store.list(CLAIMS):
+            if not key.startswith(f"{CACHE}/"):
+                self._store.delete(key)
+
+    def __enter__(self) -> "Claims":
         """Claim the cache as a whole, waiting for it: only for the short time of starting or changing it."""
-        while not self._take(f"{CLAIMS}/init"):
+        while not self._take(CACHE):
             time.sleep(WAIT_SECONDS)
+        return self
 
     def __exit__(self, *_: object) -> None:
         """Give the cache as a whole free."""
-        self._release(f"{CLAIMS}/init")
+        self._release(CACHE)
 
     def _take(self, folder: str) -> bool:
         newest = self._newest(folder)
@@ -88,7 +102,7 @@ def claimed_shards(store: Store) -> dict[str, str]:
         newest[folder] = max(newest.get(folder, 0), int(Path(file).stem))
     found = {}
     for folder, generation in newest.items():
-        if folder != "init":
+        if f"{CLAIMS}/{folder}" != CACHE:
             try:
                 found[folder] = str(json.loads(store.read(f"{CLAIMS}/{folder}/{generation}.json"))["task"])
             except (MissingObjectError, ValueError):

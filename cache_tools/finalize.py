@@ -5,24 +5,23 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mmkd.cache_tools.claims import Claims
 from mmkd.cache_tools.commits import CommitRecord, read_commit
 from mmkd.cache_tools.fingerprints import canonical_json, fingerprint
 from mmkd.cache_tools.layout import (
-    CLAIMS,
     COMMITS,
     INDEX,
     INIT,
     ROOT,
     SCHEMA,
-    TASKS,
     THUMBPRINT,
     Shard,
     SplitLayout,
     commit_key,
 )
 from mmkd.cache_tools.store import MissingObjectError, Store
-from mmkd.cache_tools.tasks import live_tasks
-from mmkd.data_manifests.errors import InputError, VerificationError
+from mmkd.cache_tools.tasks import Others, Task, new_task_id
+from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 
 NAMED_HOLES = 5
 
@@ -56,10 +55,12 @@ def read_init(store: Store) -> dict[str, Any]:
 def check_schema(data: bytes, where: str) -> None:
     """Raise InputError for the init or root record of another schema; a damaged one passes, for its seal tells."""
     try:
-        schema = json.loads(data)["schema"]
+        value = json.loads(data)
+        schema = value["schema"]
+        damaged = "seal" in value and value.pop("seal") != fingerprint(value)
     except (ValueError, KeyError, TypeError):
         return
-    if schema != SCHEMA:
+    if schema != SCHEMA and not damaged:
         raise InputError(
             f"{where} has schema {schema!r}; this version reads {SCHEMA!r}: read it with the mmkd that wrote it, "
             "or build anew"
@@ -103,11 +104,37 @@ def missing_nodes(store: Store, init: Mapping[str, Any]) -> list[tuple[Shard, st
 
 
 def finalize(store: Store) -> None:
-    """Write index and root; the bytes depend on the records alone, so two tasks may do it at once.
+    """Finish a cache as a task of its own; see `finish`."""
+    read_init(store)  # what is no cache is refused before anything is written
+    with Task(store, new_task_id()) as own:
+        finish(store, Claims(own, others := Others(own)), others)
+    store.tidy()
 
-    Raises VerificationError, naming the holes, while a shard lacks a record.
+
+def finish(store: Store, claims: Claims, others: Others) -> None:
+    """Write index and root, whose bytes depend on the records alone, and remove what is of no use any more.
+
+    Nothing starts or changes the cache meanwhile. Raises VerificationError, naming the holes, while a shard lacks
+    a record, and StorageError when this task slept and another one went on in its place.
     """
-    init = read_init(store)
+    with claims:
+        init = read_init(store)
+        refuse_holes(store, init)
+        wanted = list(wanted_nodes(init))
+        index = b"".join(_record(store, *node).to_bytes() for node in wanted)
+        store.write(INDEX, index)
+        hashes = {INIT: _sha256(store.read(INIT)), INDEX: _sha256(index)}
+        if not claims.holds_cache():
+            raise StorageError(f"{store.locate()}: another task went on while this one slept; run it again")
+        store.write(ROOT, (canonical_json(seal({"schema": SCHEMA, "objects": hashes})) + "\n").encode())
+        for key in store.list(COMMITS).keys() - {commit_key(*node) for node in wanted}:
+            store.delete(key)  # of an expert that was replaced
+        claims.clear()
+        others.sweep()
+
+
+def refuse_holes(store: Store, init: Mapping[str, Any]) -> None:
+    """Raise VerificationError, naming what is missing, while a shard lacks a record."""
     missing = missing_nodes(store, init)
     if missing:
         names = ", ".join(f"{node} of {shard.name}" for shard, node in missing[:NAMED_HOLES])
@@ -115,22 +142,6 @@ def finalize(store: Store) -> None:
         raise VerificationError(
             f"{store.locate()} is not complete: it lacks {names}{more}; run `mmkd-cache build` again"
         )
-    records = [_record(store, shard, node, value) for shard, node, value in wanted_nodes(init)]
-    index = b"".join(record.to_bytes() for record in records)
-    store.write(INDEX, index)
-    hashes = {INIT: _sha256(store.read(INIT)), INDEX: _sha256(index)}
-    store.write(ROOT, (canonical_json(seal({"schema": SCHEMA, "objects": hashes})) + "\n").encode())
-    if not live_tasks(store):
-        clear_traces(store)
-
-
-def clear_traces(store: Store) -> None:
-    """Remove the claims and signs of life of tasks that are gone; call when none is at work."""
-    for key in [*store.list(CLAIMS), *store.list(TASKS)]:
-        store.delete(key)
-    for writer in store.writers():
-        store.sweep(writer)
-    store.tidy()
 
 
 def _record(store: Store, shard: Shard, node: str, node_fingerprint: str) -> CommitRecord:

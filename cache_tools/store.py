@@ -8,6 +8,7 @@ store (mmkd.cache_tools.object_store) by its nature.
 
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,8 @@ from mmkd.data_manifests.errors import StorageError, VerificationError
 
 TEMPORARY = ".tmp"
 """Folder of a local store for files that are being written; below it, one folder for each writer."""
-FOLDER_ATTEMPTS = 5
+ATTEMPTS = 5
+"""How often a write is begun anew when its folder or temporary file is swept away meanwhile."""
 
 
 class MissingObjectError(KeyError):
@@ -91,7 +93,7 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             raise MissingObjectError(key) from None
         except OSError as error:
-            raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+            raise unreadable(path, error) from error
 
     def write(self, key: str, data: bytes) -> None:
         """Write beside, sync, rename, sync the folder."""
@@ -107,7 +109,13 @@ class LocalStore:
 
     def exists(self, key: str) -> bool:
         """Return whether there is a file."""
-        return self._path(key).is_file()
+        path = self._path(key)
+        try:
+            return stat.S_ISREG(path.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise unreadable(path, error) from error
 
     def delete(self, key: str) -> None:
         """Unlink a file."""
@@ -121,21 +129,26 @@ class LocalStore:
         for path in walk(self.root / prefix):
             key = path.relative_to(self.root).as_posix()
             if not key.startswith(f"{TEMPORARY}/"):
-                with suppress(FileNotFoundError):
+                try:
                     status = path.stat()
-                    found[key] = Stored(status.st_size, status.st_mtime)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    raise unreadable(path, error) from error
+                found[key] = Stored(status.st_size, status.st_mtime)
         return dict(sorted(found.items()))
 
     def writers(self) -> set[str]:
-        """Return the folders of temporary files."""
+        """Return the names of the folders that hold temporary files."""
         folder = self.root / TEMPORARY
-        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        return {path.relative_to(folder).parts[0] for path in walk(folder)}
 
     def sweep(self, writer: str) -> None:
         """Remove the temporary files of `writer`."""
         folder = self.root / TEMPORARY / writer
-        for path in walk(folder):
-            path.unlink(missing_ok=True)
+        with storage_errors(folder):
+            for path in walk(folder):
+                path.unlink(missing_ok=True)
         with suppress(OSError):
             folder.rmdir()
 
@@ -157,24 +170,25 @@ class LocalStore:
         temporary = self.root / TEMPORARY / self._writer / uuid.uuid4().hex[:16]
         with storage_errors(path):
             try:
-                retry_without_folder(temporary, lambda: write_synced(temporary, data))
-                retry_without_folder(path, lambda: move(temporary, path))
-                sync_directory(path.parent)
+                for attempt in range(ATTEMPTS):
+                    with suppress(*[FileNotFoundError] * (attempt < ATTEMPTS - 1)):
+                        place_once(temporary, path, data=data, move=move)
+                        break
             finally:
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
 
 
-def retry_without_folder(path: Path, action: Callable[[], object]) -> None:
-    """Run `action` on `path` in a folder that another process may be tidying away."""
-    for attempt in range(FOLDER_ATTEMPTS):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            action()
-            return
-        except FileNotFoundError:
-            if attempt == FOLDER_ATTEMPTS - 1:
-                raise
+def place_once(temporary: Path, path: Path, *, data: bytes, move: Callable[[Path, Path], object]) -> None:
+    """Write a temporary file and move it to `path`.
+
+    Raises FileNotFoundError when a task that takes this one for dead sweeps the file or tidies a folder meanwhile.
+    """
+    for folder in (temporary.parent, path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_synced(temporary, data)
+    move(temporary, path)
+    sync_directory(path.parent)
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -193,9 +207,17 @@ def storage_errors(path: Path) -> Iterator[None]:
     except FileExistsError:
         raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        hint = "free some space and run again" if full else "nothing was lost"
+        hint = "nothing was lost; mend that and run again"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            hint = "free some space and run again"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            hint = "nothing was lost; allow writing there and run again, or name another place"
         raise StorageError(f"cannot write {path}: {error.strerror or error}; {hint}") from error
+
+
+def unreadable(path: Path, error: OSError) -> StorageError:
+    """Return the error of a path that is there and cannot be read."""
+    return StorageError(f"cannot read {path}: {error.strerror or error}; mend that and run again")
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -216,8 +238,16 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def walk(top: Path) -> Iterator[Path]:
-    """Yield every file below a folder; a folder that vanishes meanwhile is skipped."""
-    for folder, _, names in os.walk(top):
+    """Yield every file below a folder; a folder that vanishes meanwhile is skipped.
+
+    Raises StorageError for a folder that cannot be read: what it holds must not pass for missing.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise unreadable(Path(error.filename), error) from error
+
+    for folder, _, names in os.walk(top, onerror=refuse):
         yield from (Path(folder) / name for name in names)
 
 

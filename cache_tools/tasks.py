@@ -112,12 +112,17 @@ class Others:
         if surely_dead(task_id):
             return False
         if time.monotonic() - self._looked > LOOK_SECONDS or task_id not in self._live:
-            self._live = live_tasks(self._own.store, own=self._own.id, stale_seconds=self._stale_seconds)
+            self._live = self.living()
             self._looked = time.monotonic()
         return task_id in self._live
 
+    def living(self) -> set[str]:
+        """Return the ids of the other tasks at work, as of now."""
+        own = self._own.id
+        return live_tasks(self._own.store, own=own, stale_seconds=self._stale_seconds) - {own}
+
     def sweep(self) -> None:
-        """Remove what dead tasks left behind."""
+        """Remove what dead tasks left behind, but for their claims, which are taken over."""
         store = self._own.store
         for task_id in {*(Path(key).stem for key in store.list(TASKS)), *store.writers()}:
             if not self.alive(task_id):
@@ -126,9 +131,13 @@ class Others:
 
 
 def live_tasks(store: Store, *, own: str | None = None, stale_seconds: float = STALE_SECONDS) -> set[str]:
-    """Return the ids of the tasks at work. The time is that of the latest sign of life, `own`'s if it is given."""
+    """Return the ids of the tasks at work.
+
+    The time is that of `own`'s latest sign of life. Without one (for who only looks) it is this host's, or the
+    latest sign of life if that is later: right as long as the host's clock is not ahead by `stale_seconds`.
+    """
     listed = {Path(key).stem: stored.modified_seconds for key, stored in store.list(TASKS).items()}
-    now = listed.get(own) if own else max(listed.values(), default=0.0)
+    now = max([time.time(), *listed.values()]) if own is None else listed.get(own)
     return {
         task_id
         for task_id, modified in listed.items()

@@ -6,9 +6,11 @@ verified from its commit records.
 """
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mmkd.cache_tools.claims import Claims
 from mmkd.cache_tools.commits import CommitRecord, read_commit
 from mmkd.cache_tools.finalize import check_schema, missing_nodes, read_init, unsealed, wanted_nodes
 from mmkd.cache_tools.layout import (
@@ -24,8 +26,8 @@ from mmkd.cache_tools.layout import (
     group_key,
 )
 from mmkd.cache_tools.progress import Progress
-from mmkd.cache_tools.store import MissingObjectError, Store, open_store
-from mmkd.cache_tools.tasks import live_tasks
+from mmkd.cache_tools.store import TEMPORARY, MissingObjectError, Store, open_store
+from mmkd.cache_tools.tasks import Others, Task, live_tasks, new_task_id
 from mmkd.data_manifests.errors import InputError, VerificationError
 
 LISTED = 20
@@ -80,17 +82,33 @@ def verify(location: Path | str | Store, *, repair: bool = False) -> VerifyRepor
     Raises InputError for what is no cache, or is being built while it is to be repaired.
     """
     store = open_store(location) if isinstance(location, (Path, str)) else location
-    if repair and live_tasks(store):
-        raise InputError(f"{store.locate()} is being built; repair it when no task is at work")
+    if not repair:
+        return check(store, live_tasks(store))
+    with suppress(VerificationError):  # a damaged one can be repaired, but what is no cache is refused at once
+        read_init(store)
+    with Task(store, new_task_id()) as own:
+        others = Others(own)
+        with Claims(own, others) as claims:
+            if others.living():
+                raise InputError(f"{store.locate()} is being built; repair it when no task is at work")
+            claims.clear()
+            others.sweep()
+            report = check(store, {own.id})
+            if report.damaged or report.leftovers:
+                remove(store, report)
+    store.tidy()
+    return report
+
+
+def check(store: Store, living: set[str]) -> VerifyReport:
+    """Read all of a cache, on which the tasks `living` are at work."""
     report = VerifyReport()
     expected = Verifier(store, report).run()
-    report.leftovers = sorted(
-        key
-        for key in store.list()
-        if key not in expected and not key.startswith((f"{JOURNAL}/", f"{TASKS}/", f"{CLAIMS}/"))
-    ) + [f".tmp/{writer}" for writer in sorted(store.writers()) if not live_tasks(store)]
-    if repair and (report.damaged or report.leftovers):
-        remove(store, report)
+    traces = (f"{JOURNAL}/", f"{TASKS}/", f"{CLAIMS}/")
+    report.leftovers = sorted(key for key in store.list() if key not in expected and not key.startswith(traces))
+    if not living:
+        traces_left = [key for folder in (TASKS, CLAIMS) for key in store.list(folder)]
+        report.leftovers += [*traces_left, *(f"{TEMPORARY}/{writer}" for writer in sorted(store.writers()))]
     return report
 
 
@@ -101,8 +119,6 @@ def remove(store: Store, report: VerifyReport) -> None:
             store.delete(key)
     for key in (*report.damaged, *report.leftovers):
         store.delete(key)
-    for writer in store.writers():
-        store.sweep(writer)
     report.repaired = True
 
 

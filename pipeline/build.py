@@ -16,14 +16,14 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Collection, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmkd.cache_tools.arrays import Objects
 from mmkd.cache_tools.claims import Claims
 from mmkd.cache_tools.commits import publish
-from mmkd.cache_tools.finalize import finalize, missing_nodes
+from mmkd.cache_tools.finalize import finish, missing_nodes, node_fingerprints, read_init
 from mmkd.cache_tools.interrupt import StopRequest, stop_on_signals
 from mmkd.cache_tools.journal import Journal
 from mmkd.cache_tools.layout import THUMBPRINT, commit_key
@@ -32,7 +32,7 @@ from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.store import Store, open_store
 from mmkd.cache_tools.tasks import Others, Task, new_task_id
-from mmkd.data_manifests.errors import InterruptedByUserError, StorageError, VideoError
+from mmkd.data_manifests.errors import FingerprintError, InterruptedByUserError, StorageError, VideoError
 from mmkd.pipeline.build_plan import BuildPlan, ShardWork, committed_nodes, count_clips, pending_shards, plan_build
 from mmkd.pipeline.cache_init import initialise
 from mmkd.pipeline.experts import Expert
@@ -104,18 +104,23 @@ def build(
                 base=plan.base,
                 experts=plan.nodes,
                 replace=replace,
+                still_ours=claims.holds_cache,
             )
         pending, report.skipped_shards = pending_shards(plan, committed_nodes(store, init), task=task)
         line = ShardLine(plan, store, claims=claims, metadata=metadata, pending=pending)
         line.run(report, Journal(store, task_id), stop)
-        report.left_shards = len({shard.name for shard, _ in missing_nodes(store, init)})
-    if report.failed:
-        shard, reason = next(iter(report.failed.items()))
-        raise StorageError(
-            f"{len(report.failed)} shards failed; the first is {shard}: {reason}. Nothing else was lost; run again"
-        )
+        if report.failed:
+            shard, reason = next(iter(report.failed.items()))
+            raise StorageError(
+                f"{len(report.failed)} shards failed; the first is {shard}: {reason}. Nothing else was lost; run "
+                "again"
+            )
+        # Read anew: the cache may have been given more views or experts meanwhile.
+        report.left_shards = len({shard.name for shard, _ in missing_nodes(store, read_init(store))})
+        if not report.left_shards:
+            finish(store, claims, others)
     if not report.left_shards:
-        finalize(store)
+        store.tidy()
         report.unusable = unusable_clips(CacheReader(store))
     report.seconds["total"] = time.perf_counter() - began
     return report
@@ -183,17 +188,21 @@ class ShardLine:
                 yield clip_job(self._plan, work, row)
 
     def _finish(self, shard: "OpenShard", report: BuildReport, journal: Journal) -> None:
-        work = self._claimed.popleft()
-        name, rows = work.shard.name, len(work.shard.rows)
+        name, rows = shard.work.shard.name, len(shard.work.shard.rows)
         if shard.failure:
             report.failed[name] = shard.failure
             journal.add(shard=name, error=shard.failure)
         else:
-            size_bytes = self._publish(shard)
+            try:
+                size_bytes = self._publish(shard)
+            except StorageError as error:
+                with suppress(StorageError):  # the disk that is full may hold the journal, too
+                    journal.add(shard=name, error=str(error))
+                raise
             report.clips += rows
             report.shards += 1
             journal.add(shard=name, rows=rows, bytes=size_bytes, seconds=round(shard.seconds, 3))
-        self._claims.release(work.shard)
+        self._claims.release(self._claimed.popleft().shard)
 
     def _publish(self, shard: "OpenShard") -> int:
         """Write every node of a finished shard, unless another task took it over; return the bytes written."""
@@ -202,11 +211,23 @@ class ShardLine:
             with shard.stage("write"):
                 if self._is_committed(shard.work, node) or not self._claims.holds(shard.work.shard):
                     continue
+                self._refuse_replaced(node)
                 objects = result.encode(self._metadata)
                 record = result.record(self._plan.fingerprints[node], objects)
                 publish(self._store, shard.work.shard, record, objects)
                 size_bytes += sum(map(len, objects.values()))
         return size_bytes
+
+    def _refuse_replaced(self, node: str) -> None:
+        """Raise FingerprintError when an expert was replaced while this task computed with the old one.
+
+        Asked under the claim on the shard, so whoever replaced it computes that shard later, and has the last word.
+        """
+        if node_fingerprints(read_init(self._store)).get(node) != self._plan.fingerprints[node]:
+            raise FingerprintError(
+                f"{self._store.locate()}: {node!r} was replaced while this task was at work; run the build again "
+                "with the new expert"
+            )
 
     def _is_committed(self, work: ShardWork, node: str) -> bool:
         return self._store.exists(commit_key(work.shard, node, self._plan.fingerprints[node]))

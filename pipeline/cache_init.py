@@ -6,7 +6,7 @@ the build would compute the same numbers, and lets the cache grow by experts and
 
 import json
 import platform
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,12 +19,12 @@ from mmkd.cache_tools.data import ClipVideo
 from mmkd.cache_tools.finalize import read_init, seal
 from mmkd.cache_tools.fingerprints import require_same
 from mmkd.cache_tools.frames import DECODER_RULES
-from mmkd.cache_tools.layout import GROUP, INDEX, INIT, ROOT, SCHEMA, SplitLayout, group_key
+from mmkd.cache_tools.layout import COMMITS, GROUP, INDEX, INIT, ROOT, SCHEMA, SplitLayout, group_key
 from mmkd.cache_tools.records import View
 from mmkd.cache_tools.storage_formats import format_of
 from mmkd.cache_tools.store import MissingObjectError, Store
 from mmkd.cache_tools.views import VIEW_RULES, ViewPolicy, evaluation_views, random_views
-from mmkd.data_manifests.errors import FingerprintError, InputError, VideoError
+from mmkd.data_manifests.errors import FingerprintError, InputError, StorageError, VideoError
 from mmkd.data_manifests.records import Clip, Manifest
 
 NEW_PLACE = "Build into another directory, or restore what changed"
@@ -137,17 +137,23 @@ def initialise(
     base: Mapping[str, Any],
     experts: Mapping[str, ExpertNode],
     replace: Collection[str] = (),
+    still_ours: Callable[[], bool] = lambda: True,
 ) -> tuple[dict[str, Any], Objects]:
     """Write a cache's static part, or let the one there grow; return its init record and static objects.
 
-    Raises as `plan_init`.
+    The caller holds the claim on the cache as a whole; `still_ours` tells whether it was taken over meanwhile.
+    Raises as `plan_init`, and StorageError when it was.
     """
     there, init, objects = plan_init(store, plans, manifest=manifest, base=base, experts=experts, replace=replace)
     if there != init:
         for key in (ROOT, INDEX):  # from here on the cache is unfinished
             store.delete(key)
-    write_missing(store, objects)
+    if there is not None:
+        old, new = there["experts"], init["experts"]
+        drop_records(store, {name for name in old if old[name] != new[name]})
+    write_missing(store, objects, still_ours)
     if there != init:
+        refuse_late(store, still_ours)
         # Written last: a group without it is a leftover, and is written again.
         store.write(INIT, init_bytes(init))
     return init, objects
@@ -214,13 +220,30 @@ def static_objects(
     return encode_group(static, specs, {plan.layout.name: plan.layout.shard_views for plan in plans})
 
 
-def write_missing(store: Store, objects: Objects) -> None:
+def drop_records(store: Store, experts: Collection[str]) -> None:
+    """Remove all records of experts that are replaced, of whatever fingerprint.
+
+    The new logits take the place of the old ones, so no older record may ever vouch for them again.
+    """
+    for key in store.list(COMMITS) if experts else ():
+        if key.split("/")[2] in experts:
+            store.delete(key)
+
+
+def write_missing(store: Store, objects: Objects, still_ours: Callable[[], bool]) -> None:
     """Write those static objects that are absent or different: metadata of a group that grew, or a torn start."""
     there = store.list(GROUP)
     for key, data in objects.items():
         stored = there.get(group_key(key))
         if stored is None or stored.size_bytes != len(data) or store.read(group_key(key)) != data:
+            refuse_late(store, still_ours)
             store.write(group_key(key), data)
+
+
+def refuse_late(store: Store, still_ours: Callable[[], bool]) -> None:
+    """Raise StorageError when this task slept and another one started or changed the cache in its place."""
+    if not still_ours():
+        raise StorageError(f"{store.locate()}: another task went on while this one slept; run it again")
 
 
 def _stored_init(store: Store) -> dict[str, Any] | None:

@@ -3,10 +3,15 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from .forked import Forked
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("MMKD_")}
 
@@ -76,6 +81,15 @@ experts:
   boxes: {train: {epochs: 1, warmup_epochs: 0, batch_size: 8}}
 build: {views: 3, shard_rows: 8, batch_views: 8}
 """
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Forked"]:
+    """A smaller data set, untrained experts, their cache, and builds that start at once; not to be written into."""
+    from .forked import Forked
+
+    with Forked(tmp_path_factory.mktemp("quick")) as forked:
+        yield forked
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,124 @@
+"""Faults for the children of `fork_server.py`: a step at which to die, to stop or to meet an error.
+
+Each change of a store is a row of numbered steps, named by what was just done to which key:
+
+    opened KEY      nothing written yet             half KEY        half of the temporary file is written
+    written KEY     the temporary file is synced    placed KEY      it has its name, the folder is not synced
+    synced KEY      it is durable                   deleting KEY, deleted KEY
+    decoded         a clip is ready for the experts
+
+Faults are JSON: `trace` (a file that gets a line for each step), `acts` (a list of {"at": number} or {"match":
+regular expression, "nth": 1}, each with "do": kill, stop, eio or enospc), `uid`, `file_size`, `stale_seconds`,
+`source` (see `faulty_source.py`).
+"""
+
+import errno
+import os
+import re
+import resource
+import signal
+import threading
+from collections import Counter
+
+from mmkd.cache_tools import data, store, tasks
+from mmkd.cache_tools.store import LocalStore
+from mmkd.pipeline import build
+
+TASK = re.compile(r"[0-9a-f]{12}-\d+-\d+-[0-9a-f]{8}")
+
+
+class Steps:
+    """Counts the steps of the main thread and acts at some of them."""
+
+    def __init__(self, trace: str | None, acts: list[dict]) -> None:
+        self.count, self.seen = 0, Counter()
+        self.trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if trace else None
+        self.acts = acts
+        self.place = threading.local()
+
+    def reach(self, phase: str, key: str = "") -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        name = f"{phase} {TASK.sub('TASK', key)}".strip()
+        self.count += 1
+        if self.trace is not None:
+            os.write(self.trace, f"{name}\n".encode())
+        for number, act in enumerate(self.acts):
+            if "match" in act and re.fullmatch(act["match"], name):
+                self.seen[number] += 1
+            if act.get("at") == self.count or (self.seen[number] == act.get("nth", 1) and "match" in act):
+                self.seen[number] += 1  # once
+                perform(act["do"])
+
+
+def perform(action: str) -> None:
+    """Die, stop until somebody says go on, or meet an error of the system."""
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        code = {"eio": errno.EIO, "enospc": errno.ENOSPC}[action]
+        raise OSError(code, os.strerror(code))
+
+
+def install(wanted: dict) -> None:
+    """Install the faults in this process."""
+    if "source" in wanted:
+        from faulty_source import FaultySource
+
+        data.VideoFiles = lambda root, limits: FaultySource(root, limits, **wanted["source"])
+    if "stale_seconds" in wanted:
+        tasks.Others.__init__.__kwdefaults__["stale_seconds"] = wanted["stale_seconds"]
+    if "file_size" in wanted:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (wanted["file_size"],) * 2)
+    install_steps(Steps(wanted.get("trace"), wanted.get("acts", [])))
+    if "uid" in wanted:
+        os.setgroups([])
+        os.setgid(wanted["uid"])
+        os.setuid(wanted["uid"])
+
+
+def install_steps(steps: Steps) -> None:
+    """Make the local store report its steps."""
+    place, write_synced, sync, delete = (
+        LocalStore._place,
+        store.write_synced,
+        store.sync_directory,
+        LocalStore.delete,
+    )
+    prepare = build.prepare_clip
+
+    def placing(self, key, content, move):
+        steps.place.key = key
+        place(self, key, content, move)
+
+    def writing(path, content):
+        steps.reach("opened", steps.place.key)
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        steps.reach("half", steps.place.key)
+        write_synced(path, content)
+        steps.reach("written", steps.place.key)
+
+    def syncing(path):
+        steps.reach("placed", steps.place.key)
+        sync(path)
+        steps.reach("synced", steps.place.key)
+
+    def deleting(self, key):
+        steps.reach("deleting", key)
+        delete(self, key)
+        steps.reach("deleted", key)
+
+    def preparing(job):
+        clip = prepare(job)
+        steps.reach("decoded")
+        return clip
+
+    LocalStore._place, LocalStore.delete = placing, deleting
+    store.write_synced, store.sync_directory = writing, syncing
+    if not steps.acts and steps.trace is None:
+        return  # a worker process imports the function by its name
+    build.prepare_clip = preparing

@@ -1,0 +1,110 @@
+"""A cache that grows: more views, more experts, another expert; nothing that is there is computed again."""
+
+import json
+import re
+
+import pytest
+
+from mmkd.cache_tools.reader import CacheReader
+
+from .forked import Forked, contents
+
+
+def written(before: dict[str, int], out) -> set[str]:
+    """The objects of shards that were written since `before`."""
+    return {key for key, modified in times(out).items() if before.get(key) != modified}
+
+
+def times(out) -> dict[str, int]:
+    """Object of a shard -> when it was written."""
+    objects = [path for path in (out / "targets.zarr").rglob("c/*/*") if path.is_file()]
+    objects += [path for path in (out / "targets.zarr").rglob("c/*/*/*") if path.is_file()]
+    found = {path.relative_to(out / "targets.zarr").as_posix(): path.stat().st_mtime_ns for path in objects}
+    return {key: modified for key, modified in found.items() if re.search(r"/(thumbprint|rgb|boxes)/", key)}
+
+
+@pytest.fixture(scope="module")
+def wide(quick: Forked, tmp_path_factory):
+    """The bytes of a build of four views at once."""
+    out = tmp_path_factory.mktemp("wide") / "cache"
+    assert quick.build(out, "--views", 4).code == 0
+    return contents(out)
+
+
+def test_more_views_later_give_the_bytes_of_all_at_once_and_touch_no_old_shard(quick, wide, tmp_path):
+    out = quick.copy(tmp_path / "cache")
+    before = times(out)
+    grown = quick.build(out, "--views", 4, "--json")
+    assert grown.code == 0, grown.err
+    report = json.loads(grown.out)
+    assert (report["shards"], report["skipped_shards"], report["clips"]) == (3, 6, 14)
+    assert contents(out) == wide
+    new = written(before, out)
+    assert new
+    assert all(re.fullmatch(r"train/.*/c/\d/1(/0)?", key) for key in new), new
+    assert CacheReader(out).layouts["train"].views == 4
+    fewer = quick.build(out)
+    assert fewer.code == 5
+    assert "Views can only be added" in fewer.err
+    assert contents(out) == wide
+
+
+def test_one_more_expert_later_gives_the_bytes_of_all_at_once_and_computes_nothing_else(quick, tmp_path):
+    out = tmp_path / "cache"
+    assert quick.build(out, experts=("rgb",)).code == 0
+    assert CacheReader(out).experts == ("rgb",)
+    before = times(out)
+    grown = quick.build(out, experts=("boxes",))
+    assert grown.code == 0, grown.err
+    assert contents(out) == contents(quick.cache)
+    new = written(before, out)
+    assert len(new) == 6 * 3
+    assert all("/boxes/" in key for key in new), new
+
+
+def test_an_expert_is_replaced_only_when_told_so_and_the_others_stay(quick, tmp_path):
+    out, whole = quick.copy(tmp_path / "cache"), tmp_path / "whole"
+    refused = quick.build(out, experts=("other",))
+    assert refused.code == 5
+    assert re.search(r"experts\.rgb\.weights: cache .*, now .*", refused.err), refused.err
+    assert "Give --replace NAME to compute that expert anew" in refused.err
+    assert contents(out) == contents(quick.cache)
+    before = times(out)
+    replaced = quick.build(out, "--replace", "rgb", experts=("other",))
+    assert replaced.code == 0, replaced.err
+    new = written(before, out)
+    assert len(new) == 6 * 3
+    assert all("/rgb/" in key for key in new), new
+    assert quick.build(whole, experts=("other", "boxes")).code == 0
+    assert contents(out) == contents(whole)
+    assert quick.build(out, "--replace", "rgb", experts=("rgb",)).code == 0
+    assert contents(out) == contents(quick.cache), "and back"
+
+
+def test_a_replacement_that_was_interrupted_can_be_taken_back(quick, tmp_path):
+    out = quick.copy(tmp_path / "cache")
+    acts = [{"match": r"opened commits/train/rgb/.*", "nth": 2, "do": "kill"}]
+    killed = quick.build(out, "--replace", "rgb", experts=("other",), faults={"acts": acts})
+    assert killed.code == -9
+    assert quick.build(out, "--replace", "rgb", experts=("rgb",)).code == 0
+    assert contents(out) == contents(quick.cache), "no record of the old expert may vouch for the new one's logits"
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        r"deleted root\.json",
+        r"synced targets\.zarr/train/rgb/status/zarr\.json",
+        r"half init\.json",
+        r"opened commits/train/rgb/\w+/1-1\.json",
+        r"written root\.json",
+    ],
+)
+def test_growing_interrupted_anywhere_goes_on(quick, wide, tmp_path, where):
+    out = quick.copy(tmp_path / "cache")
+    killed = quick.build(out, "--views", 4, faults={"acts": [{"match": where, "do": "kill"}]})
+    assert killed.code == -9
+    assert quick.run("inspect", out).code == 2, "a cache that is growing is not finished"
+    resumed = quick.build(out, "--views", 4)
+    assert resumed.code == 0, resumed.err
+    assert contents(out) == wide
