@@ -45,13 +45,15 @@ def run_tasks(
     workers: int,
     timeout_seconds: float | None = None,
     doubt_errors: bool = False,
+    extra_items: int = 0,
 ) -> Generator[tuple[int, Result | VideoError | StorageError], None, None]:
     """Yield (position, `function(item)`) in the order of `items`, computed in `workers` processes.
 
     A VideoError raised by the function is its item's value, with `doubt_errors` only when it repeats in a fresh
     worker. A worker that dies or takes longer than `timeout_seconds` is replaced and its item tried once more in a
     fresh one, then a VideoError is its value; so is a StorageError, a fault of the machine and not of the item. Any
-    other exception is raised here. Closing the generator kills the workers. `workers=0` runs inline, for
+    other exception is raised here. `extra_items` are computed ahead besides `LOOK_AHEAD` for each worker: as many
+    as the caller takes before it pauses. Closing the generator kills the workers. `workers=0` runs inline, for
     tests and tiny jobs: without protection from death and time.
     """
     if workers < 0:
@@ -61,7 +63,7 @@ def run_tasks(
     if getattr(function, "__module__", None) == "__main__":
         raise ValueError("a worker cannot import a function from __main__; define it in a module")
     minders = _Minders(pickle.dumps(function, protocol=5), timeout_seconds, doubt_errors)
-    return _run_in_workers(minders, items, workers)
+    return _run_in_workers(minders, items, workers, ahead=LOOK_AHEAD * workers + extra_items)
 
 
 def _run_inline(
@@ -77,7 +79,7 @@ def _run_inline(
 
 
 def _run_in_workers(
-    minders: "_Minders", items: Iterable[Any], workers: int
+    minders: "_Minders", items: Iterable[Any], workers: int, *, ahead: int
 ) -> Generator[tuple[int, Any], None, None]:
     executor = ThreadPoolExecutor(workers, "mmkd-worker", initializer=minders.begin_thread)
     waiting: deque[Future[Any]] = deque()
@@ -85,7 +87,7 @@ def _run_in_workers(
     try:
         for item in items:
             waiting.append(executor.submit(minders.call, item))
-            if len(waiting) >= LOOK_AHEAD * workers:
+            if len(waiting) >= ahead:
                 yield delivered, waiting.popleft().result()
                 delivered += 1
         while waiting:

@@ -59,7 +59,7 @@ class BuildReport:
     unusable: dict[str, str] = field(default_factory=dict)
     """split/clip id -> reason, over the whole cache, once it is finished."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Stage -> seconds; decode and flow on a CPU are summed over processes."""
+    """Stage -> seconds; decode and flow on a CPU are summed over processes. `start` lasts until the first clip."""
 
     def lines(self, out: Path | str) -> list[str]:
         """Return the report for people."""
@@ -106,6 +106,7 @@ def build(
                 replace=replace,
                 still_ours=claims.holds_cache,
             )
+        report.seconds["start"] = time.perf_counter() - began
         pending, report.skipped_shards = pending_shards(plan, committed_nodes(store, init), task=task)
         line = ShardLine(plan, store, claims=claims, metadata=metadata, pending=pending)
         line.run(report, Journal(store, task_id), stop)
@@ -156,6 +157,7 @@ class ShardLine:
             workers=recipe.data.workers,
             timeout_seconds=recipe.data.clip_timeout_seconds,
             doubt_errors=True,
+            extra_items=self._batch_clips(),  # so that decoding goes on while the experts take a whole batch
         )
         current: OpenShard | None = None
         try:
@@ -172,6 +174,11 @@ class ShardLine:
         finally:
             for work in self._claimed:
                 self._claims.release(work.shard)
+
+    def _batch_clips(self) -> int:
+        """Return how many clips fill a batch of the experts."""
+        views = min((len(work.shard.views) for work in self._pending), default=1)
+        return -(-self._plan.recipe.build.batch_views // views)
 
     def _jobs(self) -> Iterator[ClipJob]:
         """Yield a job for each clip of each shard that nobody else holds, or has done meanwhile."""

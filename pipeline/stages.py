@@ -30,17 +30,20 @@ class Stages:
             self.add(name, time.perf_counter() - began)
 
     def waits(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield `items`, timing as `wait` how long each takes to come."""
+        """Yield `items`, timing how long each takes to come: as `start` the first, as `wait` the others."""
         source = iter(items)
+        name = "start"
         while True:
-            with self("wait"):
+            with self(name):
                 try:
                     item = next(source)
                 except StopIteration:
                     return
+            name = "wait"
             yield item
 
     def shares(self) -> str:
-        """Return e.g. `decode 41% flow 120% experts 38% write 1%` of the wall clock (workers add up)."""
+        """Return e.g. `decode 41% flow 120% experts 38% write 1%` of the time since the start (workers add up)."""
         wall = max(time.perf_counter() - self._began, 1e-9)
-        return " ".join(f"{name} {100 * seconds / wall:.0f}%" for name, seconds in self._seconds.items())
+        running = {name: seconds for name, seconds in self._seconds.items() if name != "start"}
+        return " ".join(f"{name} {100 * seconds / wall:.0f}%" for name, seconds in running.items())
