@@ -74,3 +74,13 @@ def _program(text: str, *, size: int) -> list[tuple[int, int, bool, bool]]:
 
 
 _PROGRAMS = {3: _program(WINDOW_3, size=3), 5: _program(WINDOW_5, size=5)}
+
+
+def _exchanges(size: int, window: str) -> tuple[int, ...]:
+    columns = [(size * low + i, size * high + i) for i in range(size) for low, high in SORT_COLUMN[size]]
+    rest = [tuple(map(int, exchange.split("-"))) for exchange in window.split()]
+    return tuple(place for exchange in (*columns, *rest) for place in exchange)
+
+
+WINDOWS_AS_EXCHANGES = {3: _exchanges(3, WINDOW_3), 5: _exchanges(5, WINDOW_5)}
+"""The same for a whole window of its own: places 2i and 2i + 1 are exchanged, then the middle is the median."""

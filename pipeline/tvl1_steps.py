@@ -44,7 +44,7 @@ def resize_linear(images: Tensor, size: tuple[int, int], *, ratio: float | None,
         if source == result:  # both sources copy; at equal sizes the positions are whole numbers anyway
             continue
         step = source / result if ratio is None else ratio
-        first, second, weight = _linear_taps(source, result, step=step, half_pixel=half_pixel)
+        first, second, weight = linear_taps(source, result, step=step, half_pixel=half_pixel)
         first, second = first.to(images.device), second.to(images.device)
         weight = weight.to(images.device).view(-1, *([1] * (-1 - dim)))
         low, high = images.index_select(dim, first), images.index_select(dim, second)
@@ -52,7 +52,8 @@ def resize_linear(images: Tensor, size: tuple[int, int], *, ratio: float | None,
     return images
 
 
-def _linear_taps(source: int, result: int, *, step: float, half_pixel: bool) -> tuple[Tensor, Tensor, Tensor]:
+def linear_taps(source: int, result: int, *, step: float, half_pixel: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of each of `result` positions the two pixels it lies between, and the weight of the second."""
     positions = torch.arange(result, dtype=torch.float64)
     if half_pixel:
         positions = ((positions + 0.5) * step - 0.5).float()
