@@ -162,13 +162,15 @@ def test_any_flipped_bit_is_detected_and_mended_by_repair_and_build(tiny, tmp_pa
             else:
                 flipped[name] = data
             (cache / name).write_bytes(whole[name])
-        for name, data in flipped.items():
-            (cache / name).write_bytes(data)
-        damaged = verify(cache).damaged
-        assert flipped.keys() <= damaged.keys()
-        assert all("vouches" in damaged[name] for name in damaged.keys() - flipped.keys())
-        for name in flipped:
-            (cache / name).write_bytes(whole[name])
+        for prefix in ("commits/", "targets.zarr/"):  # what a damaged record vouches for is not looked at
+            part = {name: data for name, data in flipped.items() if name.startswith(prefix)}
+            for name, data in part.items():
+                (cache / name).write_bytes(data)
+            damaged = verify(cache).damaged
+            assert part.keys() <= damaged.keys()
+            assert all("vouches" in damaged[name] for name in damaged.keys() - part.keys())
+            for name in part:
+                (cache / name).write_bytes(whole[name])
         left -= min(left, len(whole))
     read_everything(cache)
     (cache / "targets.zarr/train/rgb/logits/action/c/0/0/0").write_bytes(b"torn")

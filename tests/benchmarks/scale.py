@@ -1,0 +1,166 @@
+"""A cache of a million rows: what planning, status and opening take, and what a row costs from 10 thousand on.
+
+    python tests/benchmarks/scale.py [--rows N ...] [--classes N] [--folder DIR]
+
+One view, one expert, logits drawn at the writer; everything else is the cache's own: init, shards of 512 rows
+published one by one, finalize. Planning (what is to be done, half-way), status and opening run each in a fresh
+process, so that the peak of memory is theirs; the memory of imports alone is printed beside.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mmkd.cache_tools.commits import publish
+from mmkd.cache_tools.data import ClipVideo
+from mmkd.cache_tools.finalize import finalize, node_fingerprints, read_init
+from mmkd.cache_tools.layout import THUMBPRINT, Shard, SplitLayout, part_array, status_array, thumbprint_arrays
+from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.records import ClipFacts, VideoFacts
+from mmkd.cache_tools.status import read_status
+from mmkd.cache_tools.storage_formats import FORMATS
+from mmkd.cache_tools.store import LocalStore, Store
+from mmkd.cache_tools.views import ViewPolicy
+from mmkd.data_manifests.records import Clip, Head, Manifest
+from mmkd.pipeline.build_plan import committed_nodes
+from mmkd.pipeline.cache_init import ExpertNode, SplitPlan, base_fields, draw_views, initialise
+from mmkd.pipeline.shard_block import NodeResult
+
+SHARD_ROWS = 512
+POLICY = ViewPolicy(frames=8, size_px=224)
+VIDEO = VideoFacts(340, 256, np.arange(48) / 12, "pyav", "0" * 32)
+
+
+def start(store: Store, rows: int, classes: int) -> tuple[Manifest, dict, dict[str, float]]:
+    """Write what `init` writes; return manifest, metadata and the seconds of each step."""
+    seconds, began = {}, time.perf_counter()
+    head = Head("action", tuple(f"class {number}" for number in range(classes)))
+    clips = tuple(
+        Clip(f"clip-{row}", f"videos/{row}.webm", "train", {"action": row % classes}) for row in range(rows)
+    )
+    manifest = Manifest("scale", (head,), clips)
+    seconds["manifest"], began = time.perf_counter() - began, time.perf_counter()
+    items = [ClipVideo(clip, VIDEO, ClipFacts(340, 256, 0, 48)) for clip in clips]
+    views = [draw_views(item, POLICY, manifest=manifest, seed=0, training_views=1) for item in items]
+    seconds["views"], began = time.perf_counter() - began, time.perf_counter()
+    plan = SplitPlan(SplitLayout("train", rows, 1, SHARD_ROWS, 1), clips, items, views)
+    base = base_fields(manifest, POLICY, train_split="train", view_seed=0)
+    expert = ExpertNode({"precision": FORMATS["fp16"].name, "weights": "drawn"}, {"fraction": 0.0, "seed": 0})
+    _, metadata = initialise(store, [plan], manifest=manifest, base=base, experts={"rgb": expert})
+    seconds["init"] = time.perf_counter() - began
+    return manifest, metadata, seconds
+
+
+def results_of(shard: Shard, classes: int, random: np.random.Generator) -> list[NodeResult]:
+    """Draw what a shard holds."""
+    grid = (SHARD_ROWS, 1)
+    hashes, thumbnails = thumbprint_arrays("train")
+    blocks = {
+        hashes: random.integers(0, 2**63, grid, np.uint64),
+        thumbnails: random.integers(0, 256, (*grid, 144), np.uint8),
+    }
+    logits = FORMATS["fp16"].encode(3 * random.standard_normal((*grid, classes), np.float32))
+    expert = {part_array("train", "rgb", part, head="action"): block for part, block in logits.items()}
+    expert[status_array("train", "rgb")] = np.zeros(grid, np.uint8)
+    return [NodeResult(shard, THUMBPRINT, blocks), NodeResult(shard, "rgb", expert)]
+
+
+def write_shards(store: Store, metadata: dict, shards: list[Shard], classes: int) -> None:
+    """Publish shards of drawn logits."""
+    nodes = node_fingerprints(read_init(store))
+    random = np.random.default_rng(0)
+    for shard in shards:
+        for result in results_of(shard, classes, random):
+            objects = result.encode(metadata)
+            publish(store, shard, result.record(nodes[result.node], objects), objects)
+
+
+def measured(what: str, root: Path) -> dict[str, float]:
+    """Do one thing in a fresh process; return its seconds and the peak of its memory in MiB."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--measure", what, "--folder", root], check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout)
+
+
+def measure(what: str, root: Path) -> dict[str, float]:
+    """Do it here."""
+    began = time.perf_counter()
+    if what == "plan":
+        store = LocalStore(root)
+        init = read_init(store)
+        committed_nodes(store, init)
+    elif what == "status":
+        read_status(root)
+    elif what == "open":
+        CacheReader(root)
+    elif what == "open, ids, labels, views":
+        CacheReader(root).split("train")
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def scale(root: Path, rows: int, classes: int) -> float:
+    """Write a cache, print what it takes; return the seconds that a row cost to publish."""
+    store = LocalStore(root)
+    _, metadata, seconds = start(store, rows, classes)
+    shards = list(SplitLayout("train", rows, 1, SHARD_ROWS, 1).shards())
+    half = len(shards) // 2
+    began = time.perf_counter()
+    write_shards(store, metadata, shards[:half], classes)
+    seconds["shards"] = time.perf_counter() - began
+    lines = [f"{what:26} {m['seconds']:7.2f} s {m['mib']:6.0f} MiB" for what, m in at_work(root)]
+    began = time.perf_counter()
+    write_shards(store, metadata, shards[half:], classes)
+    seconds["shards"] += time.perf_counter() - began
+    began = time.perf_counter()
+    finalize(store)
+    seconds["finalize"] = time.perf_counter() - began
+    for what in ("status", "open", "open, ids, labels, views"):
+        found = measured(what, root)
+        lines.append(f"{what:26} {found['seconds']:7.2f} s {found['mib']:6.0f} MiB")
+    listed = store.list()
+    size = sum(stored.size_bytes for stored in listed.values())
+    print(f"\n{rows:,} rows, {len(shards)} shards: {len(listed)} objects, {size / rows:.1f} bytes a row")
+    print(
+        "  "
+        + ", ".join(f"{name} {value:.2f} s ({1e6 * value / rows:.1f} us a row)" for name, value in seconds.items())
+    )
+    print("\n".join(f"  {line}" for line in lines), flush=True)
+    return (seconds["shards"] + seconds["finalize"]) / rows
+
+
+def at_work(root: Path) -> list[tuple[str, dict[str, float]]]:
+    """Measure what is asked of a build that is half-way."""
+    asked = (("imports alone", "nothing"), ("plan, half-way", "plan"), ("status, half-way", "status"))
+    return [(name, measured(what, root)) for name, what in asked]
+
+
+def main() -> None:
+    """Measure each number of rows."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--classes", type=int, default=174)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--measure")
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.folder)))
+        return
+    costs = []
+    for rows in options.rows:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            costs.append(scale(Path(folder) / "cache", rows, options.classes))
+    first, last = options.rows[0], options.rows[-1]
+    print(f"\na row costs at {last:,} rows {costs[-1] / costs[0]:.2f} times what it costs at {first:,}")
+
+
+if __name__ == "__main__":
+    main()
