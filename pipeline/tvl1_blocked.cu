@@ -1,4 +1,4 @@
-// Up to HALO iterations of TV-L1 on tiles that stay in registers, for tvl1_blocked.py, which names the symbols.
+// Up to `halo` iterations of TV-L1 on tiles that stay in registers, for tvl1_blocked.py, which names the symbols.
 //
 // A warp holds ROWS rows of 64 pixels, a lane two neighbouring columns of them; WARPS warps above each other make
 // a tile. Neighbours to the left and right are in the lane or one shuffle away, those above and below in the lane
@@ -57,7 +57,7 @@ struct Task {
     const int* done;
     const int* side;
     int pairs, height, width, pitch;
-    int tiles_x, tiles_y, step_x, step_y;
+    int tiles_x, tiles_y, step_x, step_y, halo;
     int error_every;
     float tau, scale, limit;
 };
@@ -89,10 +89,10 @@ __device__ __forceinline__ Place locate(const Task& task, int item) {
     int column = place.tile % task.tiles_x, row = place.tile / task.tiles_x;
     place.x = column * task.step_x;
     place.y = row * task.step_y;
-    place.own_x = column == 0 ? 0 : place.x + HALO;
-    place.own_y = row == 0 ? 0 : place.y + HALO;
-    place.own_x_stop = column == task.tiles_x - 1 ? task.width : place.x + task.step_x + HALO;
-    place.own_y_stop = row == task.tiles_y - 1 ? task.height : place.y + task.step_y + HALO;
+    place.own_x = column == 0 ? 0 : place.x + task.halo;
+    place.own_y = row == 0 ? 0 : place.y + task.halo;
+    place.own_x_stop = column == task.tiles_x - 1 ? task.width : place.x + task.step_x + task.halo;
+    place.own_y_stop = row == task.tiles_y - 1 ? task.height : place.y + task.step_y + task.halo;
     place.side = task.side[place.pair];
     place.steps = task.steps[place.pair];
     place.done = task.done[place.pair];
@@ -282,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tvl1_blocked(const Task
     float4* p_edges = u_edges + THREADS;
     float* stage = reinterpret_cast<float*>(p_edges + THREADS);
     float* warp_errors = stage + PLANES * TILE_CELLS;
-    Place* places = reinterpret_cast<Place*>(warp_errors + HALO * WARPS);
+    Place* places = reinterpret_cast<Place*>(warp_errors + MOST_HALO * WARPS);
 
     int tiles = task.tiles_x * task.tiles_y;
     int total = *task.count * tiles;
@@ -316,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tvl1_blocked(const Task
         if (static_cast<int>(threadIdx.x) < place.steps) {
             float sum = 0.0f;
             for (int warp = 0; warp < WARPS; warp++) sum += warp_errors[threadIdx.x * WARPS + warp];
-            task.partials[(static_cast<size_t>(place.pair) * HALO + threadIdx.x) * tiles + place.tile] = sum;
+            task.partials[(static_cast<size_t>(place.pair) * task.halo + threadIdx.x) * tiles + place.tile] = sum;
         }
     }
 }

@@ -1,7 +1,7 @@
 """Several iterations of TV-L1 per launch, on tiles that stay in registers: tvl1_blocked.cu, compiled at run time.
 
-An iteration needs its neighbours' last one, so a tile that starts HALO pixels beyond what it stores can run HALO
-iterations alone: 6 iterations on 64 x 64 pixels read and write 14 bytes per pixel-iteration through the caches and
+An iteration needs its neighbours' last one, so a tile that starts `halo` pixels beyond what it stores can run as
+many iterations alone: 6 on 64 x 64 pixels read and write 14 bytes per pixel-iteration through the caches and
 10 through memory instead of 60, and compute 1.4 to 1.7 times as many pixels as they store. CUDA C++ rather than
 Triton, because neighbours come from registers by shuffles, which Triton has no word for.
 """
@@ -19,6 +19,10 @@ SOURCE = Path(__file__).with_suffix(".cu")
 TILE_WIDTH = 64
 PLANES = 9
 PLACE_BYTES = 44
+MOST_HALO = 8
+HALOS = (4, 6, MOST_HALO)
+# What a tile costs besides its iterations, in iterations, counted in machine code: 500 of 365 instructions.
+TILE_OVERHEAD = 500 / 365
 # Bits must not depend on how a variant was compiled: no contraction.
 OPTIONS = ("--fmad=false", "--std=c++17")
 
@@ -31,8 +35,6 @@ class Shape:
     """Warps of a block, above each other; 16 fill the registers of a multiprocessor."""
     rows: int = 4
     """Rows of a tile per warp, of 64 pixels each; 10 registers per pixel and lane."""
-    halo: int = 6
-    """Most iterations per launch; larger reads less and computes more pixels twice. Even."""
 
     @property
     def tile_height(self) -> int:
@@ -48,12 +50,12 @@ class Shape:
     def shared_bytes(self) -> int:
         """Shared memory of a block: edges of warps, the next tile, errors of warps, two places."""
         edges, stage = 2 * 16 * self.threads, 4 * PLANES * TILE_WIDTH * self.tile_height
-        return edges + stage + 4 * self.halo * self.warps + 2 * PLACE_BYTES
+        return edges + stage + 4 * MOST_HALO * self.warps + 2 * PLACE_BYTES
 
     @property
     def definitions(self) -> tuple[str, ...]:
         """Compiler options that set these."""
-        return f"-DWARPS={self.warps}", f"-DROWS={self.rows}", f"-DHALO={self.halo}"
+        return f"-DWARPS={self.warps}", f"-DROWS={self.rows}", f"-DMOST_HALO={MOST_HALO}"
 
 
 # The first that a device has the shared memory for: 164 KB (A100, H100 and later), 83 KB (consumer GPUs).
@@ -72,17 +74,26 @@ class Tiles:
     """Pixels from one to the next, a multiple of 4 as copies go by 16 bytes."""
     step_y: int
     """Rows from one to the next."""
+    halo: int
+    """Pixels of a tile beyond what it stores, and most iterations per launch; larger reads less, computes more."""
 
     @classmethod
-    def over(cls, height: int, width: int, *, shape: Shape) -> "Tiles":
+    def over(cls, height: int, width: int, *, shape: Shape, halo: int) -> "Tiles":
         """Cover an image so that each pixel is stored by the one tile in which it is right."""
-        step_x = (TILE_WIDTH - 2 * shape.halo) // 4 * 4
-        step_y = shape.tile_height - 2 * shape.halo
-        if shape.halo % 2 or min(step_x, step_y) < 1:
-            raise ValueError(f"a halo of {shape.halo} is odd or leaves nothing of {TILE_WIDTH}x{shape.tile_height}")
+        step_x = (TILE_WIDTH - 2 * halo) // 4 * 4
+        step_y = shape.tile_height - 2 * halo
+        if halo % 2 or halo > MOST_HALO or min(step_x, step_y) < 1:
+            raise ValueError(f"a halo of {halo} is odd, above {MOST_HALO}, or too large for {TILE_WIDTH} x {shape}")
         across = 1 + max(0, -(-(width - TILE_WIDTH) // step_x))
         down = 1 + max(0, -(-(height - shape.tile_height) // step_y))
-        return cls(across, down, step_x, step_y)
+        return cls(across, down, step_x, step_y, halo)
+
+    @classmethod
+    def best(cls, height: int, width: int, *, shape: Shape) -> "Tiles":
+        """Cover an image with the halo that takes the fewest instructions per iteration."""
+        fitting = [halo for halo in HALOS if 2 * halo < shape.tile_height]
+        plans = [cls.over(height, width, shape=shape, halo=halo) for halo in fitting]
+        return min(plans, key=lambda plan: plan.count * (1 + TILE_OVERHEAD / plan.halo))
 
     @property
     def count(self) -> int:
@@ -110,6 +121,7 @@ class Task(ctypes.Structure):
         ("tiles_y", ctypes.c_int),
         ("step_x", ctypes.c_int),
         ("step_y", ctypes.c_int),
+        ("halo", ctypes.c_int),
         ("error_every", ctypes.c_int),  # sum in iterations n with (n + 1) % error_every == 0; 0: in none
         ("tau", ctypes.c_float),  # τ
         ("scale", ctypes.c_float),  # τ/θ
@@ -151,6 +163,7 @@ def load_blocked(device: torch.device) -> Blocked | None:
     if shape is None or properties.major < 8:
         return None
     with torch.cuda.device(device):
+        torch.cuda.synchronize()  # makes torch's context the current one of this thread
         code = cubin(shape, architecture=f"sm_{properties.major}{properties.minor}")
         kernel = Kernel.load(code, "tvl1_blocked", threads=shape.threads, shared_bytes=shape.shared_bytes)
 

@@ -95,7 +95,8 @@ class Level:
         self.control = Control.on(device, threshold=threshold, factor=(theta / tau) ** 2)
         # Which iterations may have to test for the end, see `decide_kernel`.
         self.error_every = 0 if params.epsilon == 0 else 1 if params.mode == "opencv" else 2
-        self.slots = blocked.shape.halo if blocked else 1
+        self.plan = Tiles.best(*size, shape=blocked.shape) if blocked else None
+        self.slots = self.plan.halo if self.plan else 1
         self.tiles = self._tiles()
         self.partials = zeros(MOST_PAIRS, self.slots, self.tiles, device=device)
         self.task = self._task()
@@ -103,20 +104,29 @@ class Level:
         self.chunks_run = 0
 
     def _tiles(self) -> int:
-        if self.blocked:
-            self.plan = Tiles.over(self.height, self.width, shape=self.blocked.shape)
+        if self.plan:
             return self.plan.count
         return math.ceil(self.height / FUSED_ROWS) * math.ceil(self.width / FUSED_COLUMNS)
 
     def _task(self) -> Task | None:
-        if not self.blocked:
+        if not self.plan:
             return None
         control, params, plan = self.control, self.params, self.plan
         buffers = (
             self.state, self.data, self.partials,
             control.count, control.listed, control.steps, control.done, control.side,
         )  # fmt: skip
-        sizes = self.pairs, self.height, self.width, self.pitch, plan.across, plan.down, plan.step_x, plan.step_y
+        sizes = (
+            self.pairs,
+            self.height,
+            self.width,
+            self.pitch,
+            plan.across,
+            plan.down,
+            plan.step_x,
+            plan.step_y,
+            plan.halo,
+        )
         factors = params.tau, params.tau / params.theta, params.tau * params.lambda_
         return Task(*(ctypes.c_void_p(b.data_ptr()) for b in buffers), *sizes, self.error_every, *factors)
 

@@ -35,7 +35,7 @@ from mmkd.pipeline.tvl1_params import TVL1Params
 from mmkd.pipeline.tvl1_steps import pyramid_sizes
 
 BUDGET_BYTES = 4 * 2**30
-IMAGE_PLANES_PER_PAIR = 8
+IMAGE_PLANES_PER_PAIR = 10
 """float32 planes of a pair outside its levels: both images, as they come and smaller, and the result twice."""
 
 IterationKernel = Literal["blocked", "fused"]

@@ -17,7 +17,7 @@ import torch
 
 from mmkd.pipeline import tvl1_torch
 from mmkd.pipeline.nvrtc import NvrtcError
-from mmkd.pipeline.tvl1_blocked import SHAPES, SOURCE, TILE_WIDTH, Shape, Task, Tiles, cubin
+from mmkd.pipeline.tvl1_blocked import HALOS, SHAPES, SOURCE, TILE_WIDTH, Shape, Task, Tiles, cubin
 from mmkd.pipeline.tvl1_params import TVL1Params
 from mmkd.pipeline.tvl1_steps import pyramid_sizes
 
@@ -130,6 +130,13 @@ def test_a_pair_has_the_same_bits_in_any_batch(found):
     assert_near(found["clip"], found["clip reference"])
 
 
+@needs_triton
+@pytest.mark.parametrize("size", ["1x1", "2x3", "131x5", "1x33"])
+def test_odd_sizes(found, size):
+    """Narrower than four columns, lower than a warp's rows, one tile and three next to each other."""
+    assert np.abs(found[size] - found[f"{size} reference"]).max() < 1e-4
+
+
 def stop_of(sums, every):
     previous, params = 0.0, TVL1Params(mode="opencv" if every == 1 else "opencv-cuda")
     for n, error in enumerate(sums):
@@ -164,13 +171,14 @@ def test_median_is_opencvs_and_leaves_stopped_pairs_alone(found, size):
 # --- tiles ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, Shape(warps=4, halo=4), Shape(halo=8)])
+@pytest.mark.parametrize("halo", HALOS)
+@pytest.mark.parametrize("shape", [*SHAPES, Shape(rows=5)])
 @pytest.mark.parametrize(
     "size", [*pyramid_sizes(256, 340, scales=5, zoom=0.8), (1, 1), (64, 64), (65, 65), (9, 900)]
 )
-def test_each_pixel_is_stored_by_one_tile_in_which_it_is_right(shape, size):
+def test_each_pixel_is_stored_by_one_tile_in_which_it_is_right(shape, size, halo):
     """The geometry of `locate` in tvl1_blocked.cu."""
-    tiles = Tiles.over(*size, shape=shape)
+    tiles = Tiles.over(*size, shape=shape, halo=halo)
     ways = (
         (size[1], TILE_WIDTH, tiles.across, tiles.step_x),
         (size[0], shape.tile_height, tiles.down, tiles.step_y),
@@ -179,11 +187,11 @@ def test_each_pixel_is_stored_by_one_tile_in_which_it_is_right(shape, size):
         end = 0
         for i in range(count):
             start = i * step
-            first = 0 if i == 0 else start + shape.halo
-            stop = extent if i == count - 1 else start + step + shape.halo
+            first = 0 if i == 0 else start + halo
+            stop = extent if i == count - 1 else start + step + halo
             assert first == end
             assert stop > first
-            assert i == count - 1 or stop <= start + tile - shape.halo
+            assert i == count - 1 or stop <= start + tile - halo
             assert stop <= start + tile
             end = stop
         assert end == extent
@@ -192,7 +200,12 @@ def test_each_pixel_is_stored_by_one_tile_in_which_it_is_right(shape, size):
 
 def test_an_odd_halo_is_refused():
     with pytest.raises(ValueError, match="halo of 5"):
-        Tiles.over(100, 100, shape=Shape(halo=5))
+        Tiles.over(100, 100, shape=Shape(), halo=5)
+
+
+def test_halo_is_the_one_with_the_least_work():
+    sizes = pyramid_sizes(256, 340, scales=5, zoom=0.8)
+    assert [Tiles.best(*size, shape=Shape()).halo for size in sizes] == [4, 6, 6, 4, 8]
 
 
 def test_structures_of_both_languages_agree():

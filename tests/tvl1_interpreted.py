@@ -24,7 +24,8 @@ from mmkd.pipeline.tvl1 import TVL1Params, tvl1_flow
 from mmkd.pipeline.tvl1_blocked import SOURCE, Blocked, Shape
 from mmkd.pipeline.tvl1_median import WINDOWS_AS_EXCHANGES
 
-SMALL_SHAPE = Shape(warps=4, rows=4, halo=4)
+SIZES = ((1, 1), (3, 2), (5, 131), (33, 1))
+SMALL_SHAPE = Shape(warps=4, rows=4)
 CPU = torch.device("cpu")
 
 
@@ -66,6 +67,13 @@ def flows(frames: torch.Tensor, cases: dict[str, TVL1Params], which: list[str]) 
     clip = tvl1_triton.tvl1_clip_flow_triton(frames.to(torch.uint8), step=1, params=large, kernel=which[-1])
     apart = tvl1_flow(frames[1:2].to(torch.uint8), frames[2:].to(torch.uint8), params=large, path="torch")
     found["clip"], found["clip reference"] = clip[1:].numpy(), apart.numpy()
+    for height, width in SIZES:
+        images = frames[:2].repeat(1, 1, 3)[:, :height, :width].contiguous()
+        found[f"{width}x{height}"] = tvl1_triton.tvl1_flow_triton(
+            images[:1], images[1:], params=large, kernel=which[-1]
+        ).numpy()
+        wanted = tvl1_flow(images[:1], images[1:], params=large, path="torch")
+        found[f"{width}x{height} reference"] = wanted.numpy()
     return found
 
 

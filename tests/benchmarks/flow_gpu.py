@@ -46,7 +46,7 @@ SHORT = {"iterations": 4, "warps": 1, "scales": 2} if DRY else {}
 DEFAULT = TVL1Params(**SHORT)
 FULL = replace(DEFAULT, epsilon=0)
 OPENCV = replace(TVL1Params.opencv(), **SHORT, **({"median": 3, "median_every": 2} if DRY else {}))
-SHAPES = [Shape(halo=4), Shape(), Shape(halo=8), Shape(warps=8, rows=8), Shape(rows=5), Shape(warps=8)]
+SHAPES = [Shape(), Shape(warps=8, rows=8), Shape(rows=5), Shape(warps=8)]
 
 
 @dataclass(frozen=True)
@@ -289,15 +289,14 @@ def shape_rows() -> Iterator[list[str]]:
         def launch(task: tvl1_blocked.Task, count: int, kernel: Kernel = kernel) -> None:
             kernel.launch(task, blocks=count)
 
-        for several in (1, 2) if shape.warps == 8 else (1,):
-            level = level_of(Blocked(shape, several * blocks, launch), pairs=64)
+        halos = tvl1_blocked.HALOS
+        for halo in halos:
+            tvl1_blocked.HALOS = (halo,)
+            level = level_of(Blocked(shape, blocks, launch), pairs=64)
             taken = seconds(lambda level=level: [level.launch_iterations() for _ in range(20)], repeats=5) / 20
-            rate = 64 * HEIGHT * WIDTH * shape.halo / taken
-            yield [
-                f"{shape.warps} warps x {shape.rows} rows, halo {shape.halo}, {several} blocks",
-                f"{rate / 1e9:.0f}",
-                f"{level.tiles}",
-            ]
+            rate = 64 * HEIGHT * WIDTH * halo / taken
+            yield [f"{shape.warps} warps x {shape.rows} rows, halo {halo}", f"{rate / 1e9:.0f}", str(level.tiles)]
+        tvl1_blocked.HALOS = halos
 
 
 def scaling_rows(clip: torch.Tensor) -> Iterator[list[str]]:
