@@ -15,7 +15,7 @@ TESTS := $(PYTHON) -m pytest -p no:cacheprovider
 
 .PHONY: demo seeds converged test soak lint bench clean
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml setup.py pipeline/tvl1_native.c
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --editable '.[test,lint]'
@@ -56,4 +56,5 @@ bench: $(ENVIRONMENT)
 	for script in tests/benchmarks/*.py; do $(PYTHON) $$script || exit 1; done
 
 clean:
+	rm -f pipeline/*.so
 	rm -rf build dist demo runs *.egg-info .mypy_cache .pytest_cache .ruff_cache

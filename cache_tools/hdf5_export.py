@@ -68,7 +68,7 @@ class ImportReport:
     reencoded: int
     """Those whose bytes are not the exported ones, since another library version wrote them."""
 
-    def lines(self, cache: str) -> list[str]:
+    def lines(self, cache: Path | str) -> list[str]:
         """Return the report for people."""
         same = "byte for byte the exported cache"
         if self.reencoded:

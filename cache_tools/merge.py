@@ -47,7 +47,7 @@ class MergeReport:
     fingerprint: str
     """Fingerprint of the merged cache."""
 
-    def lines(self, cache: str) -> list[str]:
+    def lines(self, cache: Path | str) -> list[str]:
         """Return the report for people."""
         splits = ", ".join(f"{name} {rows}" for name, rows in self.clips.items())
         return [f"{cache}: {sum(self.clips.values())} clips ({splits}) in {self.shards} shards"]

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mmkd.cache_tools.command import (
+    cache_location,
     data_options,
     example_argument,
     example_recipe,
@@ -18,13 +19,14 @@ from mmkd.cache_tools.command import (
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
 from mmkd.data_manifests.errors import InputError, TooManyUnusableError
-from mmkd.data_manifests.records import Manifest, save_manifest
+from mmkd.pipeline.manifest_cli import manifest
 from mmkd.pipeline.options import (
     FILE,
     FOLDER,
     as_json,
     boxes_option,
     build_recipe,
+    cache_argument,
     cache_options,
     device_option,
     named_options,
@@ -66,83 +68,7 @@ def demo(directory: Path, workers: int, **options: int | None) -> None:
     click.echo(f"{directory}: {total} clips in {len(chosen.clips_per_split())} splits")
 
 
-@cli.group()
-def manifest() -> None:
-    """Make a manifest from a data set's published annotation files."""
-
-
-def split_options(function: Any) -> Any:
-    """Add the options that both Something data sets share."""
-    options = (
-        click.option(
-            "--split",
-            "splits",
-            multiple=True,
-            required=True,
-            metavar="NAME=FILE",
-            help="A split file; repeatable.",
-        ),
-        click.option("--labels", required=True, type=FILE, help="labels.json of the same data set."),
-        click.option("--videos", type=FOLDER, help="Video folder, to check that the clips' files are there."),
-        click.option("--suffix", default=".webm", show_default=True, help="Ending of the video files."),
-        click.option("-o", "--out", required=True, type=FILE, help="Manifest to write (JSON lines)."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-@manifest.command("something-something")
-@split_options
-@click.option("--dataset", default="something-something-v2", show_default=True, help="Name of the data set.")
-def something_something(**options: Any) -> None:
-    """Read Something-Something V2's official train, validation and test files (or the demo's) and labels.json."""
-    from mmkd.data_manifests.something import read_something_something
-
-    made = read_something_something(
-        _splits(options), options["labels"], video_suffix=options["suffix"], dataset=options["dataset"]
-    )
-    _write_manifest(made, options)
-
-
-@manifest.command("something-else")
-@split_options
-@click.option("--dataset", default="something-else", show_default=True, help="Name of the data set.")
-def something_else(**options: Any) -> None:
-    """Read Something-Else split files (compositional, few-shot) and their labels.json."""
-    from mmkd.data_manifests.something import read_something_else
-
-    made = read_something_else(
-        _splits(options), options["labels"], video_suffix=options["suffix"], dataset=options["dataset"]
-    )
-    _write_manifest(made, options)
-
-
-def _splits(options: dict[str, Any]) -> dict[str, Path]:
-    splits: dict[str, Path] = {}
-    for text in options["splits"]:
-        name, _, path = text.partition("=")
-        if not path or name in splits:
-            raise InputError(f"--split {text!r}: expected NAME=FILE, each name once")
-        splits[name] = Path(path)
-    return splits
-
-
-def _write_manifest(made: Manifest, options: dict[str, Any]) -> None:
-    videos = options["videos"]
-    if videos is not None:
-        missing = [clip for clip in made.clips if not (videos / clip.video).is_file()]
-        if len(missing) == len(made.clips):
-            raise InputError(f"none of the {len(made.clips)} videos is in {videos}, e.g. {missing[0].video}")
-        if missing:
-            click.echo(
-                f"{len(missing)} of {len(made.clips)} videos are not in {videos}, e.g. {missing[0].video}",
-                err=True,
-            )
-    save_manifest(made, options["out"])
-    counts = ", ".join(f"{name} {len(made.split(name))}" for name in made.splits)
-    classes = ", ".join(f"{head.name} {len(head.classes)}" for head in made.heads)
-    click.echo(f"{options['out']}: clips {counts}; classes {classes}")
+cli.add_command(manifest)
 
 
 @cli.command()
@@ -254,9 +180,9 @@ def plan(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) ->
 
 
 @cli.command()
-@click.argument("cache")
+@cache_argument
 @as_json
-def status(cache: str, as_json: bool) -> None:
+def status(cache: Path | str, as_json: bool) -> None:
     """Print how far the build of a CACHE is: done, running, failed, rate, time left, bytes."""
     from mmkd.cache_tools.status import read_status
 
@@ -265,8 +191,8 @@ def status(cache: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("cache")
-def finalize(cache: str) -> None:
+@cache_argument
+def finalize(cache: Path | str) -> None:
     """Finish a CACHE whose shards are all there (a build does so by itself); refuse one with holes."""
     from mmkd.cache_tools.finalize import finalize as finalize_cache
     from mmkd.cache_tools.store import open_store
@@ -276,10 +202,10 @@ def finalize(cache: str) -> None:
 
 
 @cli.command()
-@click.argument("cache")
+@cache_argument
 @click.option("--repair", is_flag=True, help="Remove what is damaged, so that the next build computes it anew.")
 @as_json
-def verify(cache: str, repair: bool, as_json: bool) -> None:
+def verify(cache: Path | str, repair: bool, as_json: bool) -> None:
     """Read every byte of a CACHE against its stored checksums; exit code 4 when one is wrong."""
     from mmkd.cache_tools.verify import verify as verify_cache
 
@@ -289,7 +215,7 @@ def verify(cache: str, repair: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("cache")
+@cache_argument
 @teacher_options
 @click.option("--sample", type=click.IntRange(1), default=64, show_default=True, help="Views to compute again.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other views.")
@@ -299,7 +225,7 @@ def verify(cache: str, repair: bool, as_json: bool) -> None:
     help="Largest KL(stored || fresh) in nats that is no drift [default: 0.002].",
 )
 @as_json
-def drift(cache: str, files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
+def drift(cache: Path | str, files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
     """Run the teacher again on a random sample of a CACHE and compare with what is stored.
 
     Give the data, recipe and experts that built it (or some of the experts). Exit code 4: drift above --max-kl, or
@@ -321,9 +247,9 @@ def drift(cache: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opt
 
 
 @cli.command()
-@click.argument("cache")
+@cache_argument
 @click.argument("file", type=FILE)
-def export(cache: str, file: Path) -> None:
+def export(cache: Path | str, file: Path) -> None:
     """Write a finished CACHE to one plain HDF5 FILE, which needs no Zarr to be read."""
     from mmkd.cache_tools.hdf5_export import export_cache
 
@@ -333,9 +259,9 @@ def export(cache: str, file: Path) -> None:
 
 @cli.command("import")
 @click.argument("file", type=FILE)
-@click.option("-o", "--out", required=True, help="Directory (or URL) of the cache.")
+@click.option("-o", "--out", type=cache_location, required=True, help="Directory (or URL) of the cache.")
 @as_json
-def import_(file: Path, out: str, as_json: bool) -> None:
+def import_(file: Path, out: Path | str, as_json: bool) -> None:
     """Make a cache again of a FILE that `export` wrote, every value checked."""
     from mmkd.cache_tools.hdf5_export import import_cache
 
@@ -344,11 +270,11 @@ def import_(file: Path, out: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("caches", nargs=-1, required=True, metavar="CACHE...")
+@click.argument("caches", type=cache_location, nargs=-1, required=True, metavar="CACHE...")
 @click.option("--manifest", "manifest_file", required=True, type=FILE, help="Manifest of all their clips.")
-@click.option("-o", "--out", required=True, help="Directory (or URL) of the merged cache.")
+@click.option("-o", "--out", type=cache_location, required=True, help="Directory (or URL) of the merged cache.")
 @as_json
-def merge(caches: tuple[str, ...], manifest_file: Path, out: str, as_json: bool) -> None:
+def merge(caches: tuple[Path | str, ...], manifest_file: Path, out: Path | str, as_json: bool) -> None:
     """Make one cache of several CACHEs over disjoint clips, as if it had been built over all of them.
 
     The caches must have been built by one recipe with the same experts. The rows of the merged one are those of the
@@ -362,9 +288,9 @@ def merge(caches: tuple[str, ...], manifest_file: Path, out: str, as_json: bool)
 
 
 @cli.command()
-@click.argument("cache")
+@cache_argument
 @as_json
-def inspect(cache: str, as_json: bool) -> None:
+def inspect(cache: Path | str, as_json: bool) -> None:
     """Print what is in a CACHE: splits, views, experts, classes, unusable clips, sizes."""
     from mmkd.pipeline.inspect import describe, describe_lines
 
@@ -373,7 +299,7 @@ def inspect(cache: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("cache")
+@cache_argument
 @click.option("-o", "--out", type=FILE, help="Write all schemes' weights, for `mmkd-student train --weights`.")
 @click.option("--split", help="A labelled split to fit on [default: the held-out part of the training split].")
 @click.option(
@@ -391,7 +317,7 @@ def inspect(cache: str, as_json: bool) -> None:
     help="Lowest T of the loss, for the bound of the storage error.",
 )
 @as_json
-def weigh(cache: str, out: Path | None, as_json: bool, **options: Any) -> None:
+def weigh(cache: Path | str, out: Path | None, as_json: bool, **options: Any) -> None:
     """Fit the experts' weights to the logits in a CACHE, and compare the schemes: top-1, NLL, calibration."""
     from mmkd.cache_tools.atomic import write_atomically
     from mmkd.cache_tools.reader import CacheReader

@@ -5,12 +5,13 @@ from typing import Any
 
 import click
 
-from mmkd.cache_tools.command import data_options, named_data, recipe_options
+from mmkd.cache_tools.command import cache_location, data_options, named_data, recipe_options
 from mmkd.cache_tools.recipes import load_recipe
 from mmkd.pipeline.recipe import TeacherRecipe
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
+cache_argument = click.argument("cache", type=cache_location, metavar="CACHE")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 boxes_option = click.option(
@@ -43,6 +44,7 @@ def cache_options(function: Any) -> Any:
         click.option(
             "-o",
             "--out",
+            type=cache_location,
             required=True,
             help="Directory (or URL) of the cache; one that is there goes on or grows.",
         ),
