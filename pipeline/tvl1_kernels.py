@@ -319,7 +319,7 @@ def begin_kernel(done, steps, final, previous, listed, count, first_steps, pairs
 @triton.jit
 def decide_kernel(
     partials, limits, done, steps, final, previous, side, listed, count, tiles, iterations, period,
-    EVERY: tl.constexpr, SLOTS: tl.constexpr,
+    EVERY: tl.constexpr, SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Say after a launch of `steps[b]` iterations which pairs go on, and how far. One program.
 
@@ -328,7 +328,7 @@ def decide_kernel(
     of the next. EVERY = 0: none. The rule is a function of the sums alone, so it can be followed after the fact: a
     pair that should have stopped within a launch runs it again from the state before it, as far as it should have
     gone (`final`). `limits` holds the threshold and what a sum is multiplied by, in float64 as in OpenCV. A launch
-    ends at multiples of `period` iterations at the latest.
+    ends at multiples of `period` iterations at the latest. The tiles of an image fill CHUNKS times TILES_AT_ONCE.
     """
     pair = tl.arange(0, MOST_PAIRS)
     so_far, ran = tl.load(done + pair), tl.load(steps + pair)
@@ -345,8 +345,8 @@ def decide_kernel(
             if EVERY == 2:
                 due = due & (last < threshold)
             error = tl.zeros([MOST_PAIRS], tl.float64)
-            for first in range(0, tiles, TILES_AT_ONCE):
-                tile = first + tl.arange(0, TILES_AT_ONCE)
+            for chunk in range(CHUNKS):
+                tile = chunk * TILES_AT_ONCE + tl.arange(0, TILES_AT_ONCE)
                 here = partials + (pair[:, None] * SLOTS + slot) * tiles + tile[None, :]
                 values = tl.load(here, mask=due[:, None] & (tile < tiles)[None, :], other=0.0)
                 error += tl.sum(values.to(tl.float64), axis=1)

@@ -98,6 +98,7 @@ class Level:
         self.plan = Tiles.best(*size, shape=blocked.shape) if blocked else None
         self.slots = self.plan.halo if self.plan else 1
         self.tiles = self._tiles()
+        self.chunks = triton.cdiv(self.tiles, kernels.TILES_AT_ONCE.value)
         self.partials = zeros(MOST_PAIRS, self.slots, self.tiles, device=device)
         self.task = self._task()
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -232,7 +233,7 @@ class Level:
         kernels.decide_kernel[(1,)](
             self.partials, control.limits, control.done, control.steps, control.final, control.previous,
             control.side, control.listed, control.count, self.tiles, self.params.iterations, self._period(),
-            EVERY=self.error_every, SLOTS=self.slots, num_warps=16, **OPTIONS,
+            EVERY=self.error_every, SLOTS=self.slots, CHUNKS=self.chunks, num_warps=16, **OPTIONS,
         )  # fmt: skip
 
     def _median(self) -> None:

@@ -15,7 +15,7 @@ BLOCK = {"BLOCK": tvl1_level.PIXELS_PER_PROGRAM}
 CONSTANTS = {
     "linearise_kernel": {"CLAMPED": True, **BLOCK},
     "iterate_kernel": {"WITH_ERROR": True, "ROWS": tvl1_level.FUSED_ROWS, "COLUMNS": tvl1_level.FUSED_COLUMNS},
-    "decide_kernel": {"EVERY": 2, "SLOTS": 6},
+    "decide_kernel": {"EVERY": 2, "SLOTS": 6, "CHUNKS": 1},
     "median_kernel": {"SIZE": 5, "NETWORK": NETWORK, "EXCHANGES": len(NETWORK) // 2, **BLOCK},
 }
 FLOATS = ("state", "data", "partials", "first", "second", "across", "down", "filtered")

@@ -101,7 +101,7 @@ def decisions() -> dict[str, np.ndarray]:
                         partials[pair, slot] = 2 * sums[pair, done[pair] + slot] / 35
                 kernels.decide_kernel[(1,)](
                     partials, control.limits, *state, control.side, control.listed, control.count, 35, 40, 40,
-                    EVERY=every, SLOTS=slots,
+                    EVERY=every, SLOTS=slots, CHUNKS=2,
                 )  # fmt: skip
             found[f"stops {every} {slots}"] = control.done.numpy().copy()
     return found
