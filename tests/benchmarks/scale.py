@@ -9,7 +9,6 @@ process, so that the peak of memory is theirs; the memory of imports alone is pr
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -82,17 +81,18 @@ def write_shards(store: Store, metadata: dict, shards: list[Shard], classes: int
             publish(store, shard, result.record(nodes[result.node], objects), objects)
 
 
-def measured(what: str, root: Path) -> dict[str, float]:
-    """Do one thing in a fresh process; return its seconds and the peak of its memory in MiB."""
+def measured(name: str, what: str, root: Path) -> str:
+    """Do one thing in a fresh process; return a line of its seconds and the peak of its memory."""
     done = subprocess.run(
         [sys.executable, __file__, "--measure", what, "--folder", root], check=True, capture_output=True, text=True
     )
-    return json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    return f"{name:26} {found['seconds']:6.2f} s, processor {found['cpu']:5.2f} s, peak {found['mib']:5.0f} MiB"
 
 
 def measure(what: str, root: Path) -> dict[str, float]:
     """Do it here."""
-    began = time.perf_counter()
+    began, processor = time.perf_counter(), time.process_time()
     if what == "plan":
         store = LocalStore(root)
         init = read_init(store)
@@ -103,8 +103,10 @@ def measure(what: str, root: Path) -> dict[str, float]:
         CacheReader(root)
     elif what == "open, ids, labels, views":
         CacheReader(root).split("train")
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    seconds, processor = time.perf_counter() - began, time.process_time() - processor
+    # Not getrusage's peak: that of a child begins at its parent's size.
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return {"seconds": seconds, "cpu": processor, "mib": int(peak.split()[1]) / 1024}
 
 
 def scale(root: Path, rows: int, classes: int) -> float:
@@ -116,7 +118,8 @@ def scale(root: Path, rows: int, classes: int) -> float:
     began = time.perf_counter()
     write_shards(store, metadata, shards[:half], classes)
     seconds["shards"] = time.perf_counter() - began
-    lines = [f"{what:26} {m['seconds']:7.2f} s {m['mib']:6.0f} MiB" for what, m in at_work(root)]
+    asked = [("imports alone", "nothing"), ("plan, half-way", "plan"), ("status, half-way", "status")]
+    lines = [measured(name, what, root) for name, what in asked]
     began = time.perf_counter()
     write_shards(store, metadata, shards[half:], classes)
     seconds["shards"] += time.perf_counter() - began
@@ -124,8 +127,7 @@ def scale(root: Path, rows: int, classes: int) -> float:
     finalize(store)
     seconds["finalize"] = time.perf_counter() - began
     for what in ("status", "open", "open, ids, labels, views"):
-        found = measured(what, root)
-        lines.append(f"{what:26} {found['seconds']:7.2f} s {found['mib']:6.0f} MiB")
+        lines.append(measured(what, what, root))
     listed = store.list()
     size = sum(stored.size_bytes for stored in listed.values())
     print(f"\n{rows:,} rows, {len(shards)} shards: {len(listed)} objects, {size / rows:.1f} bytes a row")
@@ -135,12 +137,6 @@ def scale(root: Path, rows: int, classes: int) -> float:
     )
     print("\n".join(f"  {line}" for line in lines), flush=True)
     return (seconds["shards"] + seconds["finalize"]) / rows
-
-
-def at_work(root: Path) -> list[tuple[str, dict[str, float]]]:
-    """Measure what is asked of a build that is half-way."""
-    asked = (("imports alone", "nothing"), ("plan, half-way", "plan"), ("status, half-way", "status"))
-    return [(name, measured(what, root)) for name, what in asked]
 
 
 def main() -> None:
