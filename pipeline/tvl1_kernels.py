@@ -214,52 +214,20 @@ def iterate_kernel(
         above_1 = tl.load(p12 + at - pitch, mask=has_above, other=0.0)
         above_2 = tl.load(p22 + at - pitch, mask=has_above, other=0.0)
         u1, u2, old_1, old_2 = _primal(
-            flow,
-            constants,
-            at,
-            plane,
-            inside,
-            a11,
-            a12,
-            a21,
-            a22,
-            left_1,
-            left_2,
-            above_1,
-            above_2,
-            tau,
-            scale,
-            limit,
-        )
+            flow, constants, at, plane, inside, a11, a12, a21, a22,
+            left_1, left_2, above_1, above_2, tau, scale, limit,
+        )  # fmt: skip
 
-        r11, r12 = (
-            tl.load(p11 + at + 1, mask=has_right, other=0.0),
-            tl.load(p12 + at + 1, mask=has_right, other=0.0),
-        )
-        r21, r22 = (
-            tl.load(p21 + at + 1, mask=has_right, other=0.0),
-            tl.load(p22 + at + 1, mask=has_right, other=0.0),
-        )
+        r11 = tl.load(p11 + at + 1, mask=has_right, other=0.0)
+        r12 = tl.load(p12 + at + 1, mask=has_right, other=0.0)
+        r21 = tl.load(p21 + at + 1, mask=has_right, other=0.0)
+        r22 = tl.load(p22 + at + 1, mask=has_right, other=0.0)
         above_1 = tl.load(p12 + at + 1 - pitch, mask=has_right & has_above, other=0.0)
         above_2 = tl.load(p22 + at + 1 - pitch, mask=has_right & has_above, other=0.0)
         right_1, right_2, _, _ = _primal(
-            flow,
-            constants,
-            at + 1,
-            plane,
-            has_right,
-            r11,
-            r12,
-            r21,
-            r22,
-            a11,
-            a21,
-            above_1,
-            above_2,
-            tau,
-            scale,
-            limit,
-        )
+            flow, constants, at + 1, plane, has_right, r11, r12, r21, r22,
+            a11, a21, above_1, above_2, tau, scale, limit,
+        )  # fmt: skip
 
         lower = at + pitch
         b11, b12 = tl.load(p11 + lower, mask=has_below, other=0.0), tl.load(p12 + lower, mask=has_below, other=0.0)
@@ -267,23 +235,9 @@ def iterate_kernel(
         left_1 = tl.load(p11 + lower - 1, mask=has_below & has_left, other=0.0)
         left_2 = tl.load(p21 + lower - 1, mask=has_below & has_left, other=0.0)
         below_1, below_2, _, _ = _primal(
-            flow,
-            constants,
-            lower,
-            plane,
-            has_below,
-            b11,
-            b12,
-            b21,
-            b22,
-            left_1,
-            left_2,
-            a12,
-            a22,
-            tau,
-            scale,
-            limit,
-        )
+            flow, constants, lower, plane, has_below, b11, b12, b21, b22,
+            left_1, left_2, a12, a22, tau, scale, limit,
+        )  # fmt: skip
 
         across_1, across_2 = tl.where(has_right, right_1 - u1, 0.0), tl.where(has_right, right_2 - u2, 0.0)
         down_1, down_2 = tl.where(has_below, below_1 - u1, 0.0), tl.where(has_below, below_2 - u2, 0.0)
