@@ -27,7 +27,7 @@ class DataRecipe(Recipe):
     clip_timeout_seconds: float = Field(120, gt=0, description="longest time that one clip may take")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ClipVideo:
     """A clip with what the probe found of it."""
 

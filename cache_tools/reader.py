@@ -33,7 +33,7 @@ from mmkd.cache_tools.layout import (
     status_array,
     thumbprint_arrays,
 )
-from mmkd.cache_tools.records import ClipFacts, Float32Array, IntArray, UInt8Array, View
+from mmkd.cache_tools.records import ClipFacts, Float32Array, IntArray, UInt8Array, View, ViewTable
 from mmkd.cache_tools.storage_formats import StorageFormat, format_of
 from mmkd.cache_tools.store import MissingObjectError, Store, open_store
 from mmkd.data_manifests.errors import InputError, VerificationError
@@ -52,12 +52,8 @@ class SplitTable:
     """Head -> int64 (rows,), -1 where absent."""
     facts: IntArray
     """(rows, 4) width, height, first frame, frame count; all 0 where the video could not be read."""
-    frame_index: IntArray
-    """(rows, views, T) frame indices in the video."""
-    crop_xywh: IntArray
-    """(rows, views, 4) crops in source pixels."""
-    flip: npt.NDArray[np.bool_]
-    """(rows, views) mirrored or not."""
+    drawn: ViewTable
+    """The views of each clip."""
 
     @property
     def rows(self) -> int:
@@ -67,7 +63,7 @@ class SplitTable:
     @property
     def views(self) -> int:
         """Number of views of each clip."""
-        return int(self.flip.shape[1])
+        return int(self.drawn.flip.shape[1])
 
     @property
     def readable(self) -> npt.NDArray[np.bool_]:
@@ -77,9 +73,7 @@ class SplitTable:
 
     def view(self, row: int, number: int) -> View:
         """Return a stored view."""
-        left, top, width, height = (int(value) for value in self.crop_xywh[row, number])
-        indices = self.frame_index[row, number].astype(np.int64)
-        return View(indices, (left, top, width, height), bool(self.flip[row, number]))
+        return self.drawn.view(row, number)
 
     def clip_facts(self, row: int) -> ClipFacts:
         """Return the facts from which the clip's views were drawn."""
@@ -157,9 +151,7 @@ class CacheReader:
             clip_ids=tuple(str(clip_id) for clip_id in self.array(f"{name}/clip_id")),
             labels={head.name: self.array(label_array(name, head.name)) for head in self.heads},
             facts=self.array(f"{name}/facts"),
-            frame_index=self.array(f"{name}/frame_index"),
-            crop_xywh=self.array(f"{name}/crop_xywh"),
-            flip=self.array(f"{name}/flip"),
+            drawn=ViewTable(*(self.array(f"{name}/{part}") for part in ("frame_index", "crop_xywh", "flip"))),
         )
 
     def logits(self, split: str, expert: str) -> dict[str, Float32Array]:

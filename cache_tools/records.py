@@ -15,7 +15,7 @@ Float32Array = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class VideoFacts:
     """What the probe of one video found, without decoding it."""
 
@@ -41,7 +41,7 @@ class VideoFacts:
         return len(self.times_seconds)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ClipFacts:
     """What a view needs to know of a clip: its frames within the video, and their size."""
 
@@ -93,3 +93,27 @@ class View:
     """Left, top, width, height of the square crop in source pixels, before resizing."""
     flip: bool
     """Whether the crop is mirrored horizontally."""
+
+
+@dataclass(frozen=True)
+class ViewTable:
+    """All views of the clips of one split: 16 + 4·T + 1 bytes a view."""
+
+    frame_index: npt.NDArray[np.int32]
+    """(rows, views, T) frame indices in the video."""
+    crop_xywh: npt.NDArray[np.int32]
+    """(rows, views, 4) crops in source pixels."""
+    flip: npt.NDArray[np.bool_]
+    """(rows, views) mirrored or not."""
+
+    @classmethod
+    def zeros(cls, rows: int, views: int, frames: int) -> "ViewTable":
+        """Return a table to be filled."""
+        index, crop = np.zeros((rows, views, frames), np.int32), np.zeros((rows, views, 4), np.int32)
+        return cls(index, crop, np.zeros((rows, views), np.bool_))
+
+    def view(self, row: int, number: int) -> View:
+        """Return one view."""
+        left, top, width, height = self.crop_xywh[row, number].tolist()
+        indices = self.frame_index[row, number].astype(np.int64)
+        return View(indices, (left, top, width, height), bool(self.flip[row, number]))

@@ -10,14 +10,16 @@ window and reads fewer pixels.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from mmkd.cache_tools.recipes import Recipe
-from mmkd.cache_tools.records import ClipFacts, IntArray, View
+from mmkd.cache_tools.records import ClipFacts, IntArray, View, ViewTable
 
 VIEW_RULES = "views-1"
 """Name of the drawing rules in this file; part of every fingerprint."""
@@ -55,24 +57,45 @@ class KeyedWords:
 
     def __init__(self, *key: object) -> None:
         """Start the stream of `key`, whose parts must be JSON values."""
-        text = json.dumps(key, sort_keys=True, ensure_ascii=False)
-        self._key = hashlib.blake2b(text.encode(), digest_size=64).digest()
-        self._words = self._stream()
+        self._words = self._stream(hash_key(json.dumps(key, sort_keys=True, ensure_ascii=False)))
 
-    def _stream(self) -> Iterator[int]:
+    @staticmethod
+    def _stream(key: bytes) -> Iterator[int]:
         counter = 0
         while True:
-            block = hashlib.blake2b(counter.to_bytes(8, "little"), key=self._key, digest_size=64).digest()
-            yield from (int.from_bytes(block[i : i + 8], "little") for i in range(0, 64, 8))
+            yield from word_block(key, counter)
             counter += 1
 
     def below(self, n: int) -> int:
         """Return a whole number in 0..n-1 (bias below n / 2^64)."""
-        return (next(self._words) * n) >> 64
+        return below(next(self._words), n)
 
     def unit(self) -> float:
         """Return a number in [0, 1) with 53 random bits."""
-        return (next(self._words) >> 11) * 2.0**-53
+        return unit(next(self._words))
+
+
+BLOCK_WORDS = 8
+
+
+def hash_key(text: str) -> bytes:
+    """Return the 64-byte key of a stream, from the canonical JSON of what it is a function of."""
+    return hashlib.blake2b(text.encode(), digest_size=64).digest()
+
+
+def word_block(key: bytes, counter: int) -> tuple[int, ...]:
+    """Return words 8·counter to 8·counter + 7 of the key's stream."""
+    return struct.unpack("<8Q", hashlib.blake2b(counter.to_bytes(8, "little"), key=key, digest_size=64).digest())
+
+
+def below(word: int, n: int) -> int:
+    """Return a whole number in 0..n-1 made of a word (bias below n / 2^64)."""
+    return (word * n) >> 64
+
+
+def unit(word: int) -> float:
+    """Return a number in [0, 1) with 53 random bits made of a word."""
+    return (word >> 11) * 2.0**-53
 
 
 def random_views(
@@ -86,27 +109,71 @@ def random_views(
     numbers: Iterable[int],
 ) -> tuple[View, ...]:
     """Return the training views of a clip with the given view numbers."""
+    drawn = _draw(facts, policy, dataset=dataset, clip_id=clip_id, seed=seed, numbers=numbers)
     return tuple(
-        _random_view(
-            facts, policy, words=KeyedWords(dataset, clip_id, number, _key(policy), seed), flip=flip_allowed
-        )
-        for number in numbers
+        View(_frame_indices(offsets, facts, policy), crop, mirrored and flip_allowed)
+        for offsets, crop, mirrored in drawn
     )
 
 
-def _key(policy: ViewPolicy) -> dict[str, object]:
-    return policy.model_dump(mode="json", exclude={"evaluation_crops", "evaluation_clips"})
+def random_view_table(
+    facts: Sequence[ClipFacts | None],
+    policy: ViewPolicy,
+    *,
+    dataset: str,
+    clip_ids: Sequence[str],
+    seed: int,
+    flip_allowed: bool,
+    views: int,
+) -> ViewTable:
+    """Return views 0..views-1 of all clips, those of `random_views`; zeros for a clip without facts."""
+    table = ViewTable.zeros(len(facts), views, policy.frames)
+    for row, (clip, clip_id) in enumerate(zip(facts, clip_ids, strict=True)):
+        if clip is None:
+            continue
+        drawn = _draw(clip, policy, dataset=dataset, clip_id=clip_id, seed=seed, numbers=range(views))
+        for number, (offsets, crop, mirrored) in enumerate(drawn):
+            table.frame_index[row, number] = _frame_indices(offsets, clip, policy)
+            table.crop_xywh[row, number] = crop
+            table.flip[row, number] = mirrored and flip_allowed
+    return table
 
 
-def _random_view(facts: ClipFacts, policy: ViewPolicy, *, words: KeyedWords, flip: bool) -> View:
-    offsets = [
-        low + words.below(high - low) for low, high in _frame_ranges(facts.frame_count, policy)
-    ]  # dense: one range for the start
-    scale = policy.scale[0] + (policy.scale[1] - policy.scale[0]) * words.unit()
-    side = max(1, round(min(facts.width, facts.height) / scale))
-    left, top = words.below(facts.width - side + 1), words.below(facts.height - side + 1)
-    mirrored = bool(words.below(2)) and flip
-    return View(_frame_indices(offsets, facts, policy), (left, top, side, side), mirrored)
+def evaluation_view_table(facts: Sequence[ClipFacts | None], policy: ViewPolicy) -> ViewTable:
+    """Return the views of all clips, those of `evaluation_views`; zeros for a clip without facts."""
+    table = ViewTable.zeros(len(facts), policy.evaluation_views, policy.frames)
+    for row, clip in enumerate(facts):
+        for number, view in enumerate(() if clip is None else evaluation_views(clip, policy)):
+            table.frame_index[row, number] = view.frame_indices
+            table.crop_xywh[row, number] = view.crop_xywh
+    return table
+
+
+def _draw(
+    facts: ClipFacts, policy: ViewPolicy, *, dataset: str, clip_id: str, seed: int, numbers: Iterable[int]
+) -> Iterator[tuple[list[int], tuple[int, int, int, int], bool]]:
+    """Yield frame offsets, crop and the toss of the flip of each view."""
+    ranges = _frame_ranges(facts.frame_count, policy)  # dense: one range for the start
+    count = len(ranges) + 4
+    low, high = policy.scale
+    head, tail = f"[{_encode(dataset)}, {_encode(clip_id)}, ", _key_tail(policy, seed)
+    for number in numbers:
+        key = hash_key(f"{head}{number}{tail}")  # of the JSON [dataset, clip id, number, policy, seed]
+        words = [word for block in range(-(-count // BLOCK_WORDS)) for word in word_block(key, block)]
+        offsets = [start + below(word, stop - start) for word, (start, stop) in zip(words, ranges, strict=False)]
+        of_scale, of_left, of_top, of_flip = words[len(ranges) : count]
+        side = max(1, round(min(facts.width, facts.height) / (low + (high - low) * unit(of_scale))))
+        left, top = below(of_left, facts.width - side + 1), below(of_top, facts.height - side + 1)
+        yield offsets, (left, top, side, side), bool(below(of_flip, 2))
+
+
+_encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
+
+
+@lru_cache(maxsize=8)
+def _key_tail(policy: ViewPolicy, seed: int) -> str:
+    fields = policy.model_dump(mode="json", exclude={"evaluation_crops", "evaluation_clips"})
+    return f", {_encode(fields)}, {seed}]"
 
 
 def evaluation_views(facts: ClipFacts, policy: ViewPolicy) -> tuple[View, ...]:
@@ -123,6 +190,7 @@ def evaluation_views(facts: ClipFacts, policy: ViewPolicy) -> tuple[View, ...]:
     return tuple(views)
 
 
+@lru_cache(maxsize=4096)
 def _frame_ranges(frame_count: int, policy: ViewPolicy) -> list[tuple[int, int]]:
     """Return the half-open ranges from which frame offsets are drawn: one a segment, or one for the start."""
     if policy.sampling == "dense":

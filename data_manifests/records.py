@@ -8,9 +8,11 @@ root that the user gives, and a path that leaves that root is refused.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mmkd.data_manifests.errors import InputError, StorageError
@@ -18,6 +20,8 @@ from mmkd.data_manifests.json_file import unique_keys
 
 SCHEMA = "mmkd-manifest-1"
 MAX_HEADER_BYTES = 64 * 2**20
+NOT_TEXT = re.compile("[\x00-\x1f\ud800-\udfff]")
+"""Control characters, and halves of surrogate pairs, which UTF-8 cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Head:
             raise InputError(f"head {self.name!r} has a class name that holds control characters")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Clip:
     """A labelled segment of a video."""
 
@@ -67,8 +71,8 @@ class Clip:
             raise InputError(f"clip id {self.clip_id!r} is empty or holds control characters")
         if not self.split.isidentifier():
             raise InputError(f"clip {self.clip_id!r}: split {self.split!r} is not an identifier")
-        path = PurePosixPath(self.video)
-        if not path.parts or path.is_absolute() or ".." in path.parts or ":" in self.video:
+        parts = [part for part in self.video.split("/") if part not in ("", ".")]
+        if not parts or self.video.startswith("/") or ".." in parts or ":" in self.video:
             raise InputError(
                 f"clip {self.clip_id!r}: video {self.video!r} must be a path inside the video root, "
                 "relative, without '..' or ':'"
@@ -127,13 +131,15 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of everything that the manifest says, independent of its file's form."""
-        lines = "\n".join(manifest_lines(self))
-        return hashlib.sha256(lines.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for number, line in enumerate(manifest_lines(self)):
+            digest.update(f"\n{line}".encode() if number else line.encode())
+        return digest.hexdigest()
 
 
 def _is_text(text: str) -> bool:
     """Return whether the text can be written as UTF-8 and holds no control characters."""
-    return not any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in text)
+    return NOT_TEXT.search(text) is None
 
 
 def check_labels(clip: Clip, heads: Sequence[Head]) -> None:
@@ -158,7 +164,7 @@ def manifest_lines(manifest: Manifest) -> Iterable[str]:
         "flip_allowed": manifest.flip_allowed,
         "heads": {head.name: list(head.classes) for head in manifest.heads},
     }
-    yield json.dumps(header, ensure_ascii=False)
+    yield _encode(header)
     for clip in manifest.clips:
         row = {
             "clip_id": clip.clip_id,
@@ -169,7 +175,10 @@ def manifest_lines(manifest: Manifest) -> Iterable[str]:
             "end_seconds": None if clip.end_seconds is None else float(clip.end_seconds),
             "groups": list(clip.groups),
         }
-        yield json.dumps(row, ensure_ascii=False)
+        yield _encode(row)
+
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def save_manifest(manifest: Manifest, path: Path) -> None:
@@ -177,7 +186,8 @@ def save_manifest(manifest: Manifest, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text("\n".join(manifest_lines(manifest)) + "\n", encoding="utf-8")
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in manifest_lines(manifest))
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -186,22 +196,41 @@ def save_manifest(manifest: Manifest, path: Path) -> None:
 
 def load_manifest(path: Path) -> Manifest:
     """Read and validate a manifest; every InputError names the file and, where there is one, the line."""
+    lines = _numbered_lines(path)
+    first = next(lines, None)
+    if first is None:
+        raise InputError(f"{path} is empty; make it with `mmkd-cache manifest`")
+    header = f"{path}:{first[0]}"
+    dataset, heads, flip_allowed = _header(_object(first[1], header), header)
+    clips = _clips(lines, heads, path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return Manifest(dataset, heads, clips, flip_allowed)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank with their numbers; a line ends with a line feed and nothing else."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:  # JSON strings may hold other line breaks
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the manifest {path}: {error}") from error
-    # Not splitlines(), which also breaks at characters that JSON strings may hold, such as U+2028.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise InputError(f"{path} is empty; make it with `mmkd-cache manifest`")
-    header = f"{path}:{lines[0][0]}"
-    dataset, heads, flip_allowed = _header(_object(lines[0][1], header), header)
+
+
+Labels = Mapping[str, int | None]
+LabelItems = tuple[tuple[str, int | None], ...]
+
+
+def _clips(lines: Iterable[tuple[int, str]], heads: Sequence[Head], path: Path) -> tuple[Clip, ...]:
+    """Return the clips; equal labels are one object, for there are few of them and may be millions of clips."""
     seen: dict[str, int] = {}
+    labels: dict[LabelItems, Labels] = {}
     clips = []
-    for number, line in lines[1:]:
+    for number, line in lines:
         where = f"{path}:{number}"
         try:
-            clip = _clip(_object(line, where), where)
+            clip = _clip(_object(line, where), where, labels)
             check_labels(clip, heads)
         except InputError as error:
             text_of_error = str(error)
@@ -211,10 +240,7 @@ def load_manifest(path: Path) -> Manifest:
             raise InputError(f"{where}: clip id {clip.clip_id!r} already stands in line {seen[key]}")
         seen[key] = number
         clips.append(clip)
-    try:
-        return Manifest(dataset, heads, tuple(clips), flip_allowed)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    return tuple(clips)
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
@@ -257,7 +283,8 @@ def _is_list_of_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _clip(row: dict[str, Any], where: str) -> Clip:
+def _clip(row: dict[str, Any], where: str, shared: dict[LabelItems, Labels]) -> Clip:
+    """Return the clip of a line; its labels are those in `shared`, where equal ones are there."""
     _only(row, {"clip_id", "video", "split", "labels", "start_seconds", "end_seconds", "groups"}, where)
     for key in ("clip_id", "video", "split"):
         if not isinstance(row.get(key), str):
@@ -278,8 +305,8 @@ def _clip(row: dict[str, Any], where: str) -> Clip:
     return Clip(
         clip_id=row["clip_id"],
         video=row["video"],
-        split=row["split"],
-        labels=labels,
+        split=sys.intern(row["split"]),
+        labels=shared.setdefault(tuple(labels.items()), labels),
         start_seconds=start or 0.0,
         end_seconds=end,
         groups=tuple(groups),

@@ -74,7 +74,7 @@ class ShardWork:
 
     def views(self, row: int) -> tuple[View, ...]:
         """Return the views of a row of the split that belong to the shard; none where the video is unreadable."""
-        return self.split.views[row][self.shard.views.start : self.shard.views.stop]
+        return self.split.views(row, self.shard.views)
 
 
 def plan_build(recipe: TeacherRecipe, experts: tuple[Expert, ...]) -> BuildPlan:
@@ -116,10 +116,14 @@ def plan_split(name: str, clip_set: ClipSet, recipe: TeacherRecipe) -> SplitPlan
     shard_views = recipe.build.shard_views if training and recipe.build.shard_views else views
     layout = SplitLayout(name, len(clips), views, recipe.build.shard_rows, shard_views)
     items = clip_set.probe(clips)
-    drawn = [
-        draw_views(item, recipe.views, manifest=clip_set.manifest, seed=recipe.view_seed, training_views=training)
-        for item in items
-    ]
+    drawn = draw_views(
+        items,
+        recipe.views,
+        manifest=clip_set.manifest,
+        clips=clips,
+        seed=recipe.view_seed,
+        training_views=training,
+    )
     return SplitPlan(layout, clips, items, drawn)
 
 

@@ -20,10 +20,10 @@ from mmkd.cache_tools.finalize import read_init, seal
 from mmkd.cache_tools.fingerprints import require_same
 from mmkd.cache_tools.frames import DECODER_RULES
 from mmkd.cache_tools.layout import COMMITS, GROUP, INDEX, INIT, ROOT, SCHEMA, SplitLayout, group_key
-from mmkd.cache_tools.records import View
+from mmkd.cache_tools.records import View, ViewTable
 from mmkd.cache_tools.storage_formats import format_of
 from mmkd.cache_tools.store import MissingObjectError, Store
-from mmkd.cache_tools.views import VIEW_RULES, ViewPolicy, evaluation_views, random_views
+from mmkd.cache_tools.views import VIEW_RULES, ViewPolicy, evaluation_view_table, random_view_table
 from mmkd.data_manifests.errors import FingerprintError, InputError, StorageError, VideoError
 from mmkd.data_manifests.records import Clip, Manifest
 
@@ -50,8 +50,13 @@ class SplitPlan:
     """The manifest's rows, in order."""
     items: list[ClipVideo | VideoError]
     """(rows,) facts, or why there are none."""
-    views: list[tuple[View, ...]]
-    """(rows,) views of each clip; empty where there are no facts."""
+    drawn: ViewTable
+    """The views of each clip; zeros where there are no facts."""
+
+    def views(self, row: int, numbers: range) -> tuple[View, ...]:
+        """Return views of a clip; none where its video is unreadable."""
+        unreadable = isinstance(self.items[row], VideoError)
+        return () if unreadable else tuple(self.drawn.view(row, number) for number in numbers)
 
 
 def base_fields(manifest: Manifest, policy: ViewPolicy, *, train_split: str, view_seed: int) -> dict[str, Any]:
@@ -71,46 +76,38 @@ def base_fields(manifest: Manifest, policy: ViewPolicy, *, train_split: str, vie
 
 
 def draw_views(
-    item: ClipVideo | VideoError,
+    items: Sequence[ClipVideo | VideoError],
     policy: ViewPolicy,
     *,
     manifest: Manifest,
+    clips: Sequence[Clip],
     seed: int,
     training_views: int | None,
-) -> tuple[View, ...]:
-    """Return a clip's random views (0..training_views-1), or its evaluation views; none without facts."""
-    if isinstance(item, VideoError):
-        return ()
+) -> ViewTable:
+    """Return the clips' random views (0..training_views-1), or their evaluation views; zeros without facts."""
+    facts = [None if isinstance(item, VideoError) else item.facts for item in items]
     if training_views is None:
-        return evaluation_views(item.facts, policy)
-    return random_views(
-        item.facts,
+        return evaluation_view_table(facts, policy)
+    return random_view_table(
+        facts,
         policy,
         dataset=manifest.dataset,
-        clip_id=item.clip.clip_id,
+        clip_ids=[clip.clip_id for clip in clips],
         seed=seed,
         flip_allowed=manifest.flip_allowed,
-        numbers=range(training_views),
+        views=training_views,
     )
 
 
-def static_values(plan: SplitPlan, manifest: Manifest, frames: int) -> dict[str, Any]:
+def static_values(plan: SplitPlan, manifest: Manifest) -> dict[str, Any]:
     """Return array name -> contents of one split's static arrays."""
-    rows, views = plan.layout.rows, plan.layout.views
-    facts = np.zeros((rows, 4), np.int32)
-    frame_index = np.zeros((rows, views, frames), np.int32)
-    crop_xywh = np.zeros((rows, views, 4), np.int32)
-    flip = np.zeros((rows, views), np.bool_)
-    identity = [""] * rows
-    for row, (item, drawn) in enumerate(zip(plan.items, plan.views, strict=True)):
+    facts = np.zeros((plan.layout.rows, 4), np.int32)
+    identity = [""] * plan.layout.rows
+    for row, item in enumerate(plan.items):
         if isinstance(item, VideoError):
             continue
         identity[row] = item.video.identity
         facts[row] = (item.facts.width, item.facts.height, item.facts.first_frame, item.facts.frame_count)
-        for number, view in enumerate(drawn):
-            frame_index[row, number] = view.frame_indices
-            crop_xywh[row, number] = view.crop_xywh
-            flip[row, number] = view.flip
     labels = {
         head.name: np.array(
             [-1 if clip.labels[head.name] is None else clip.labels[head.name] for clip in plan.clips],
@@ -122,9 +119,9 @@ def static_values(plan: SplitPlan, manifest: Manifest, frames: int) -> dict[str,
         "clip_id": [clip.clip_id for clip in plan.clips],
         "video_identity": identity,
         "facts": facts,
-        "frame_index": frame_index,
-        "crop_xywh": crop_xywh,
-        "flip": flip,
+        "frame_index": plan.drawn.frame_index,
+        "crop_xywh": plan.drawn.crop_xywh,
+        "flip": plan.drawn.flip,
     }
     return static_arrays(plan.layout.name, values, labels)
 
@@ -180,7 +177,7 @@ def plan_init(
     if there is not None:
         check_same(store.locate(), there, base=base, layouts=layouts, experts=fields, replace=replace)
         fields, held_out = there["experts"] | fields, there["held_out"] | held_out
-    objects = static_objects(plans, manifest, fields, frames=base["views"]["frames"])
+    objects = static_objects(plans, manifest, fields)
     hashes = hash_objects(objects)
     if there is not None:
         changed = [key for key, value in there["objects"].items() if hashes.get(key, value) != value]
@@ -206,7 +203,7 @@ def init_bytes(init: Mapping[str, Any]) -> bytes:
 
 
 def static_objects(
-    plans: Sequence[SplitPlan], manifest: Manifest, experts: Mapping[str, Mapping[str, Any]], *, frames: int
+    plans: Sequence[SplitPlan], manifest: Manifest, experts: Mapping[str, Mapping[str, Any]]
 ) -> Objects:
     """Return what init writes of the Zarr group: every array's metadata and the contents of the static ones."""
     static: dict[str, Any] = {}
@@ -214,7 +211,7 @@ def static_objects(
     heads = {head.name: len(head.classes) for head in manifest.heads}
     storage = {name: format_of(fields["precision"]) for name, fields in experts.items()}
     for plan in plans:
-        static |= static_values(plan, manifest, frames)
+        static |= static_values(plan, manifest)
         arrays = split_arrays(plan.layout, storage, heads, thumbnail_size=THUMBNAIL_SIZE)
         specs += [(spec, plan.layout) for spec in arrays]
     return encode_group(static, specs, {plan.layout.name: plan.layout.shard_views for plan in plans})

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,9 +109,8 @@ def test_clips_are_refused_by_name(parts, tmp_path):
         merge(parts, out, manifest_of(range(22)))
     with pytest.raises(InputError, match=r"the views of clip .* are not those that this manifest gives"):
         merge(parts, out, manifest_of(range(23), flip_allowed=False))
-    wrong = json.loads(json.dumps([vars(clip) | {"labels": dict(clip.labels)} for clip in WHOLE.clips]))
-    wrong[2]["labels"]["verb"] = 0
-    clips = tuple(type(WHOLE.clips[0])(**{**clip, "groups": ()}) for clip in wrong)
+    wrong = replace(WHOLE.clips[2], labels={**WHOLE.clips[2].labels, "verb": 0})
+    clips = (*WHOLE.clips[:2], wrong, *WHOLE.clips[3:])
     with pytest.raises(InputError, match="clip 'clip-2' has verb label 2, the manifest 0"):
         merge(parts, out, Manifest("demo", WHOLE.heads, clips, True))
     with pytest.raises(InputError, match="is one of the caches to merge"):

@@ -10,9 +10,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mmkd.cache_tools.reader import SplitTable
-from mmkd.cache_tools.records import ClipFacts
+from mmkd.cache_tools.records import ClipFacts, ViewTable
 from mmkd.cache_tools.view_streams import DrawnViews, StoredViews
-from mmkd.cache_tools.views import KeyedWords, ViewPolicy, evaluation_views, random_views
+from mmkd.cache_tools.views import (
+    KeyedWords,
+    ViewPolicy,
+    evaluation_view_table,
+    evaluation_views,
+    random_view_table,
+    random_views,
+)
 
 FACTS = ClipFacts(width=427, height=240, first_frame=100, frame_count=45)
 KEY = {"dataset": "demo", "clip_id": "74225", "seed": 0, "flip_allowed": True}
@@ -289,9 +296,11 @@ def table_of(views):
         clip_ids=tuple(f"clip-{row}" for row in range(rows)),
         labels={"action": np.zeros(rows, np.int64)},
         facts=np.array([(427, 240, 100, 45), (0, 0, 0, 0)][:rows], np.int32),
-        frame_index=np.array([[view.frame_indices for view in row] for row in views], np.int32),
-        crop_xywh=np.array([[view.crop_xywh for view in row] for row in views], np.int32).reshape(rows, numbers, 4),
-        flip=np.array([[view.flip for view in row] for row in views]),
+        drawn=ViewTable(
+            np.array([[view.frame_indices for view in row] for row in views], np.int32),
+            np.array([[view.crop_xywh for view in row] for row in views], np.int32).reshape(rows, numbers, 4),
+            np.array([[view.flip for view in row] for row in views]),
+        ),
     )
 
 
@@ -309,3 +318,25 @@ def test_stored_views_are_the_drawn_ones_again():
             assert stored.view(row, number).frame_indices.dtype == np.int64
     assert table.clip_facts(0) == FACTS
     assert table.readable.tolist() == [True, False]
+
+
+@quick
+@given(facts=st.lists(st.none() | all_facts, min_size=1, max_size=4), policy=policies(), views=st.integers(1, 3))
+def test_tables_hold_what_is_drawn_one_by_one(facts, policy, views):
+    ids = [f"clip {row}" for row in range(len(facts))]
+    common = {"dataset": "demo", "seed": 3, "flip_allowed": True}
+    random = random_view_table(facts, policy, clip_ids=ids, views=views, **common)
+    fixed = evaluation_view_table(facts, policy)
+    for row, clip in enumerate(facts):
+        if clip is None:
+            drawn, tested = (), ()
+            assert not random.frame_index[row].any()
+            assert not random.crop_xywh[row].any()
+            assert not fixed.crop_xywh[row].any()
+        else:
+            drawn = random_views(clip, policy, clip_id=ids[row], numbers=range(views), **common)
+            tested = evaluation_views(clip, policy)
+            assert (len(drawn), len(tested)) == (views, fixed.flip.shape[1])
+        for table, expected in ((random, drawn), (fixed, tested)):
+            for number, view in enumerate(expected):
+                assert as_tuple(table.view(row, number)) == as_tuple(view)

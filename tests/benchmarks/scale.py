@@ -27,7 +27,7 @@ from mmkd.cache_tools.status import read_status
 from mmkd.cache_tools.storage_formats import FORMATS
 from mmkd.cache_tools.store import LocalStore, Store
 from mmkd.cache_tools.views import ViewPolicy
-from mmkd.data_manifests.records import Clip, Head, Manifest
+from mmkd.data_manifests.records import Clip, Head, Manifest, load_manifest, save_manifest
 from mmkd.pipeline.build_plan import committed_nodes
 from mmkd.pipeline.cache_init import ExpertNode, SplitPlan, base_fields, draw_views, initialise
 from mmkd.pipeline.shard_block import NodeResult
@@ -44,10 +44,16 @@ def start(store: Store, rows: int, classes: int) -> tuple[Manifest, dict, dict[s
     clips = tuple(
         Clip(f"clip-{row}", f"videos/{row}.webm", "train", {"action": row % classes}) for row in range(rows)
     )
-    manifest = Manifest("scale", (head,), clips)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "manifest.jsonl"
+        save_manifest(Manifest("scale", (head,), clips), file)
+        del clips
+        seconds["made"], began = time.perf_counter() - began, time.perf_counter()
+        manifest = load_manifest(file)
+    clips = manifest.split("train")
     seconds["manifest"], began = time.perf_counter() - began, time.perf_counter()
     items = [ClipVideo(clip, VIDEO, ClipFacts(340, 256, 0, 48)) for clip in clips]
-    views = [draw_views(item, POLICY, manifest=manifest, seed=0, training_views=1) for item in items]
+    views = draw_views(items, POLICY, manifest=manifest, clips=clips, seed=0, training_views=1)
     seconds["views"], began = time.perf_counter() - began, time.perf_counter()
     plan = SplitPlan(SplitLayout("train", rows, 1, SHARD_ROWS, 1), clips, items, views)
     base = base_fields(manifest, POLICY, train_split="train", view_seed=0)
