@@ -12,11 +12,14 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmkd.cache_tools.interrupt import StopRequest
 from mmkd.cache_tools.layout import TASKS
+from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.store import Store
 from mmkd.data_manifests.errors import StorageError
 
@@ -57,7 +60,13 @@ def new_task_id() -> str:
 def surely_dead(task_id: str) -> bool:
     """Return whether the task ran on this machine and its process is gone."""
     parts = TaskId.parse(task_id)
-    return parts is not None and parts.machine == _machine() != "" and _started(parts.pid) != parts.started
+    return parts is not None and ran_here(task_id) and _started(parts.pid) != parts.started
+
+
+def ran_here(task_id: str) -> bool:
+    """Return whether the task runs, or ran, on this machine since its last start."""
+    parts = TaskId.parse(task_id)
+    return parts is not None and parts.machine == _machine() != ""
 
 
 class Task:
@@ -120,6 +129,26 @@ class Others:
         """Return the ids of the other tasks at work, as of now."""
         own = self._own.id
         return live_tasks(self._own.store, own=own, stale_seconds=self._stale_seconds) - {own}
+
+    def await_signs(self, task_ids: Collection[str], stop: StopRequest) -> None:
+        """Return as soon as each task is known to live or to be dead.
+
+        Of a task of this machine that is known at once. One of another machine gives a sign of life within
+        `BEAT_SECONDS`, or is taken for dead: a job that was killed, and restarted elsewhere, waits for that.
+        """
+        store = self._own.store
+        first = {Path(key).stem: stored.modified_seconds for key, stored in store.list(TASKS).items()}
+        waiting = {task_id for task_id in task_ids if task_id in first and not ran_here(task_id)}
+        if not waiting:
+            return
+        with Progress("waiting for a sign of life of other tasks", total=len(waiting), unit="task") as progress:
+            while waiting:
+                stop.check("finished shards are kept")
+                time.sleep(LOOK_SECONDS)
+                now = {Path(key).stem: stored.modified_seconds for key, stored in store.list(TASKS).items()}
+                silent = {task_id for task_id in waiting & self.living() if now.get(task_id) == first[task_id]}
+                progress.advance(len(waiting) - len(silent))
+                waiting = silent
 
     def sweep(self) -> None:
         """Remove what dead tasks left behind, but for their claims, which are taken over."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmkd.cache_tools.arrays import Objects
-from mmkd.cache_tools.claims import Claims
+from mmkd.cache_tools.claims import Claims, claimed_shards
 from mmkd.cache_tools.commits import publish
 from mmkd.cache_tools.finalize import finish, missing_nodes, node_fingerprints, read_init
 from mmkd.cache_tools.interrupt import StopRequest, stop_on_signals
@@ -108,8 +108,13 @@ def build(
             )
         report.seconds["start"] = time.perf_counter() - began
         pending, report.skipped_shards = pending_shards(plan, committed_nodes(store, init), task=task)
-        line = ShardLine(plan, store, claims=claims, metadata=metadata, pending=pending)
-        line.run(report, Journal(store, task_id), stop)
+        journal = Journal(store, task_id)
+        while pending:
+            line = ShardLine(plan, store, claims=claims, metadata=metadata, pending=pending)
+            line.run(report, journal, stop)
+            left, _ = pending_shards(plan, committed_nodes(store, init), task=task)
+            left = [work for work in left if work.shard.name not in report.failed]
+            pending = abandoned(left, store, others, stop)
         if report.failed:
             shard, reason = next(iter(report.failed.items()))
             raise StorageError(
@@ -125,6 +130,13 @@ def build(
         report.unusable = unusable_clips(CacheReader(store))
     report.seconds["total"] = time.perf_counter() - began
     return report
+
+
+def abandoned(left: list[ShardWork], store: Store, others: Others, stop: StopRequest) -> list[ShardWork]:
+    """Return the shards left that no task at work holds, such as those of a task that was killed elsewhere."""
+    holders = claimed_shards(store)
+    others.await_signs({holders[work.shard.name] for work in left if work.shard.name in holders}, stop)
+    return [work for work in left if not others.alive(holders.get(work.shard.name, ""))]
 
 
 def unusable_clips(reader: CacheReader) -> dict[str, str]:

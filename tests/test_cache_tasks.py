@@ -2,7 +2,9 @@
 
 import json
 import os
+import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -59,6 +61,59 @@ def test_of_two_tasks_on_an_empty_directory_one_starts_the_cache_and_the_other_w
     first.go_on()
     assert [child.wait().code for child in (first, second)] == [0, 0]
     assert contents(out) == contents(quick.cache)
+
+
+@contextmanager
+def living(sign):
+    """Renew a sign of life all the time."""
+    ended = threading.Event()
+
+    def beat():
+        while not ended.wait(0.2):
+            sign.touch()
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.fixture
+def elsewhere(quick, tmp_path):
+    """A cache that lacks a shard, which a task of another machine holds; and the file of its sign of life."""
+    out = tmp_path / "cache"
+    killed = quick.start_build(out, faults={"acts": [{"match": RECORD, "do": "kill"}]})
+    killed.wait()
+    ours = next((out / "claims" / SHARD).glob("*.json"))
+    theirs = "0123456789ab-1-1-01234567"
+    ours.write_text(json.dumps({"task": theirs}))
+    sign = out / "tasks" / f"{theirs}.json"
+    sign.write_text("{}")
+    return out, sign
+
+
+def test_a_build_waits_until_a_task_killed_elsewhere_is_surely_dead_and_does_its_work(quick, elsewhere):
+    out, sign = elsewhere
+    killed = time.time() - 115  # taken for dead after 120 seconds, as of the build's second sign of life
+    os.utime(sign, (killed, killed))
+    result = quick.start_build(out, "--json").wait()
+    assert result.code == 0, result.err
+    assert "waiting for a sign of life of other tasks: 0/1 tasks" in result.err
+    assert json.loads(result.out)["left_shards"] == 0
+    assert contents(out) == contents(quick.cache)
+
+
+def test_a_build_leaves_to_a_task_elsewhere_what_that_works_on(quick, elsewhere):
+    out, sign = elsewhere
+    with living(sign):
+        result = quick.start_build(out, "--json").wait()
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["left_shards"] == 1
+    assert json.loads((out / "claims" / SHARD / "0.json").read_text())["task"] == sign.stem
+    assert status_of(quick, out)["running"] == {SHARD: sign.stem}
 
 
 @pytest.mark.parametrize("point", [FIRST_OBJECT, RECORD], ids=["before its first object", "before its record"])
