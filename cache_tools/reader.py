@@ -154,13 +154,22 @@ class CacheReader:
             drawn=ViewTable(*(self.array(f"{name}/{part}") for part in ("frame_index", "crop_xywh", "flip"))),
         )
 
-    def logits(self, split: str, expert: str) -> dict[str, Float32Array]:
-        """Return head -> float32 (rows, views, classes); NaN where there are none."""
-        layout, found = self.layout(split), {}
-        for head in self.heads:
-            found[head.name] = np.empty((layout.rows, layout.views, len(head.classes)), np.float32)
-            for rows, views, values in self.logit_blocks(split, expert, head.name):
-                found[head.name][rows, views] = values
+    def logits(self, split: str, expert: str, chosen: IntArray | None = None) -> dict[str, Float32Array]:
+        """Return head -> `head_logits`."""
+        return {head.name: self.head_logits(split, expert, head.name, chosen) for head in self.heads}
+
+    def head_logits(self, split: str, expert: str, head: str, chosen: IntArray | None = None) -> Float32Array:
+        """Return float32 (rows, views, classes) of all rows, or of those `chosen`; NaN where there are none.
+
+        Besides what is returned, one shard lies in memory at a time.
+        """
+        layout = self.layout(split)
+        wanted = np.arange(layout.rows) if chosen is None else chosen
+        classes = next(len(known.classes) for known in self.heads if known.name == head)
+        found = np.empty((len(wanted), layout.views, classes), np.float32)
+        for rows, views, values in self.logit_blocks(split, expert, head):
+            inside = (wanted >= rows.start) & (wanted < rows.stop)
+            found[inside, views] = values[wanted[inside] - rows.start]
         return found
 
     def logit_blocks(self, split: str, expert: str, head: str) -> Iterator[tuple[slice, slice, Float32Array]]:

@@ -73,14 +73,14 @@ def softmin_mixtures(
     if reader.held_out is None:
         return uniform, "the experts share no held-out part of the training split: uniform weights are used"
     table = reader.split(train_split)
-    rows = reader.held_out.mask(reader.dataset, table.clip_ids)
-    if not rows.any():
+    rows = np.flatnonzero(reader.held_out.mask(reader.dataset, table.clip_ids))
+    if not len(rows):
         return uniform, "no clip of the training split happens to be held out: uniform weights are used"
     errors: dict[str, dict[str, float]] = {head: {} for head in heads}
     for expert in reader.experts:
-        logits, usable = reader.logits(train_split, expert), reader.usable(train_split, expert)
-        for head in heads:
-            errors[head][expert] = mean_cross_entropy(logits[head][rows], table.labels[head][rows], usable[rows])
+        usable = reader.usable(train_split, expert)[rows]
+        for head, logits in reader.logits(train_split, expert, rows).items():
+            errors[head][expert] = mean_cross_entropy(logits, table.labels[head][rows], usable)
     return {head: Mixture(softmin_weights(errors[head], weights_temperature)) for head in heads}, None
 
 

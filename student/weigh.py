@@ -218,14 +218,8 @@ def chosen_clips(reader: CacheReader, table: SplitTable, train_split: str) -> In
 
 
 def read_head(reader: CacheReader, table: SplitTable, head: str, clips: IntArray) -> HeadLogits:
-    """Read one head's logits of the chosen rows, a shard at a time."""
-    classes = next(len(known.classes) for known in reader.heads if known.name == head)
-    logits = {}
-    for expert in reader.experts:
-        logits[expert] = np.empty((len(clips), table.views, classes), np.float32)
-        for rows, views, values in reader.logit_blocks(table.name, expert, head):
-            inside = (clips >= rows.start) & (clips < rows.stop)
-            logits[expert][inside, views] = values[clips[inside] - rows.start]
+    """Read one head's logits of the chosen rows."""
+    logits = {expert: reader.head_logits(table.name, expert, head, clips) for expert in reader.experts}
     usable = {expert: reader.usable(table.name, expert)[clips] for expert in reader.experts}
     draws = [KeyedWords("weigh-half", reader.dataset, table.clip_ids[row], 0).unit() for row in clips]
     fold = np.empty(len(clips), np.int64)
