@@ -21,13 +21,13 @@ from mmkd.cache_tools.finalize import missing_nodes, wanted_nodes
 from mmkd.cache_tools.layout import THUMBPRINT, Status
 from mmkd.cache_tools.sizes import node_size, unusable_bytes
 from mmkd.cache_tools.storage_formats import bytes_per_row, format_of
-from mmkd.cache_tools.store import LocalStore, open_store
+from mmkd.cache_tools.store import LocalStore, Store, open_store
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.build_plan import BuildPlan, ShardWork, pending_shards, plan_build
 from mmkd.pipeline.cache_init import SplitPlan, init_bytes, plan_init
 from mmkd.pipeline.experts import Expert
 from mmkd.pipeline.plan_report import Disk, PlanReport, Sizes, SplitForecast
-from mmkd.pipeline.rates import measure_clips, measure_writes
+from mmkd.pipeline.rates import WriteRate, measure_clips, measure_folder, measure_writes
 from mmkd.pipeline.recipe import TeacherRecipe
 
 SHARD_SECONDS = 600.0
@@ -71,7 +71,7 @@ def plan(
     missing = {(shard.name, node) for shard, node in missing_nodes(store, init)}
     known = there["objects"] if there else {}
     sizes = forecast_sizes(build_plan, init, objects, missing=missing, known=known)
-    disk = measure_disk(store, sizes) if isinstance(store, LocalStore) else None
+    disk = measure_disk(store, sizes)
     done = {(shard.name, node) for shard, node, _ in wanted_nodes(init)} - missing
     works, _ = pending_shards(build_plan, done, task=(0, 1))
     device, workers = experts[0].device.type, recipe.data.workers
@@ -189,29 +189,41 @@ def known_unusable(split: SplitPlan) -> list[Unusable]:
     ]
 
 
-def measure_disk(store: LocalStore, sizes: Sizes) -> Disk:
-    """Measure where the cache is to lie, in the nearest folder that exists.
+def measure_disk(store: Store, sizes: Sizes) -> Disk:
+    """Measure where the cache is to lie: the object store, or the nearest folder that exists.
 
     Raises InputError when a file is in the way, StorageError when nothing can be written there.
     """
-    folder = store.root.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file; name another place with -o")
-    rate = measure_writes(folder)
-    try:
-        free, block = shutil.disk_usage(folder).free, os.statvfs(folder).f_frsize
-    except OSError as error:
-        raise StorageError(f"cannot tell the free space of {folder}: {error.strerror}") from error
+    if isinstance(store, LocalStore):
+        return measure_local(store, sizes)
+    return disk_of(store.locate(), measure_writes(store), sizes)
+
+
+def disk_of(place: str, rate: WriteRate, sizes: Sizes, *, free_bytes: int | None = None, block: int = 0) -> Disk:
+    """Return what a place with so many free bytes, in blocks of a size, and that rate is for the cache."""
     return Disk(
-        folder=str(folder),
-        free_bytes=free,
+        folder=place,
+        free_bytes=free_bytes,
         needed_bytes=sizes.bytes_left + sizes.objects_left * block,
         bytes_per_second=rate.bytes_per_second,
         object_seconds=rate.object_seconds,
         writing_seconds=sizes.objects_left * rate.object_seconds + sizes.bytes_left / rate.bytes_per_second,
     )
+
+
+def measure_local(store: LocalStore, sizes: Sizes) -> Disk:
+    """Measure the file system on which the cache is to lie; raises as `measure_disk`."""
+    folder = store.root.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; name another place with -o")
+    rate = measure_folder(folder)
+    try:
+        free, block = shutil.disk_usage(folder).free, os.statvfs(folder).f_frsize
+    except OSError as error:
+        raise StorageError(f"cannot tell the free space of {folder}: {error.strerror}") from error
+    return disk_of(str(folder), rate, sizes, free_bytes=free, block=block)
 
 
 def advise(recipe: TeacherRecipe, splits: Mapping[str, SplitForecast], *, tasks: int, fixed: bool) -> list[str]:

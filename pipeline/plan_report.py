@@ -52,9 +52,9 @@ class Disk:
     """Where the cache will lie."""
 
     folder: str
-    """The nearest folder that exists."""
-    free_bytes: int
-    """Free space."""
+    """The nearest folder that exists, or the URL of an object store."""
+    free_bytes: int | None
+    """Free space; None for an object store, which does not tell."""
     needed_bytes: int
     """What the cache takes there at most, each object in whole blocks of the file system."""
     bytes_per_second: float
@@ -89,8 +89,8 @@ class PlanReport:
     """Hours of all processor cores that are kept busy, together."""
     tasks: int
     """Tasks suggested."""
-    disk: Disk | None
-    """None for an object store."""
+    disk: Disk
+    """Whether there is room, and how fast it is written."""
     advice: list[str] = field(default_factory=list)
     """What to change before starting."""
 
@@ -120,12 +120,12 @@ class PlanReport:
         )
         if self.seconds:
             lines += self._time_lines()
-        if self.disk is not None:
-            lines.append(
-                f"disk      {size(self.disk.free_bytes)} free in {self.disk.folder}; writes "
-                f"{size(self.disk.bytes_per_second)}/s, {1000 * self.disk.object_seconds:.1f} ms an object, "
-                f"{duration(self.disk.writing_seconds)} in all"
-            )
+        free = "" if self.disk.free_bytes is None else f"{size(self.disk.free_bytes)} free in "
+        lines.append(
+            f"disk      {free}{self.disk.folder}; writes "
+            f"{size(self.disk.bytes_per_second)}/s, {1000 * self.disk.object_seconds:.1f} ms an object, "
+            f"{duration(self.disk.writing_seconds)} in all"
+        )
         return lines + [f"advice    {text}" for text in self.advice]
 
     def _time_lines(self) -> list[str]:
@@ -148,7 +148,7 @@ class PlanReport:
 
     def check(self) -> None:
         """Raise StorageError when the disk cannot hold the cache."""
-        if self.disk is not None and self.disk.needed_bytes > self.disk.free_bytes:
+        if self.disk.free_bytes is not None and self.disk.needed_bytes > self.disk.free_bytes:
             raise StorageError(
                 f"{self.out} needs up to {size(self.disk.needed_bytes)} more, and {size(self.disk.free_bytes)} are "
                 f"free in {self.disk.folder}; free some space, or choose another place with -o or a smaller format "

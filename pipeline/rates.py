@@ -8,6 +8,7 @@ down under load, a processor that gets hot, the one clip in a thousand that take
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from mmkd.cache_tools.layout import THUMBPRINT, Shard, SplitLayout
 from mmkd.cache_tools.progress import Progress
-from mmkd.cache_tools.store import LocalStore
+from mmkd.cache_tools.store import LocalStore, Store
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.build import clip_job
 from mmkd.pipeline.build_plan import BuildPlan, ShardWork
@@ -126,22 +127,32 @@ def device_seconds(plan: BuildPlan, prepared: Sequence[tuple[ShardWork, int, Pre
     return seconds / len(prepared) * slots / (batches * recipe.build.batch_views)
 
 
-def measure_writes(folder: Path) -> WriteRate:
-    """Write and sync a few objects as a cache would, in a folder of their own that is removed again.
+def measure_writes(store: Store) -> WriteRate:
+    """Write a few objects as a cache would, under keys of their own, and delete them.
 
     Raises StorageError when that is not possible.
     """
+    data = os.urandom(LARGE_BYTES)
+    probe = f"probe-{uuid.uuid4().hex[:8]}"
+    small = [f"{probe}/{number}" for number in range(SMALL_OBJECTS)]
     try:
-        with tempfile.TemporaryDirectory(prefix=".mmkd-plan-", dir=folder) as name:
-            store = LocalStore(Path(name))
-            data = os.urandom(LARGE_BYTES)
-            began = time.perf_counter()
-            for number in range(SMALL_OBJECTS):
-                store.write(f"small/{number}", data[:SMALL_BYTES])
-            between = time.perf_counter()
-            store.write("large", data)
-            ended = time.perf_counter()
-    except OSError as error:
-        raise StorageError(f"cannot write in {folder}: {error.strerror}; choose another place with -o") from error
+        began = time.perf_counter()
+        for key in small:
+            store.write(key, data[:SMALL_BYTES])
+        between = time.perf_counter()
+        store.write(f"{probe}/large", data)
+        ended = time.perf_counter()
+    finally:
+        for key in (*small, f"{probe}/large"):
+            store.delete(key)
     object_seconds = (between - began) / SMALL_OBJECTS
     return WriteRate(LARGE_BYTES / max(ended - between, 1e-9), object_seconds)
+
+
+def measure_folder(folder: Path) -> WriteRate:
+    """Measure as `measure_writes` in a folder, and leave nothing there. Raises StorageError likewise."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".mmkd-plan-", dir=folder) as name:
+            return measure_writes(LocalStore(Path(name)))
+    except OSError as error:
+        raise StorageError(f"cannot write in {folder}: {error.strerror}; choose another place with -o") from error

@@ -1,6 +1,7 @@
 """Caches in object stores, against an S3 server on this machine: the promises of a store, and whole caches."""
 
 import importlib
+import json
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ MANIFEST = Manifest(
     (Head("verb", ("cut", "mix", "pour")),),
     tuple(Clip(f"c{i}", f"{i}.webm", "train", {"verb": i % 3}) for i in range(4)),
 )
+PLACE = "where the cache is"
 LOGITS = np.random.default_rng(5).standard_normal((4, 2, 3)).astype(np.float32)
 
 
@@ -210,3 +212,30 @@ def test_a_build_to_s3_is_the_local_build_and_holds_no_secret(tiny, server):
     expected = {key: local.read(key) for key in local.list() if not key.startswith("journal/")}
     assert {key: data for key, data in objects.items() if key not in journal} == expected
     assert "nothing left to do" in call_ok("mmkd-cache", "build", *tiny.stage_one, *tiny.experts, "-o", url)
+
+
+def test_plan_measures_a_bucket_and_leaves_nothing_there(tiny, server):
+    url = f"s3://{BUCKET}/planned"
+    found = json.loads(call_ok("mmkd-cache", "plan", *tiny.stage_one, *tiny.experts, "-o", url, "--json"))
+    assert (found["disk"]["folder"], found["disk"]["free_bytes"]) == (url, None)
+    assert found["disk"]["bytes_per_second"] > 1000
+    assert 0 < found["disk"]["object_seconds"] < 10
+    assert open_store(url).list() == {}
+    assert f"disk      {url}; writes" in call_ok("mmkd-cache", "plan", *tiny.stage_one, *tiny.experts, "-o", url)
+
+
+def test_weigh_and_drift_say_of_a_bucket_what_they_say_of_the_local_cache(tiny, server, tmp_path):
+    url = f"s3://{BUCKET}/examined"
+    store, local = open_store(url), open_store(tiny.root / "cache")
+    for key in local.list():
+        store.write(key, local.read(key))
+    for command in (
+        ("weigh", PLACE, "--split", "standard", "--json"),
+        ("drift", PLACE, *tiny.stage_one, *tiny.experts, "--sample", 8, "--json"),
+    ):
+        of_bucket, of_folder = (
+            call_ok("mmkd-cache", *(place if part == PLACE else part for part in command))
+            for place in (url, tiny.root / "cache")
+        )
+        assert len(of_folder) > 100
+        assert of_bucket.replace(url, str(tiny.root / "cache")) == of_folder

@@ -17,7 +17,7 @@ from mmkd.cache_tools.storage_formats import FORMATS, bytes_per_row
 from mmkd.data_manifests.errors import StorageError
 from mmkd.pipeline.plan import SHARD_SECONDS, TASK_SHARDS, advise, better_shards
 from mmkd.pipeline.plan_report import Disk, PlanReport, Sizes, SplitForecast
-from mmkd.pipeline.rates import ClipCost, measure_writes
+from mmkd.pipeline.rates import ClipCost, measure_folder
 from mmkd.pipeline.recipe import TeacherRecipe
 
 from .in_process import call_ok, refused
@@ -161,7 +161,7 @@ def test_a_good_layout_is_left_alone():
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path):
-    rate = measure_writes(tmp_path)
+    rate = measure_folder(tmp_path)
     assert not list(tmp_path.iterdir())
     assert rate.bytes_per_second > 0 < rate.object_seconds
     free = shutil.disk_usage(tmp_path).free
