@@ -36,6 +36,7 @@ from mmkd.data_manifests.errors import FingerprintError, InterruptedByUserError,
 from mmkd.pipeline.build_plan import BuildPlan, ShardWork, committed_nodes, count_clips, pending_shards, plan_build
 from mmkd.pipeline.cache_init import initialise
 from mmkd.pipeline.experts import Expert
+from mmkd.pipeline.flow_store import FlowStore
 from mmkd.pipeline.prepare import ClipJob, FlowJob, PreparedClip, prepare_clip, with_flow
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.pipeline.shard_block import NodeResult, ShardBlock
@@ -315,5 +316,6 @@ def clip_job(plan: BuildPlan, work: ShardWork, row: int) -> ClipJob:
     recipe = plan.recipe
     flow = None
     if any(expert.modality == "flow" for expert in plan.experts_of(work.nodes)):
-        flow = FlowJob(recipe.flow, recipe.scratch, plan.experts[0].device.type)
+        device = plan.experts[0].device
+        flow = FlowJob(recipe.flow, FlowStore(recipe.scratch, recipe.flow, str(device)), device.type)
     return ClipJob(plan.clip_set.source, work.split.items[row], work.views(row), recipe.views.size_px, flow)

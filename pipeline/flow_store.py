@@ -26,20 +26,20 @@ from mmkd.pipeline.flow import (
     positions_of,
 )
 from mmkd.pipeline.recipe import FlowRecipe
-from mmkd.pipeline.tvl1 import chosen_path
+from mmkd.pipeline.tvl1 import arithmetic
 
 
 class FlowStore:
     """All native fields of clips, by content."""
 
     def __init__(self, directory: Path, recipe: FlowRecipe, device: str = "cpu") -> None:
-        """Open the store below `directory` for one flow recipe and type of device (`cpu`, `cuda`).
+        """Open the store below `directory` for one flow recipe and device (`cpu`, `cuda:0`).
 
-        Devices and TV-L1's paths on them round differently, so each has fields of its own: machines that share the
-        store need not all have a compiler.
+        Devices and TV-L1's kernels on them round differently, so each has fields of its own: machines that share
+        the store need not all have a compiler.
         """
         name = fingerprint(flow_identity(recipe) | {"decoder": DECODER_RULES})[:16]
-        self._directory = directory / f"{name}-{device}-{chosen_path(device)}"
+        self._directory = directory / f"{name}-{arithmetic(device)}"
         self._recipe = recipe
 
     def path(self, item: ClipVideo) -> Path:

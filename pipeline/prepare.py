@@ -6,7 +6,6 @@ thread to a process, since TV-L1 scales by processes there; on a GPU the build c
 
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,8 +26,8 @@ class FlowJob:
 
     recipe: FlowRecipe
     """What is computed."""
-    store: Path | None
-    """Scratch store that is read where it has the clip."""
+    store: FlowStore | None
+    """Scratch store that is read where it has the clip; opened by the caller, who knows the device."""
     device: str
     """Type of device: on `cpu` the worker computes, on any other the caller does."""
 
@@ -78,7 +77,7 @@ def prepare_clip(job: ClipJob) -> PreparedClip:
         raise job.item
     began = time.perf_counter()
     sampled = [view.frame_indices for view in job.views]
-    store = FlowStore(job.flow.store, job.flow.recipe, job.flow.device) if job.flow and job.flow.store else None
+    store = job.flow.store if job.flow else None
     stored = store is not None and store.has(job.item)
     starts = needed_pairs(job.views, job.item, job.flow.recipe.step) if job.flow else None
     if job.flow and starts is not None and not stored:
@@ -141,9 +140,7 @@ def fill_flow(job: FlowFill) -> ClipFrames | None:
     if job.flow.store is None:
         raise ValueError("filling needs a store")
     starts = all_pairs(facts, job.flow.recipe.step)
-    FlowStore(job.flow.store, job.flow.recipe, job.flow.device).write(
-        job.item, _flow(frames, job.item, starts, job.flow)
-    )
+    job.flow.store.write(job.item, _flow(frames, job.item, starts, job.flow))
     return None
 
 

@@ -168,7 +168,7 @@ def view_dataset(
         views=expert.views,
     )
     if expert.modality == "flow":
-        store = FlowStore(recipe.scratch, recipe.flow, device.type)
+        store = FlowStore(recipe.scratch, recipe.flow, str(device))
         return FlowViews(store, recipe.flow, clips, stream=stream, heads=manifest.heads, size_px=size_px)
     if boxes is not None:
         tracks = [boxes.track(item.clip.video) for item in clips]
@@ -197,9 +197,9 @@ def fill_store(
     recipe: TeacherRecipe, clip_set: ClipSet, clips: Sequence[ClipVideo], *, device: torch.device
 ) -> tuple[list[ClipVideo], list[str]]:
     """Compute the flow of every native pair that the scratch store lacks; return usable clips and reasons."""
-    store = FlowStore(recipe.scratch, recipe.flow, device.type)
+    store = FlowStore(recipe.scratch, recipe.flow, str(device))
     todo = [position for position, item in enumerate(clips) if not store.has(item)]
-    jobs = (FlowFill(clip_set.source, clips[i], FlowJob(recipe.flow, recipe.scratch, device.type)) for i in todo)
+    jobs = (FlowFill(clip_set.source, clips[i], FlowJob(recipe.flow, store, device.type)) for i in todo)
     results = run_tasks(
         fill_flow, jobs, workers=recipe.data.workers, timeout_seconds=recipe.data.clip_timeout_seconds
     )

@@ -8,7 +8,7 @@ installed where a C compiler is found, several pairs at once on torch.get_num_th
 runs anywhere and is the reference. `auto` takes the first of them that runs on the images' device.
 
 On each path and device a pair's result has the same bits in any batch and with any number of threads, early
-stopping included. Paths round differently: a result that must not mix them keeps `chosen_path` with it.
+stopping included. Paths round differently: a result that must not mix them keeps `arithmetic` with it.
 
 Sources: Zach, Pock, Bischof, "A duality based approach for realtime TV-L1 optical flow" (2007); Sánchez,
 Meinhardt-Llopis, Facciolo, "TV-L1 optical flow estimation" (IPOL 2013); opencv_contrib
@@ -54,6 +54,16 @@ def chosen_path(device: torch.device | str) -> ChosenPath:
     if kind == "cuda" and (triton := _triton()) is not None and triton.triton_available():
         return "triton"
     return "native" if kind == "cpu" and tvl1_native.library() is not None else "torch"
+
+
+def arithmetic(device: torch.device | str) -> str:
+    """Return what decides how `auto` rounds on a device, e.g. `cpu-native` or `cuda-triton-blocked`.
+
+    For whoever keeps flow and must not mix it. On a CUDA device this loads the kernels.
+    """
+    device, path = torch.device(device), chosen_path(device)
+    triton = _triton() if path == "triton" else None
+    return f"{device.type}-{path}" + (f"-{triton.iteration_kernel(device)}" if triton else "")
 
 
 def tvl1_flow(

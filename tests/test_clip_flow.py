@@ -350,9 +350,9 @@ def test_the_fields_of_another_recipe_are_never_read(tmp_path, recipe, monkeypat
     stored(tmp_path)
     assert FlowStore(tmp_path, FAST).has(item_of())
     assert not FlowStore(tmp_path, recipe).has(item_of())
-    assert not FlowStore(tmp_path, FAST, "cuda").has(item_of()), "devices round differently"
-    monkeypatch.setattr(flow_store, "chosen_path", lambda device: "triton")
-    assert not FlowStore(tmp_path, FAST).has(item_of()), "so do paths"
+    for other in ("cpu-torch", "cuda-triton-fused", "cuda-triton-blocked"):
+        monkeypatch.setattr(flow_store, "arithmetic", lambda device, other=other: other)
+        assert not FlowStore(tmp_path, FAST).has(item_of()), "devices, paths and kernels round differently"
 
 
 @pytest.mark.parametrize("other", [{"identity": "b" * 64}, {"first": 11}, {"count": 4}])

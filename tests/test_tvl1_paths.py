@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmkd.pipeline import tvl1, tvl1_native, tvl1_torch
-from mmkd.pipeline.tvl1 import TVL1Params, chosen_path, tvl1_clip_flow, tvl1_flow, tvl1_flow_many
+from mmkd.pipeline.tvl1 import TVL1Params, arithmetic, chosen_path, tvl1_clip_flow, tvl1_flow, tvl1_flow_many
 
 native_only = pytest.mark.skipif(
     tvl1_native.library() is None,
@@ -245,10 +245,12 @@ def test_the_native_path_is_taken_on_the_cpu_where_it_is_built(monkeypatch):
     frames, params = clip()[:2], PARAMS["fast"]
     if tvl1_native.library() is not None:
         assert chosen_path("cpu") == chosen_path(torch.device("cpu")) == "native"
+        assert arithmetic("cpu") == "cpu-native"
         native = tvl1_flow(frames[:1], frames[1:], params=params, path="native")
         assert torch.equal(tvl1_flow(frames[:1], frames[1:], params=params), native)
     monkeypatch.setattr(tvl1_native, "library", lambda: None)
     assert chosen_path("cpu") == "torch"
+    assert arithmetic("cpu") == "cpu-torch"
     reference = tvl1_flow(frames[:1], frames[1:], params=params, path="torch")
     assert torch.equal(tvl1_flow(frames[:1], frames[1:], params=params), reference)
     with pytest.raises(ValueError, match="native path is not built here; install the package where a C compiler"):
