@@ -3,14 +3,17 @@
 A kept file is a JSON line and the frame times as raw little-endian float64, under a name hashed from the
 video's, so that 200,000 videos spread over 256 folders. It is used while the video's stamp (size, time of
 change, limits, decoder rules) is the same, and probed again otherwise or when the file is damaged. Failures
-are not kept: a video that is repaired or copied late is found by the next run.
+are not kept: a video that is repaired or copied late is found by the next run. What is asked for together is
+also packed into one file, so that the next start asks the file system for stamps alone.
 """
 
 import hashlib
 import json
+import mmap
 import os
+import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -23,11 +26,13 @@ from mmkd.cache_tools.pool import run_tasks
 from mmkd.cache_tools.records import VideoFacts
 from mmkd.data_manifests.errors import StorageError, VideoError
 
-SCHEMA = "mmkd-facts-1"
-BATCH = 2048
-"""Videos looked up at once; bounds the memory that waiting look-ups take."""
+SCHEMA = "mmkd-facts-2"
+BATCH = 256
+"""Videos that a thread looks up in a row."""
 LOOKUP_THREADS = 16
 """Look-ups wait for file systems, not processors."""
+PACKED = struct.Struct("<II")
+"""Bytes of the name and of the kept file in a record of a pack, before these two."""
 PROBE_SECONDS = 120.0
 """Time limit for one probe where the source states none."""
 
@@ -61,6 +66,11 @@ def probe_all(
             raise result
         found[missing[position]] = result
         advance(1)
+    if store is not None:
+        pack = pack_path(store, found)
+        known = [video for video, facts in found.items() if isinstance(facts, VideoFacts)]
+        if known and (not pack.exists() or not set(missing).isdisjoint(known)):
+            _write(pack, _packed(store, known))
     return {video: facts for video, facts in found.items() if facts is not None}
 
 
@@ -69,7 +79,7 @@ def probe_and_keep(source: FrameSource, store: Path | None, video: str) -> Video
     stamp = source.stamp(video)  # before the probe: a change while it runs makes the kept facts stale
     facts = source.probe(video)
     if store is not None:
-        _write(facts_path(store, video), encode_facts(facts, video=video, stamp=stamp))
+        _write(facts_path(store, video), [encode_facts(facts, video=video, stamp=stamp)])
     return facts
 
 
@@ -90,9 +100,8 @@ def encode_facts(facts: VideoFacts, *, video: str, stamp: str) -> bytes:
         "height": facts.height,
         "decoder": facts.decoder,
         "identity": facts.identity,
-        "times_hash": hashlib.blake2b(times, digest_size=16).hexdigest(),
     }
-    return json.dumps(header).encode() + b"\n" + times
+    return json.dumps(header | {"hash": _hash(header, times)}).encode() + b"\n" + times
 
 
 def decode_facts(data: bytes, *, video: str, stamp: str) -> VideoFacts | None:
@@ -100,13 +109,9 @@ def decode_facts(data: bytes, *, video: str, stamp: str) -> VideoFacts | None:
     line, _, times = data.partition(b"\n")
     try:
         header = json.loads(line)
-        expected = {
-            "schema": SCHEMA,
-            "video": video,
-            "stamp": stamp,
-            "times_hash": hashlib.blake2b(times, digest_size=16).hexdigest(),
-        }
-        if any(header[key] != value for key, value in expected.items()):
+        if header.pop("hash") != _hash(header, times):
+            return None
+        if (header["schema"], header["video"], header["stamp"]) != (SCHEMA, video, stamp):
             return None
         return VideoFacts(
             width=int(header["width"]),
@@ -115,8 +120,12 @@ def decode_facts(data: bytes, *, video: str, stamp: str) -> VideoFacts | None:
             decoder=str(header["decoder"]),
             identity=str(header["identity"]),
         )
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _hash(header: Mapping[str, object], times: bytes) -> str:
+    return hashlib.blake2b(json.dumps(header).encode() + b"\n" + times, digest_size=16).hexdigest()
 
 
 def _kept(
@@ -125,30 +134,78 @@ def _kept(
     """Yield each video with its kept facts, its VideoError when it is missing, or None to be probed."""
     if not store.is_dir():
         return
-    look_up = partial(_look_up, source, store)
+    packed = read_pack(pack_path(store, videos))
+    look_up = partial(_look_up, source, store, packed)
+    batches = [videos[start : start + BATCH] for start in range(0, len(videos), BATCH)]
     with ThreadPoolExecutor(LOOKUP_THREADS) as executor:
-        for start in range(0, len(videos), BATCH):
-            batch = videos[start : start + BATCH]
-            yield from zip(batch, executor.map(look_up, batch), strict=True)
+        for batch, found in zip(batches, executor.map(look_up, batches), strict=True):
+            yield from zip(batch, found, strict=True)
 
 
-def _look_up(source: FrameSource, store: Path, video: str) -> VideoFacts | VideoError | None:
+def _look_up(
+    source: FrameSource, store: Path, packed: dict[str, memoryview], videos: Sequence[str]
+) -> list[VideoFacts | VideoError | None]:
+    return [_look_up_one(source, store, packed.get(video), video) for video in videos]
+
+
+def _look_up_one(
+    source: FrameSource, store: Path, packed: memoryview | None, video: str
+) -> VideoFacts | VideoError | None:
     try:
-        data = facts_path(store, video).read_bytes()
-    except OSError:
-        return None
-    try:
-        return decode_facts(data, video=video, stamp=source.stamp(video))
+        stamp = source.stamp(video)
     except VideoError as error:
-        return error
+        return error if packed is not None or facts_path(store, video).exists() else None
+    facts = None if packed is None else decode_facts(bytes(packed), video=video, stamp=stamp)
+    if facts is None:  # not packed, or changed since
+        with suppress(OSError):
+            facts = decode_facts(facts_path(store, video).read_bytes(), video=video, stamp=stamp)
+    return facts
 
 
-def _write(path: Path, data: bytes) -> None:
+def pack_path(store: Path, videos: Iterable[str]) -> Path:
+    """Return where the facts of videos that are asked for together are packed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for video in videos:
+        digest.update(video.encode("utf-8", "surrogatepass") + b"\n")
+    return store / f"{digest.hexdigest()}.pack"
+
+
+def read_pack(path: Path) -> dict[str, memoryview]:
+    """Return video -> its kept file's bytes; what follows a damaged record, or all of no pack, is left out."""
+    found: dict[str, memoryview] = {}
+    try:
+        with path.open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError):  # an empty file cannot be mapped
+        return found
+    start = 0
+    while start + PACKED.size <= len(data):
+        name_bytes, size = PACKED.unpack_from(data, start)
+        begin = start + PACKED.size + name_bytes
+        if begin + size > len(data):
+            break
+        with suppress(UnicodeDecodeError):
+            found[bytes(data[begin - name_bytes : begin]).decode()] = data[begin : begin + size]
+        start = begin + size
+    return found
+
+
+def _packed(store: Path, videos: Iterable[str]) -> Iterator[bytes]:
+    """Yield the records of a pack, made of what is kept: stamps are those before each probe."""
+    for video in videos:
+        name = video.encode()
+        with suppress(OSError):
+            data = facts_path(store, video).read_bytes()
+            yield PACKED.pack(len(name), len(data)) + name + data
+
+
+def _write(path: Path, parts: Iterable[bytes]) -> None:
     """Replace the file in one step. Not synced: a torn file fails its hash, and is only probed again."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.writelines(parts)
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):

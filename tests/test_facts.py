@@ -50,6 +50,12 @@ def same(one: VideoFacts, other: VideoFacts) -> bool:
     )
 
 
+def unpack(store: Path) -> None:
+    """Remove the packs, as if the run that probed had been killed before it wrote them."""
+    for pack in store.glob("*.pack"):
+        pack.unlink()
+
+
 class CountingFiles(VideoFiles):
     """Video files that note which videos are probed."""
 
@@ -81,7 +87,7 @@ def test_each_video_is_probed_once_and_failures_are_named(root, tmp_path, worker
     assert str(found["missing.webm"]) == "video not found: missing.webm"
     assert "not a video" in str(found["text.webm"])
     assert "out of the video root" in str(found["../out.webm"])
-    assert len([path for path in (tmp_path / "facts").rglob("*") if path.is_file()]) == 2  # failures are not kept
+    assert len(list((tmp_path / "facts").rglob("*.facts"))) == 2  # failures are not kept
 
 
 def test_the_second_run_probes_nothing(root, tmp_path):
@@ -95,6 +101,7 @@ def test_the_second_run_probes_nothing(root, tmp_path):
 def test_what_is_kept_is_what_is_given(root, tmp_path):
     """Only an altered kept file shows that it is read at all."""
     probe_counted(root, tmp_path / "facts", VIDEOS)
+    unpack(tmp_path / "facts")
     files = VideoFiles(root)
     path = facts_path(tmp_path / "facts", "1.webm")
     facts = decode_facts(path.read_bytes(), video="1.webm", stamp=files.stamp("1.webm"))
@@ -160,11 +167,40 @@ def test_a_repaired_video_is_found_by_the_next_run(root, tmp_path):
 @pytest.mark.parametrize("length", [0, 1, 50, -1])
 def test_a_torn_file_is_probed_again_and_repaired(root, tmp_path, length):
     probe_counted(root, tmp_path / "facts", VIDEOS)
+    unpack(tmp_path / "facts")
     path = facts_path(tmp_path / "facts", "0.webm")
     whole = path.read_bytes()
     path.write_bytes(whole[:length])
     assert probe_counted(root, tmp_path / "facts", VIDEOS)[1] == ["0.webm"]
     assert path.read_bytes() == whole
+
+
+def test_a_pack_serves_the_same_facts_with_no_other_file(root, tmp_path):
+    store = tmp_path / "facts"
+    first, _ = probe_counted(root, store, VIDEOS)
+    for path in store.rglob("*.facts"):
+        path.unlink()
+    second, probed = probe_counted(root, store, VIDEOS)
+    assert probed == []
+    assert all(same(first[video], second[video]) for video in VIDEOS)
+    shutil.copyfile(root / "2.webm", root / "0.webm")
+    third, probed = probe_counted(root, store, VIDEOS)
+    assert probed == ["0.webm"], "what changed since it was packed is probed"
+    assert third["0.webm"].frame_count == 8
+    (root / "1.webm").unlink()
+    assert str(probe_counted(root, store, VIDEOS)[0]["1.webm"]) == "video not found: 1.webm"
+
+
+@pytest.mark.parametrize("kept", [0, 3, 8, 20, 0.5, -1])
+def test_a_torn_pack_costs_nothing_but_time(root, tmp_path, kept):
+    store = tmp_path / "facts"
+    first, _ = probe_counted(root, store, VIDEOS)
+    (pack,) = store.glob("*.pack")
+    whole = pack.read_bytes()
+    pack.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    second, probed = probe_counted(root, store, VIDEOS)
+    assert probed == [], "the kept files are still there"
+    assert all(same(first[video], second[video]) for video in VIDEOS)
 
 
 def test_a_store_that_cannot_be_written_is_named(root, tmp_path):
@@ -219,8 +255,7 @@ def test_kept_facts_come_back_the_same_bits(facts, video, stamp):
 def test_damaged_kept_facts_are_never_served_wrong(data):
     facts = VideoFacts(64, 48, np.arange(5) / 12, "pyav", "abc")
     kept = bytearray(encode_facts(facts, video="v", stamp="s"))
-    header = kept.index(b"\n")
-    position = data.draw(st.integers(header, len(kept) - 1))
+    position = data.draw(st.integers(0, len(kept) - 1))
     kept[position] ^= data.draw(st.integers(1, 255))
     assert decode_facts(bytes(kept), video="v", stamp="s") is None
 
@@ -234,4 +269,4 @@ def test_kept_files_spread_over_folders(tmp_path):
     folders = {facts_path(tmp_path, f"{i}.webm").parent for i in range(5000)}
     assert len(folders) == 256
     header, _, _ = encode_facts(VideoFacts(64, 48, np.zeros(1), "pyav", "a"), video="v", stamp="s").partition(b"\n")
-    assert json.loads(header)["schema"] == "mmkd-facts-1"
+    assert json.loads(header)["schema"] == "mmkd-facts-2"
