@@ -34,7 +34,7 @@ seeds: $(ENVIRONMENT)
 # Has the baseline converged? The same run at 1.5 times the steps, after `make demo`.
 converged: $(ENVIRONMENT)
 	$(STUDENT) train -c $(DEMO)/student.yaml --manifest $(DEMO)/manifest.jsonl --videos $(DEMO)/videos --seed $(SEED) \
-		--cache $(DEMO)/seed-$(SEED)/cache --labels-only --set train.epochs=60 -o $(DEMO)/seed-$(SEED)/baseline-long
+		--cache $(DEMO)/seed-$(SEED)/cache --labels-only --set train.epochs=90 -o $(DEMO)/seed-$(SEED)/baseline-long
 
 test: $(ENVIRONMENT)
 	$(TESTS) -m "not slow"

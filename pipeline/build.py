@@ -136,8 +136,9 @@ def build(
 def abandoned(left: list[ShardWork], store: Store, others: Others, stop: StopRequest) -> list[ShardWork]:
     """Return the shards left that no task at work holds, such as those of a task that was killed elsewhere."""
     holders = claimed_shards(store)
-    others.await_signs({holders[work.shard.name] for work in left if work.shard.name in holders}, stop)
-    return [work for work in left if not others.alive(holders.get(work.shard.name, ""))]
+    held = {work.shard.name: holders[work.shard.name] for work in left if work.shard.name in holders}
+    others.await_signs(set(held.values()), stop)
+    return [work for work in left if work.shard.name not in held or not others.alive(held[work.shard.name])]
 
 
 def unusable_clips(reader: CacheReader) -> dict[str, str]:

@@ -59,7 +59,9 @@ def test_stored_logits_are_those_of_the_experts_on_that_view(tiny):
     frames = clip_set.source.read(item.clip.video, np.arange(facts.frame_count), item.video)
     pixels = canonical_view(frames, view, recipe.views.size_px)
     flow = clip_flow(frames, facts, all_pairs(facts, 1), recipe=recipe.flow, device="cpu")
-    window = crop_flow(flow.select(pair_starts(view.frame_indices, facts, 1)), view, facts, size_px=56)
+    window = crop_flow(
+        flow.select(pair_starts(view.frame_indices, facts, 1)), view, facts, size_px=recipe.views.size_px
+    )
     for name, inputs in (("rgb", {"rgb": pixels}), ("flow", {"flow": window})):
         expert = load_expert(tiny.root / "experts" / name, torch.device("cpu"))
         batch = {key: torch.from_numpy(value)[None] for key, value in inputs.items()}
