@@ -9,7 +9,6 @@ also packed into one file, so that the next start asks the file system for stamp
 
 import hashlib
 import json
-import mmap
 import os
 import struct
 import threading
@@ -70,7 +69,8 @@ def probe_all(
         pack = pack_path(store, found)
         known = [video for video, facts in found.items() if isinstance(facts, VideoFacts)]
         if known and (not pack.exists() or not set(missing).isdisjoint(known)):
-            _write(pack, _packed(store, known))
+            with suppress(StorageError):  # it only saves time, and what is kept may be read-only
+                _write(pack, _packed(store, known))
     return {video: facts for video, facts in found.items() if facts is not None}
 
 
@@ -174,9 +174,8 @@ def read_pack(path: Path) -> dict[str, memoryview]:
     """Return video -> its kept file's bytes; what follows a damaged record, or all of no pack, is left out."""
     found: dict[str, memoryview] = {}
     try:
-        with path.open("rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError):  # an empty file cannot be mapped
+        data = memoryview(path.read_bytes())  # not mapped: on a shared disk another task may replace it meanwhile
+    except OSError:
         return found
     start = 0
     while start + PACKED.size <= len(data):
