@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -26,6 +26,9 @@ class Recipe(BaseModel):
     """Base of all configuration models: frozen, unknown keys and NaN or infinite numbers refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    of_other_commands: ClassVar[frozenset[str]] = frozenset()
+    """First parts of `MMKD_*` variables that are meant for another command, and passed over by this one."""
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
@@ -68,6 +71,7 @@ def load_recipe(
 
     `named` maps dotted paths to the values of named flags, None meaning that the flag was not given.
     """
+    environ = _own_variables(model, env_prefix, os.environ if environ is None else environ)
     layers = _layers(files, env_prefix, overrides=overrides, named=named, environ=environ)
     return _validate(model, layers, env_prefix)[0]
 
@@ -82,6 +86,7 @@ def resolved_with_origins(
     environ: Mapping[str, str] | None = None,
 ) -> tuple[AnyRecipe, tuple[ResolvedValue, ...]]:
     """Return the recipe as `load_recipe` does, and each of its values with the place it came from."""
+    environ = _own_variables(model, env_prefix, os.environ if environ is None else environ)
     layers = _layers(files, env_prefix, overrides=overrides, named=named, environ=environ)
     recipe, origins = _validate(model, layers, env_prefix)
     values = tuple(
@@ -91,16 +96,25 @@ def resolved_with_origins(
     return recipe, values
 
 
+def _own_variables(model: type[BaseModel], prefix: str, environ: Mapping[str, str]) -> dict[str, str]:
+    others = model.of_other_commands if issubclass(model, Recipe) else frozenset[str]()
+    return {
+        name: value
+        for name, value in environ.items()
+        if not (name.startswith(prefix) and name.removeprefix(prefix).lower().split("__")[0] in others)
+    }
+
+
 def _layers(
     files: Sequence[Path],
     env_prefix: str,
     *,
     overrides: Sequence[str],
     named: Mapping[str, Any] | None,
-    environ: Mapping[str, str] | None,
+    environ: Mapping[str, str],
 ) -> list[Layer]:
     layers = [_file_layer(path) for path in files]
-    layers.append(_environment_layer(os.environ if environ is None else environ, env_prefix))
+    layers.append(_environment_layer(environ, env_prefix))
     layers.extend(_override_layer(text) for text in overrides)
     given = {path: value for path, value in (named or {}).items() if value is not None}
     for dotted, value in given.items():

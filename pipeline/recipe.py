@@ -90,6 +90,8 @@ class BuildRecipe(Recipe):
 class TeacherRecipe(Recipe):
     """Everything of stage one."""
 
+    of_other_commands = frozenset({"train", "loss", "teacher", "node_copies", "thumbprint_sample"})
+
     data: DataRecipe
     train_split: str = Field("train", description="the split that experts train on, with random views")
     views: ViewPolicy = Field(default_factory=ViewPolicy)

@@ -28,6 +28,10 @@ class TeacherMix(Recipe):
 class StudentRecipe(Recipe):
     """Everything of stage two."""
 
+    of_other_commands = frozenset(
+        {"views", "view_seed", "held_out", "flow", "flow_scratch", "boxes", "experts", "build"}
+    )
+
     data: DataRecipe
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     loss: LossRecipe = Field(default_factory=LossRecipe)

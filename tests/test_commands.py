@@ -105,10 +105,24 @@ def test_config_show_names_the_origin_of_every_value(tmp_path, monkeypatch):
     assert lines["build.views"] == "5  # --set build.views"
     assert lines["data.manifest"] == '"m.jsonl"  # --manifest'
     assert lines["flow.preset"] == '"default"  # default'
-    monkeypatch.delitem(ENVIRONMENT, "MMKD_VIEWS__SIZE_PX")
     data = ["--manifest", "m", "--videos", "v"]
     shown = call_ok("mmkd-student", "config", "show", *data, "--set", "loss.temperature=4")
     assert "loss.temperature: 4.0  # --set loss.temperature\n" in shown
+
+
+def test_a_variable_of_one_command_does_not_disturb_the_other(monkeypatch):
+    stage_one, stage_two = set(TeacherRecipe.model_fields), set(StudentRecipe.model_fields)
+    assert TeacherRecipe.of_other_commands == stage_two - stage_one
+    assert StudentRecipe.of_other_commands == stage_one - stage_two
+    monkeypatch.setitem(ENVIRONMENT, "MMKD_VIEWS__SIZE_PX", "32")
+    monkeypatch.setitem(ENVIRONMENT, "MMKD_LOSS__TEMPERATURE", "3")
+    assert "views.size_px: 32  # MMKD_VIEWS__SIZE_PX\n" in call_ok("mmkd-cache", "config", "show", *DATA)
+    shown = call_ok("mmkd-student", "config", "show", *DATA)
+    assert "loss.temperature: 3.0  # MMKD_LOSS__TEMPERATURE\n" in shown
+    assert "views" not in shown
+    monkeypatch.setitem(ENVIRONMENT, "MMKD_VIEW__SIZE_PX", "32")
+    for program in MODULES:
+        assert "MMKD_VIEW__SIZE_PX: view: unknown key" in refused(program, "config", "show", *DATA)
 
 
 def test_all_faults_of_a_recipe_are_reported_with_their_lines(tmp_path):
