@@ -3,6 +3,7 @@
 A network is a backbone that pools a clip to one feature vector, and one linear head per label space. The
 loop and the losses see `VideoClassifier` alone: a dict of arrays in, a dict of float32 logits out. Nothing
 here downloads weights: a user hands over a file, from which everything but the classifier must be used.
+torchvision takes two seconds and 160 MiB to import: only its own networks do so.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,8 +12,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.video import r3d_18
-from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.augment import NO_JITTER, Jitter, jitter_clips
@@ -32,7 +31,7 @@ SMALL3D_DROPOUT = 0.2
 
 
 class Small3D(nn.Module):
-    """A small 3D convolutional backbone for clips of about 8 frames of 56 x 56: the demo's network.
+    """A small 3D convolutional backbone for clips of about 8 frames of 48 x 48: the demo's network.
 
     Its first two layers see five frames at a stride of one, so that motion of a few pixels per frame is
     visible before time is subsampled. It gives up accuracy on real footage: use swin3d_t there.
@@ -95,6 +94,8 @@ def small3d(channels: int, drop_path: float | None) -> Small3D:
 
 def swin3d_tiny(channels: int, drop_path: float | None) -> nn.Module:
     """Build Video Swin-T (patch 2 x 4 x 4, window 8 x 7 x 7) of torchvision, pooled to 768 features."""
+    from torchvision.models.video.swin_transformer import SwinTransformer3d
+
     network = SwinTransformer3d(
         patch_size=[2, 4, 4],
         embed_dim=96,
@@ -112,6 +113,8 @@ def swin3d_tiny(channels: int, drop_path: float | None) -> nn.Module:
 def resnet3d_18(channels: int, drop_path: float | None) -> nn.Module:
     """Build the 18-layer 3D ResNet of torchvision, pooled to 512 features; it has no stochastic depth."""
     refuse_drop_path("r3d_18", drop_path)
+    from torchvision.models.video import r3d_18
+
     network = r3d_18(weights=None)
     network.feature_count = network.fc.in_features
     network.fc = nn.Identity()
