@@ -131,7 +131,7 @@ def test_the_cache_holds_finite_logits_of_every_expert_for_every_view(real):
             seen.append(logits)
         for one, other in ((0, 1), (0, 2), (1, 2)):
             assert not np.allclose(seen[one], seen[other], atol=1e-3), "two experts say the same"
-        assert not table.flip.any()
+        assert not table.drawn.flip.any()
         assert np.array_equal(table.facts[:, 1], np.full(len(ids), 240))
 
 

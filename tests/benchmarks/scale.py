@@ -87,19 +87,20 @@ def write_shards(store: Store, metadata: dict, shards: list[Shard], classes: int
             publish(store, shard, result.record(nodes[result.node], objects), objects)
 
 
-def measured(name: str, what: str, root: Path) -> str:
+def measured(name: str, what: str, root: Path, *more: str) -> str:
     """Do one thing in a fresh process; return a line of its seconds and the peak of its memory."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--measure", what, "--folder", root], check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, __file__, "--measure", what, "--folder", root, *more]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout)
     return f"{name:26} {found['seconds']:6.2f} s, processor {found['cpu']:5.2f} s, peak {found['mib']:5.0f} MiB"
 
 
-def measure(what: str, root: Path) -> dict[str, float]:
+def measure(what: str, root: Path, rows: int, classes: int) -> dict[str, float]:
     """Do it here."""
     began, processor = time.perf_counter(), time.process_time()
-    if what == "plan":
+    if what == "start":
+        start(LocalStore(root), rows, classes)
+    elif what == "plan":
         store = LocalStore(root)
         init = read_init(store)
         committed_nodes(store, init)
@@ -124,8 +125,10 @@ def scale(root: Path, rows: int, classes: int) -> float:
     began = time.perf_counter()
     write_shards(store, metadata, shards[:half], classes)
     seconds["shards"] = time.perf_counter() - began
+    given = ["--rows", str(rows), "--classes", str(classes)]
+    lines = [measured("making and starting it", "start", root.with_name("another"), *given)]
     asked = [("imports alone", "nothing"), ("plan, half-way", "plan"), ("status, half-way", "status")]
-    lines = [measured(name, what, root) for name, what in asked]
+    lines += [measured(name, what, root) for name, what in asked]
     began = time.perf_counter()
     write_shards(store, metadata, shards[half:], classes)
     seconds["shards"] += time.perf_counter() - began
@@ -154,7 +157,7 @@ def main() -> None:
     parser.add_argument("--measure")
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure, options.folder)))
+        print(json.dumps(measure(options.measure, options.folder, options.rows[0], options.classes)))
         return
     costs = []
     for rows in options.rows:
