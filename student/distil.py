@@ -202,8 +202,12 @@ def load_model(network: nn.Module, run: Path) -> None:
         raise InputError(f"{path} is missing: the run is not finished; run `mmkd-student train` again")
     try:
         network.load_state_dict(load_file(path))
-    except (RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path} does not fit the recipe's network: {str(error).splitlines()[0]}") from error
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({error}); run `mmkd-student train` again") from error
+    except RuntimeError as error:
+        raise InputError(
+            f"{path} does not fit the recipe's network; give the recipe that the run was trained with (-c)"
+        ) from error
 
 
 def evaluate_on(

@@ -203,6 +203,21 @@ def test_a_torn_pack_costs_nothing_but_time(root, tmp_path, kept):
     assert all(same(first[video], second[video]) for video in VIDEOS)
 
 
+def test_a_pack_that_cannot_be_written_costs_nothing_but_time(root, tmp_path):
+    store = tmp_path / "facts"
+    first, _ = probe_counted(root, store, VIDEOS)
+    (pack,) = store.glob("*.pack")
+    pack.unlink()
+    pack.mkdir()  # nothing can be put in its place, as in a folder that may only be read
+    second, probed = probe_counted(root, store, VIDEOS)
+    assert probed == []
+    assert all(same(first[video], second[video]) for video in VIDEOS)
+    shutil.copyfile(root / "2.webm", root / "0.webm")
+    third, probed = probe_counted(root, store, VIDEOS)
+    assert (probed, third["0.webm"].frame_count) == (["0.webm"], 8)
+    assert not list(store.glob(".*.tmp"))
+
+
 def test_a_store_that_cannot_be_written_is_named(root, tmp_path):
     (tmp_path / "facts").write_text("a file where the folder should be")
     with pytest.raises(StorageError, match="cannot keep video facts in"):

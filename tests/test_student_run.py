@@ -14,6 +14,7 @@ from mmkd.student.cached_targets import choose_weights, mix_split
 from mmkd.student.compare import load_table
 
 from .conftest import ENVIRONMENT, Tiny, run_command, run_ok
+from .in_process import refused
 
 FAST = ("--set", "train.epochs=2", "--set", "train.batch_size=8", "--set", "train.warmup_epochs=0")
 WATCHED_RUN = """
@@ -69,6 +70,13 @@ def test_baseline_and_student_share_everything_but_the_targets(stripped):
     assert rows == ["rgb expert", "flow expert", "boxes expert", "teacher", "baseline", "student"]
     for row in rows:
         assert f"| {row}" in table
+    evaluate = ("mmkd-student", "evaluate", *stripped.stage_two, runs["student"])
+    assert "give the recipe that the run was trained with (-c)" in refused(
+        *evaluate, "--set", "train.network=r3d_18"
+    )
+    torn = shutil.copytree(runs["student"], stripped.root / "torn") / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    assert "torn/model.safetensors is damaged" in refused(*evaluate[:-1], torn.parent)
 
 
 def checkpoint_identity(run):
