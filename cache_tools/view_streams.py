@@ -1,11 +1,13 @@
 """Where a trainer's views come from: replayed from a cache, or drawn fresh by the same rules."""
 
+import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 from mmkd.cache_tools.reader import SplitTable
-from mmkd.cache_tools.records import ClipFacts, View
-from mmkd.cache_tools.views import ViewPolicy, random_views
+from mmkd.cache_tools.records import ClipFacts, View, ViewTable
+from mmkd.cache_tools.views import ViewPolicy, random_view_table
 
 
 class ViewStream(Protocol):
@@ -33,7 +35,7 @@ class StoredViews:
 
 
 class DrawnViews:
-    """Views drawn on demand; the first V of them are those that a cache of V views holds."""
+    """Views drawn on demand, of all clips at once; the first V of them are those that a cache of V views holds."""
 
     def __init__(
         self,
@@ -47,19 +49,29 @@ class DrawnViews:
         views: int | None,
     ) -> None:
         """Draw for clips with these facts and ids; `views` limits the numbers (None: a new one each epoch)."""
-        self._facts, self._clip_ids, self._policy = facts, clip_ids, policy
-        self._dataset, self._seed, self._flip = dataset, seed, flip_allowed
+        self._draw = partial(
+            random_view_table,
+            facts,
+            policy,
+            dataset=dataset,
+            clip_ids=clip_ids,
+            seed=seed,
+            flip_allowed=flip_allowed,
+        )
         self.views = views
+        self._lock = threading.Lock()
+        self._drawn: tuple[range, ViewTable | None] = (range(0), None)
 
     def view(self, row: int, number: int) -> View:
         """Return view `number` of the clip."""
-        (view,) = random_views(
-            self._facts[row],
-            self._policy,
-            dataset=self._dataset,
-            clip_id=self._clip_ids[row],
-            seed=self._seed,
-            flip_allowed=self._flip,
-            numbers=(number,),
-        )
-        return view
+        numbers, table = self._table(number)
+        return table.view(row, number - numbers.start)
+
+    def _table(self, number: int) -> tuple[range, ViewTable]:
+        with self._lock:
+            numbers, table = self._drawn
+            if table is None or number not in numbers:
+                numbers = range(self.views) if self.views is not None else range(number, number + 1)
+                table = self._draw(numbers=numbers)
+                self._drawn = numbers, table
+            return numbers, table

@@ -9,17 +9,20 @@ window and reads fewer pixels.
 """
 
 import hashlib
+import itertools
 import json
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from mmkd.cache_tools.recipes import Recipe
-from mmkd.cache_tools.records import ClipFacts, IntArray, View, ViewTable
+from mmkd.cache_tools.records import ClipFacts, Float64Array, IntArray, UInt64Array, View, ViewTable
 
 VIEW_RULES = "views-1"
 """Name of the drawing rules in this file; part of every fingerprint."""
@@ -57,45 +60,45 @@ class KeyedWords:
 
     def __init__(self, *key: object) -> None:
         """Start the stream of `key`, whose parts must be JSON values."""
-        self._words = self._stream(hash_key(json.dumps(key, sort_keys=True, ensure_ascii=False)))
+        self._words = self._stream(json.dumps(key, sort_keys=True, ensure_ascii=False))
 
     @staticmethod
-    def _stream(key: bytes) -> Iterator[int]:
-        counter = 0
+    def _stream(key: str) -> Iterator[int]:
+        words = stream_bytes(key)
         while True:
-            yield from word_block(key, counter)
-            counter += 1
+            yield from struct.unpack("<8Q", next(words))
 
     def below(self, n: int) -> int:
         """Return a whole number in 0..n-1 (bias below n / 2^64)."""
-        return below(next(self._words), n)
+        return (next(self._words) * n) >> 64
 
     def unit(self) -> float:
         """Return a number in [0, 1) with 53 random bits."""
-        return unit(next(self._words))
+        return (next(self._words) >> 11) * 2.0**-53
 
 
 BLOCK_WORDS = 8
+TABLE_ROWS = 4096
+"""Clips whose views are drawn together: larger is no faster and takes more memory."""
 
 
-def hash_key(text: str) -> bytes:
-    """Return the 64-byte key of a stream, from the canonical JSON of what it is a function of."""
-    return hashlib.blake2b(text.encode(), digest_size=64).digest()
+def stream_bytes(key: str) -> Iterator[bytes]:
+    """Yield the stream of a key, the JSON of what it is a function of, in blocks of 8 little-endian words."""
+    digest = hashlib.blake2b(key.encode(), digest_size=64).digest()
+    for counter in itertools.count():
+        yield hashlib.blake2b(counter.to_bytes(8, "little"), key=digest, digest_size=64).digest()
 
 
-def word_block(key: bytes, counter: int) -> tuple[int, ...]:
-    """Return words 8·counter to 8·counter + 7 of the key's stream."""
-    return struct.unpack("<8Q", hashlib.blake2b(counter.to_bytes(8, "little"), key=key, digest_size=64).digest())
+def below(words: UInt64Array, n: IntArray) -> IntArray:
+    """Return `KeyedWords.below` of arrays: (word * n) >> 64 for n below 2^32, in halves of 32 bits."""
+    n = n.astype(np.uint64)
+    high, low = (words >> 32) * n, (words & 0xFFFFFFFF) * n
+    return ((high + (low >> 32)) >> 32).astype(np.int64)
 
 
-def below(word: int, n: int) -> int:
-    """Return a whole number in 0..n-1 made of a word (bias below n / 2^64)."""
-    return (word * n) >> 64
-
-
-def unit(word: int) -> float:
-    """Return a number in [0, 1) with 53 random bits made of a word."""
-    return (word >> 11) * 2.0**-53
+def unit(words: UInt64Array) -> Float64Array:
+    """Return `KeyedWords.unit` of an array."""
+    return (words >> 11).astype(np.float64) * 2.0**-53
 
 
 def random_views(
@@ -106,14 +109,25 @@ def random_views(
     clip_id: str,
     seed: int,
     flip_allowed: bool,
-    numbers: Iterable[int],
+    numbers: Sequence[int],
 ) -> tuple[View, ...]:
     """Return the training views of a clip with the given view numbers."""
-    drawn = _draw(facts, policy, dataset=dataset, clip_id=clip_id, seed=seed, numbers=numbers)
-    return tuple(
-        View(_frame_indices(offsets, facts, policy), crop, mirrored and flip_allowed)
-        for offsets, crop, mirrored in drawn
+    table = random_view_table(
+        [facts],
+        policy,
+        dataset=dataset,
+        clip_ids=[clip_id],
+        seed=seed,
+        flip_allowed=flip_allowed,
+        numbers=numbers,
     )
+    return tuple(table.view(0, column) for column in range(len(numbers)))
+
+
+def evaluation_views(facts: ClipFacts, policy: ViewPolicy) -> tuple[View, ...]:
+    """Return the fixed views of a clip: temporal positions x windows (centre, or start, centre and end)."""
+    table = evaluation_view_table([facts], policy)
+    return tuple(table.view(0, column) for column in range(policy.evaluation_views))
 
 
 def random_view_table(
@@ -124,47 +138,78 @@ def random_view_table(
     clip_ids: Sequence[str],
     seed: int,
     flip_allowed: bool,
-    views: int,
+    numbers: Sequence[int],
 ) -> ViewTable:
-    """Return views 0..views-1 of all clips, those of `random_views`; zeros for a clip without facts."""
-    table = ViewTable.zeros(len(facts), views, policy.frames)
-    for row, (clip, clip_id) in enumerate(zip(facts, clip_ids, strict=True)):
-        if clip is None:
-            continue
-        drawn = _draw(clip, policy, dataset=dataset, clip_id=clip_id, seed=seed, numbers=range(views))
-        for number, (offsets, crop, mirrored) in enumerate(drawn):
-            table.frame_index[row, number] = _frame_indices(offsets, clip, policy)
-            table.crop_xywh[row, number] = crop
-            table.flip[row, number] = mirrored and flip_allowed
+    """Return the training views of all clips with the given view numbers; zeros for a clip without facts.
+
+    The words of a view's stream are, in order: one for each range of frames, scale, left, top, flip.
+    """
+    table = ViewTable.zeros(len(facts), len(numbers), policy.frames)
+    blocks = -(-(_range_count(policy) + 4) // BLOCK_WORDS)
+    tail = _key_tail(policy, seed)
+    for rows, clips in _readable_blocks(facts):
+        heads = [f"[{_encode(dataset)}, {_encode(clip_ids[row])}, " for row in rows]
+        streams = [stream_bytes(f"{head}{number}{tail}") for head in heads for number in numbers]
+        drawn = b"".join(block for stream in streams for block in itertools.islice(stream, blocks))
+        words = np.frombuffer(drawn, "<u8").reshape(len(rows), len(numbers), blocks * BLOCK_WORDS)
+        frames, crops, tossed = _draw(words.astype(np.uint64), clips, policy)
+        table.frame_index[rows] = frames
+        table.crop_xywh[rows] = crops
+        table.flip[rows] = tossed & flip_allowed
     return table
 
 
 def evaluation_view_table(facts: Sequence[ClipFacts | None], policy: ViewPolicy) -> ViewTable:
     """Return the views of all clips, those of `evaluation_views`; zeros for a clip without facts."""
     table = ViewTable.zeros(len(facts), policy.evaluation_views, policy.frames)
-    for row, clip in enumerate(facts):
-        for number, view in enumerate(() if clip is None else evaluation_views(clip, policy)):
-            table.frame_index[row, number] = view.frame_indices
-            table.crop_xywh[row, number] = view.crop_xywh
+    parts, places = 2 * np.arange(policy.evaluation_clips) + 1, np.arange(3)
+    if policy.evaluation_crops == 1:
+        places = places[1:2]
+    for rows, clips in _readable_blocks(facts):
+        low, high = _frame_ranges(clips.frame_count, policy)
+        offsets = low + (high - low) * parts[:, None] // (2 * policy.evaluation_clips)  # (rows, positions, ranges)
+        side = np.minimum(clips.width, clips.height)
+        left, top = ((length - side) * places // 2 for length in (clips.width, clips.height))
+        crops = np.stack(np.broadcast_arrays(left, top, side, side), axis=-1)  # (rows, windows, 4)
+        table.frame_index[rows] = np.repeat(_frame_indices(offsets, clips, policy), len(places), axis=1)
+        table.crop_xywh[rows] = np.tile(crops, (1, policy.evaluation_clips, 1))
     return table
 
 
+@dataclass(frozen=True)
+class _Clips:
+    """The fields of `ClipFacts` as columns (rows, 1)."""
+
+    width: IntArray
+    height: IntArray
+    first_frame: IntArray
+    frame_count: IntArray
+
+
+def _readable_blocks(facts: Sequence[ClipFacts | None]) -> Iterator[tuple[list[int], _Clips]]:
+    """Yield the rows of clips with facts, and those facts, in blocks that bound the memory."""
+    readable = [row for row, clip in enumerate(facts) if clip is not None]
+    for start in range(0, len(readable), TABLE_ROWS):
+        rows = readable[start : start + TABLE_ROWS]
+        clips = [clip for row in rows if (clip := facts[row]) is not None]
+        columns = np.array([(c.width, c.height, c.first_frame, c.frame_count) for c in clips], np.int64)
+        yield rows, _Clips(*np.split(columns, 4, axis=1))
+
+
 def _draw(
-    facts: ClipFacts, policy: ViewPolicy, *, dataset: str, clip_id: str, seed: int, numbers: Iterable[int]
-) -> Iterator[tuple[list[int], tuple[int, int, int, int], bool]]:
-    """Yield frame offsets, crop and the toss of the flip of each view."""
-    ranges = _frame_ranges(facts.frame_count, policy)  # dense: one range for the start
-    count = len(ranges) + 4
-    low, high = policy.scale
-    head, tail = f"[{_encode(dataset)}, {_encode(clip_id)}, ", _key_tail(policy, seed)
-    for number in numbers:
-        key = hash_key(f"{head}{number}{tail}")  # of the JSON [dataset, clip id, number, policy, seed]
-        words = [word for block in range(-(-count // BLOCK_WORDS)) for word in word_block(key, block)]
-        offsets = [start + below(word, stop - start) for word, (start, stop) in zip(words, ranges, strict=False)]
-        of_scale, of_left, of_top, of_flip = words[len(ranges) : count]
-        side = max(1, round(min(facts.width, facts.height) / (low + (high - low) * unit(of_scale))))
-        left, top = below(of_left, facts.width - side + 1), below(of_top, facts.height - side + 1)
-        yield offsets, (left, top, side, side), bool(below(of_flip, 2))
+    words: UInt64Array, clips: _Clips, policy: ViewPolicy
+) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_]]:
+    """Turn words (rows, views, N) into frame indices (rows, views, T), crops (rows, views, 4) and tosses."""
+    low, high = _frame_ranges(clips.frame_count, policy)
+    ranges = low.shape[-1]
+    offsets = low + below(words[..., :ranges], high - low)
+    of_scale, of_left, of_top, of_flip = (words[..., ranges + i] for i in range(4))
+    smallest, largest = policy.scale
+    factor = smallest + (largest - smallest) * unit(of_scale)
+    side = np.maximum(1, np.rint(np.minimum(clips.width, clips.height) / factor)).astype(np.int64)
+    left, top = below(of_left, clips.width - side + 1), below(of_top, clips.height - side + 1)
+    tossed = below(of_flip, np.array(2)).astype(np.bool_)
+    return _frame_indices(offsets, clips, policy), np.stack([left, top, side, side], axis=-1), tossed
 
 
 _encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
@@ -172,36 +217,28 @@ _encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 @lru_cache(maxsize=8)
 def _key_tail(policy: ViewPolicy, seed: int) -> str:
+    """Return the end of the key, the JSON [dataset, clip id, number, policy, seed]."""
     fields = policy.model_dump(mode="json", exclude={"evaluation_crops", "evaluation_clips"})
     return f", {_encode(fields)}, {seed}]"
 
 
-def evaluation_views(facts: ClipFacts, policy: ViewPolicy) -> tuple[View, ...]:
-    """Return the fixed views of a clip: temporal positions x windows (centre, or start, centre and end)."""
-    side = min(facts.width, facts.height)
-    slack_x, slack_y = facts.width - side, facts.height - side
-    places = (1,) if policy.evaluation_crops == 1 else (0, 1, 2)
-    crops = [(slack_x * place // 2, slack_y * place // 2, side, side) for place in places]
-    views = []
-    for position in range(policy.evaluation_clips):
-        part, parts = 2 * position + 1, 2 * policy.evaluation_clips
-        offsets = [low + (high - low) * part // parts for low, high in _frame_ranges(facts.frame_count, policy)]
-        views += [View(_frame_indices(offsets, facts, policy), crop, False) for crop in crops]
-    return tuple(views)
+def _range_count(policy: ViewPolicy) -> int:
+    return 1 if policy.sampling == "dense" else policy.frames
 
 
-@lru_cache(maxsize=4096)
-def _frame_ranges(frame_count: int, policy: ViewPolicy) -> list[tuple[int, int]]:
-    """Return the half-open ranges from which frame offsets are drawn: one a segment, or one for the start."""
+def _frame_ranges(frame_count: IntArray, policy: ViewPolicy) -> tuple[IntArray, IntArray]:
+    """Return the half-open ranges (rows, 1, ranges) of frame offsets: one a segment, or one for the start."""
     if policy.sampling == "dense":
         span = (policy.frames - 1) * policy.stride + 1
-        return [(0, max(1, frame_count - span + 1))]
-    t = policy.frames
-    bounds = [(i * frame_count // t, (i + 1) * frame_count // t) for i in range(t)]
-    return [(low, max(low + 1, high)) for low, high in bounds]
+        high = np.maximum(1, frame_count - span + 1)[:, None]
+        return np.zeros_like(high), high
+    bounds = (np.arange(policy.frames + 1) * frame_count // policy.frames)[:, None]
+    low = bounds[..., :-1]
+    return low, np.maximum(low + 1, bounds[..., 1:])
 
 
-def _frame_indices(offsets: list[int], facts: ClipFacts, policy: ViewPolicy) -> IntArray:
+def _frame_indices(offsets: IntArray, clips: _Clips, policy: ViewPolicy) -> IntArray:
+    """Return indices (rows, views, T) in the video from offsets (rows, views, ranges); the end repeats frames."""
     if policy.sampling == "dense":
-        offsets = [offsets[0] + i * policy.stride for i in range(policy.frames)]
-    return facts.first_frame + np.minimum(np.array(offsets, np.int64), facts.frame_count - 1)
+        offsets = offsets + policy.stride * np.arange(policy.frames)
+    return clips.first_frame[:, None] + np.minimum(offsets, clips.frame_count[:, None] - 1)

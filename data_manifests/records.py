@@ -10,7 +10,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from mmkd.data_manifests.errors import InputError, StorageError
 from mmkd.data_manifests.json_file import unique_keys
 
 SCHEMA = "mmkd-manifest-1"
+HEADER_KEYS = frozenset({"schema", "dataset", "flip_allowed", "heads"})
+CLIP_KEYS = frozenset({"clip_id", "video", "split", "labels", "start_seconds", "end_seconds", "groups"})
 MAX_HEADER_BYTES = 64 * 2**20
 NOT_TEXT = re.compile("[\x00-\x1f\ud800-\udfff]")
 """Control characters, and halves of surrogate pairs, which UTF-8 cannot hold."""
@@ -108,12 +111,12 @@ class Manifest:
             raise InputError("the manifest holds no clip")
         if len({head.name for head in self.heads}) != len(self.heads) or not self.heads:
             raise InputError("the manifest needs at least one head, each named once")
-        seen: dict[str, int] = {}
-        for row, clip in enumerate(self.clips):
-            key = clip.clip_id.casefold()
-            if key in seen:
-                raise InputError(f"clip {row + 1}: id {clip.clip_id!r} is already that of clip {seen[key] + 1}")
-            seen[key] = row
+        if (repeated := _repeated_id(self.clips)) is not None:
+            first, again = repeated
+            raise InputError(
+                f"clip {again + 1}: id {self.clips[again].clip_id!r} is already that of clip {first + 1}"
+            )
+        for clip in {id(clip.labels): clip for clip in self.clips}.values():  # equal labels may be one object
             check_labels(clip, self.heads)
         for split in dict.fromkeys(clip.split for clip in self.clips):
             self._by_split[split] = tuple(clip for clip in self.clips if clip.split == split)
@@ -142,6 +145,17 @@ def _is_text(text: str) -> bool:
     return NOT_TEXT.search(text) is None
 
 
+def _repeated_id(clips: Sequence[Clip]) -> tuple[int, int] | None:
+    """Return the rows of the first id that repeats (without regard to case), or None."""
+    seen: set[str] = set()
+    for again, clip in enumerate(clips):
+        key = clip.clip_id.casefold()
+        if key in seen:
+            return next(row for row, other in enumerate(clips) if other.clip_id.casefold() == key), again
+        seen.add(key)
+    return None
+
+
 def check_labels(clip: Clip, heads: Sequence[Head]) -> None:
     """Raise InputError unless the clip has one label (or None) inside the class list of each head."""
     sizes = {head.name: len(head.classes) for head in heads}
@@ -166,16 +180,22 @@ def manifest_lines(manifest: Manifest) -> Iterable[str]:
     }
     yield _encode(header)
     for clip in manifest.clips:
-        row = {
-            "clip_id": clip.clip_id,
-            "video": clip.video,
-            "split": clip.split,
-            "labels": {head.name: clip.labels[head.name] for head in manifest.heads},
-            "start_seconds": float(clip.start_seconds),
-            "end_seconds": None if clip.end_seconds is None else float(clip.end_seconds),
-            "groups": list(clip.groups),
-        }
-        yield _encode(row)
+        yield clip_line(clip, manifest.heads)
+
+
+def clip_line(clip: Clip, heads: Sequence[Head]) -> str:
+    """Return a clip's canonical JSON line: what `json.dumps` would write of it, in a third of the time."""
+    labels = ", ".join(f'"{head.name}": {_number(clip.labels[head.name])}' for head in heads)
+    start, end = float(clip.start_seconds), None if clip.end_seconds is None else float(clip.end_seconds)
+    groups = _encode(list(clip.groups)) if clip.groups else "[]"
+    return (
+        f'{{"clip_id": {_encode(clip.clip_id)}, "video": {_encode(clip.video)}, "split": {_encode(clip.split)}, '
+        f'"labels": {{{labels}}}, "start_seconds": {start!r}, "end_seconds": {_number(end)}, "groups": {groups}}}'
+    )
+
+
+def _number(value: float | None) -> str:
+    return "null" if value is None else repr(value)
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -200,8 +220,10 @@ def load_manifest(path: Path) -> Manifest:
     first = next(lines, None)
     if first is None:
         raise InputError(f"{path} is empty; make it with `mmkd-cache manifest`")
-    header = f"{path}:{first[0]}"
-    dataset, heads, flip_allowed = _header(_object(first[1], header), header)
+    try:
+        dataset, heads, flip_allowed = _header(_object(first[1]))
+    except InputError as error:
+        raise InputError(f"{path}:{first[0]}: {error}") from error
     clips = _clips(lines, heads, path)
     try:
         return Manifest(dataset, heads, clips, flip_allowed)
@@ -219,95 +241,119 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 Labels = Mapping[str, int | None]
-LabelItems = tuple[tuple[str, int | None], ...]
+_TEXT, _NUMBER = r'"([^"\\\x00-\x1f]*)"', r"(-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)"
+AS_WE_WRITE = re.compile(
+    rf'\{{"clip_id": {_TEXT}, "video": {_TEXT}, "split": {_TEXT}, "labels": (\{{[^{{}}]*\}}), '
+    rf'"start_seconds": {_NUMBER}, "end_seconds": (?:{_NUMBER}|null), "groups": (\[[^\[\]]*\])\}}\r?\n?'
+)
+"""A line of `clip_line` whose id, video and split hold no escape; of any other one, JSON's parser takes care."""
+
+
+class _ClipReader:
+    """Turns lines into clips; equal labels and groups are one object, for clips may be millions."""
+
+    def __init__(self, heads: Sequence[Head]) -> None:
+        self._heads = heads
+        self._labels: dict[str, Labels] = {}
+        self._groups: dict[str, tuple[str, ...]] = {}
+
+    def clip(self, line: str) -> Clip:
+        """Return the clip of a line; InputError when it is none."""
+        match = AS_WE_WRITE.fullmatch(line)
+        if match is None:
+            return self._clip(_object(line))
+        clip_id, video, split, labels_text, start, end, groups_text = match.groups()
+        labels, groups = self._labels.get(labels_text), self._groups.get(groups_text)
+        if labels is None or groups is None:
+            clip = self._clip(_object(line))
+            self._labels[labels_text], self._groups[groups_text] = clip.labels, clip.groups
+            return clip
+        start_seconds, end_seconds = float(start), None if end is None else float(end)
+        return Clip(clip_id, video, sys.intern(split), labels, start_seconds, end_seconds, groups)
+
+    def _clip(self, row: dict[str, Any]) -> Clip:
+        _only(row, CLIP_KEYS)
+        for key in ("clip_id", "video", "split"):
+            if not isinstance(row.get(key), str):
+                raise InputError(f"{key!r} must be a string, got {row.get(key)!r}")
+        labels = row.get("labels")
+        if not isinstance(labels, dict) or not all(v is None or type(v) is int for v in labels.values()):
+            raise InputError(f"'labels' must map each head to a whole number or null, got {labels!r}")
+        groups = row.get("groups", [])
+        if not _is_list_of_strings(groups):
+            raise InputError(f"'groups' must be a list of names, got {groups!r}")
+        clip = Clip(
+            clip_id=row["clip_id"],
+            video=row["video"],
+            split=sys.intern(row["split"]),
+            labels=labels,
+            start_seconds=_seconds(row, "start_seconds") or 0.0,
+            end_seconds=_seconds(row, "end_seconds"),
+            groups=tuple(groups),
+        )
+        check_labels(clip, self._heads)
+        return clip
+
+
+def _seconds(row: dict[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InputError(f"start_seconds and end_seconds must be numbers, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"{key} is too large a number") from None
 
 
 def _clips(lines: Iterable[tuple[int, str]], heads: Sequence[Head], path: Path) -> tuple[Clip, ...]:
-    """Return the clips; equal labels are one object, for there are few of them and may be millions of clips."""
-    seen: dict[str, int] = {}
-    labels: dict[LabelItems, Labels] = {}
-    clips = []
+    reader, numbers, clips = _ClipReader(heads), array("q"), []
     for number, line in lines:
-        where = f"{path}:{number}"
         try:
-            clip = _clip(_object(line, where), where, labels)
-            check_labels(clip, heads)
+            clips.append(reader.clip(line))
         except InputError as error:
-            text_of_error = str(error)
-            raise InputError(text_of_error if where in text_of_error else f"{where}: {error}") from error
-        key = clip.clip_id.casefold()
-        if key in seen:
-            raise InputError(f"{where}: clip id {clip.clip_id!r} already stands in line {seen[key]}")
-        seen[key] = number
-        clips.append(clip)
+            raise InputError(f"{path}:{number}: {error}") from error
+        numbers.append(number)
+    if (repeated := _repeated_id(clips)) is not None:
+        first, again = repeated
+        raise InputError(
+            f"{path}:{numbers[again]}: clip id {clips[again].clip_id!r} already stands in line {numbers[first]}"
+        )
     return tuple(clips)
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
+def _object(line: str) -> dict[str, Any]:
     if len(line) > MAX_HEADER_BYTES:
-        raise InputError(f"{where}: the line is longer than {MAX_HEADER_BYTES} bytes")
+        raise InputError(f"the line is longer than {MAX_HEADER_BYTES} bytes")
     try:
         value = json.loads(line, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
+        raise InputError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{where}: expected a JSON object")
+        raise InputError("expected a JSON object")
     return value
 
 
-def _only(value: dict[str, Any], allowed: set[str], where: str) -> None:
-    unknown = sorted(set(value) - allowed)
-    if unknown:
-        raise InputError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
+def _only(value: dict[str, Any], allowed: Set[str]) -> None:
+    if unknown := sorted(value.keys() - allowed):
+        raise InputError(f"unknown key {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
 
 
-def _header(value: dict[str, Any], where: str) -> tuple[str, tuple[Head, ...], bool]:
+def _header(value: dict[str, Any]) -> tuple[str, tuple[Head, ...], bool]:
     """Return data set, heads and whether flips are allowed."""
     if value.get("schema") != SCHEMA:
-        raise InputError(f"{where}: not a manifest of schema {SCHEMA!r}; make it with `mmkd-cache manifest`")
-    _only(value, {"schema", "dataset", "flip_allowed", "heads"}, where)
+        raise InputError(f"not a manifest of schema {SCHEMA!r}; make it with `mmkd-cache manifest`")
+    _only(value, HEADER_KEYS)
     dataset, heads, flip_allowed = value.get("dataset"), value.get("heads"), value.get("flip_allowed", False)
     if not isinstance(dataset, str):
-        raise InputError(f"{where}: 'dataset' must be a name, got {dataset!r}")
+        raise InputError(f"'dataset' must be a name, got {dataset!r}")
     if not isinstance(flip_allowed, bool):
-        raise InputError(f"{where}: 'flip_allowed' must be true or false, got {flip_allowed!r}")
+        raise InputError(f"'flip_allowed' must be true or false, got {flip_allowed!r}")
     if not isinstance(heads, dict) or not all(_is_list_of_strings(names) for names in heads.values()):
-        raise InputError(f"{where}: 'heads' must map each head to its list of class names")
-    try:
-        return dataset, tuple(Head(name, tuple(classes)) for name, classes in heads.items()), flip_allowed
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError("'heads' must map each head to its list of class names")
+    return dataset, tuple(Head(name, tuple(classes)) for name, classes in heads.items()), flip_allowed
 
 
 def _is_list_of_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _clip(row: dict[str, Any], where: str, shared: dict[LabelItems, Labels]) -> Clip:
-    """Return the clip of a line; its labels are those in `shared`, where equal ones are there."""
-    _only(row, {"clip_id", "video", "split", "labels", "start_seconds", "end_seconds", "groups"}, where)
-    for key in ("clip_id", "video", "split"):
-        if not isinstance(row.get(key), str):
-            raise InputError(f"{where}: {key!r} must be a string, got {row.get(key)!r}")
-    labels = row.get("labels")
-    if not isinstance(labels, dict) or not all(v is None or type(v) is int for v in labels.values()):
-        raise InputError(f"{where}: 'labels' must map each head to a whole number or null, got {labels!r}")
-    times = row.get("start_seconds", 0.0), row.get("end_seconds")
-    if not all(t is None or (isinstance(t, int | float) and not isinstance(t, bool)) for t in times):
-        raise InputError(f"{where}: start_seconds and end_seconds must be numbers, got {times}")
-    try:
-        start, end = (None if t is None else float(t) for t in times)
-    except OverflowError:
-        raise InputError(f"{where}: start_seconds or end_seconds is too large a number") from None
-    groups = row.get("groups", [])
-    if not _is_list_of_strings(groups):
-        raise InputError(f"{where}: 'groups' must be a list of names, got {groups!r}")
-    return Clip(
-        clip_id=row["clip_id"],
-        video=row["video"],
-        split=sys.intern(row["split"]),
-        labels=shared.setdefault(tuple(labels.items()), labels),
-        start_seconds=start or 0.0,
-        end_seconds=end,
-        groups=tuple(groups),
-    )

@@ -95,7 +95,7 @@ def draw_views(
         clip_ids=[clip.clip_id for clip in clips],
         seed=seed,
         flip_allowed=manifest.flip_allowed,
-        views=training_views,
+        numbers=range(training_views),
     )
 
 

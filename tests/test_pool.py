@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -191,6 +193,55 @@ def test_an_exception_that_cannot_be_sent_is_raised_as_text():
     bad = "exec('class E(Exception):\\n def __init__(self, a, b): pass\\nraise E(1, 2)')"
     with pytest.raises(RuntimeError, match="raised in a worker process"):
         list(run_tasks(eval, [bad], workers=1))
+
+
+ARRAYS = (
+    "(lambda np: {'a': np.arange(50_001, dtype='u1')[::-1], 'b': np.arange(90_000.0).reshape(300, 300).T,"
+    " 'c': np.zeros((0, 3)), 'd': np.arange(7, dtype='i2')[::2], 'e': 'text'})(__import__('numpy'))"
+)
+
+
+@pytest.mark.parametrize("memory", ["enough", "too little", "none"])
+def test_large_arrays_arrive_whole_and_are_the_callers_own(memory):
+    """As files in memory, or through the pipe where the system gives none: the same values, types and layout."""
+    lack = {
+        "enough": "None",
+        "too little": "exec('import os; os.memfd_create = lambda name: os.open(\"/dev/full\", os.O_WRONLY)')",
+        "none": "exec('import os; del os.memfd_create')",
+    }
+    expected = eval(ARRAYS)
+    _, *results = plain(run_tasks(eval, [lack[memory], ARRAYS, ARRAYS, "0"], workers=1))
+    assert results.pop() == 0
+    for value in results:
+        assert value.pop("e") == "text"
+        for name, array in value.items():
+            np.testing.assert_array_equal(array, expected[name])
+            assert array.dtype == expected[name].dtype
+            assert array.flags.writeable
+            assert array.ctypes.data % array.itemsize == 0
+    results[0]["b"][:] = -1  # nobody else's
+    np.testing.assert_array_equal(results[1]["b"], expected["b"])
+
+
+def test_no_file_stays_open_for_what_arrived():
+    def open_results() -> list[str]:
+        found = []
+        for file in Path("/proc/self/fd").iterdir():
+            with suppress(FileNotFoundError):  # that of the listing itself
+                found.append(str(file.readlink()))
+        return [name for name in found if "mmkd-result" in name]
+
+    kept = list(run_tasks(eval, [ARRAYS] * 20, workers=1))
+    assert len(kept) == 20
+    assert not open_results()
+
+
+def test_a_worker_that_dies_before_it_hands_over_its_memory_takes_one_item():
+    death = TEAR.replace('(1000).to_bytes(4, "big") + b"half a message"', "MESSAGE").replace(
+        "import os, re, signal;",
+        'import os, pickle, re; data = pickle.dumps((b"", [70000]));MESSAGE = len(data).to_bytes(4, "big") + data;',
+    )
+    assert plain(run_tasks(eval, ["0", death, "2"], workers=1)) == [0, "error: decoder died", 2]
 
 
 def test_a_function_of_the_main_module_is_refused_with_advice(monkeypatch):

@@ -325,7 +325,7 @@ def test_stored_views_are_the_drawn_ones_again():
 def test_tables_hold_what_is_drawn_one_by_one(facts, policy, views):
     ids = [f"clip {row}" for row in range(len(facts))]
     common = {"dataset": "demo", "seed": 3, "flip_allowed": True}
-    random = random_view_table(facts, policy, clip_ids=ids, views=views, **common)
+    random = random_view_table(facts, policy, clip_ids=ids, numbers=range(views), **common)
     fixed = evaluation_view_table(facts, policy)
     for row, clip in enumerate(facts):
         if clip is None:
