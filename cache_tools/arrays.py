@@ -93,8 +93,8 @@ def encode_group(
     group = zarr.open_group(MemoryStore(objects), mode="w", zarr_format=3)
     codec = ZstdCodec(level=3, checksum=True)
     for name, value in static.items():
-        dtype: Any = str if isinstance(value, list) else value.dtype
-        shape = np.shape(value)
+        texts = isinstance(value, list)
+        dtype, shape = (str, (len(value),)) if texts else (value.dtype, value.shape)
         array = group.create_array(
             name,
             shape=shape,
@@ -103,7 +103,9 @@ def encode_group(
             compressors=codec,
             config={"write_empty_chunks": True},
         )
-        array[...] = np.array(value, dtype=object) if isinstance(value, list) else value
+        for start in range(0, shape[0], STATIC_ROWS):  # a block at a time: there may be millions of rows
+            block = value[start : start + STATIC_ROWS]
+            array[start : start + STATIC_ROWS] = np.array(block, dtype=object) if texts else block
     for spec, split in specs:
         inner = next(n for n in range(min(INNER_ROWS, split.shard_rows), 0, -1) if split.shard_rows % n == 0)
         group.create_array(

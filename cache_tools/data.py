@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from mmkd.cache_tools.facts import probe_all
-from mmkd.cache_tools.frames import Limits, VideoFiles, clip_facts
+from mmkd.cache_tools.frames import Limits, VideoFiles, clip_facts, frame_interval_seconds
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.recipes import Recipe
 from mmkd.cache_tools.records import ClipFacts, VideoFacts
@@ -80,16 +80,25 @@ class ClipSet:
 def clip_videos(
     clips: Sequence[Clip], found: Mapping[str, VideoFacts | VideoError]
 ) -> list[ClipVideo | VideoError]:
-    """Join clips with their videos' facts; raise InputError, naming the first, for segments outside their video."""
+    """Join clips with their videos' facts; raise InputError, naming the first, for segments outside their video.
+
+    Equal facts are one object: clips may be millions.
+    """
     items: list[ClipVideo | VideoError] = []
     outside: list[str] = []
+    intervals: dict[str, float] = {}
+    shared: dict[ClipFacts, ClipFacts] = {}
     for clip in clips:
         video = found[clip.video]
         if isinstance(video, VideoError):
             items.append(video)
             continue
+        interval = intervals.get(clip.video)
+        if interval is None and clip.end_seconds is not None:  # milliseconds in an hour's video of many clips
+            interval = intervals[clip.video] = frame_interval_seconds(video)
         try:
-            items.append(ClipVideo(clip, video, clip_facts(clip, video)))
+            facts = clip_facts(clip, video, interval)
+            items.append(ClipVideo(clip, video, shared.setdefault(facts, facts)))
         except VideoError as error:
             outside.append(f"clip {clip.clip_id!r} of {clip.video}: {error}")
     if outside:

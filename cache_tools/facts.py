@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from mmkd.cache_tools.frames import FrameSource
 from mmkd.cache_tools.pool import run_tasks
-from mmkd.cache_tools.records import VideoFacts
+from mmkd.cache_tools.records import Float64Array, VideoFacts
 from mmkd.data_manifests.errors import StorageError, VideoError
 
 SCHEMA = "mmkd-facts-2"
@@ -131,15 +132,23 @@ def _hash(header: Mapping[str, object], times: bytes) -> str:
 def _kept(
     source: FrameSource, videos: Sequence[str], store: Path
 ) -> Iterator[tuple[str, VideoFacts | VideoError | None]]:
-    """Yield each video with its kept facts, its VideoError when it is missing, or None to be probed."""
+    """Yield each video with its kept facts, its VideoError when it is missing, or None to be probed.
+
+    Equal frame times are one array: most videos of a data set have one rate and a usual length.
+    """
     if not store.is_dir():
         return
+    times: dict[bytes, Float64Array] = {}
     packed = read_pack(pack_path(store, videos))
     look_up = partial(_look_up, source, store, packed)
     batches = [videos[start : start + BATCH] for start in range(0, len(videos), BATCH)]
     with ThreadPoolExecutor(LOOKUP_THREADS) as executor:
         for batch, found in zip(batches, executor.map(look_up, batches), strict=True):
-            yield from zip(batch, found, strict=True)
+            for video, facts in zip(batch, found, strict=True):
+                if isinstance(facts, VideoFacts):
+                    own = facts.times_seconds
+                    facts = replace(facts, times_seconds=times.setdefault(own.tobytes(), own))
+                yield video, facts
 
 
 def _look_up(

@@ -146,23 +146,30 @@ def choose_decoder(index: PacketIndex, height: int) -> str:
     return "decord" if listed and not index.hidden and height % 2 == 0 and HAS_DECORD else "pyav"
 
 
-def clip_facts(clip: Clip, facts: VideoFacts) -> ClipFacts:
+def frame_interval_seconds(facts: VideoFacts) -> float:
+    """Return the median time between frames; 1 for a single frame."""
+    return float(np.median(np.diff(facts.times_seconds))) if facts.frame_count > 1 else 1.0
+
+
+def clip_facts(clip: Clip, facts: VideoFacts, interval_seconds: float | None = None) -> ClipFacts:
     """Return which of the video's frames are the clip's: those with start_seconds <= t < end_seconds.
 
-    A segment may end up to one frame's time after the video does, since annotations are rounded.
+    A segment may end up to one frame's time after the video does, since annotations are rounded. That time is
+    `frame_interval_seconds`, for a caller with many clips of one video to give.
     """
-    times = facts.times_seconds
-    interval = float(np.median(np.diff(times))) if len(times) > 1 else 1.0
-    video_end = float(times[-1]) + interval
-    end = video_end if clip.end_seconds is None else clip.end_seconds
-    if end > video_end + interval:
-        raise VideoError(f"the segment ends at {end:g} s, the video at {video_end:.3f} s")
-    first, last = np.searchsorted(times, (clip.start_seconds, end), side="left")
-    if clip.end_seconds is None:
-        last = len(times)
+    times, end = facts.times_seconds, clip.end_seconds
+    if end is None:
+        last, until = facts.frame_count, "the video's end"
+    else:
+        interval = frame_interval_seconds(facts) if interval_seconds is None else interval_seconds
+        video_end = float(times[-1]) + interval
+        if end > video_end + interval:
+            raise VideoError(f"the segment ends at {end:g} s, the video at {video_end:.3f} s")
+        last, until = int(np.searchsorted(times, end)), f"{end:g} s"
+    first = int(np.searchsorted(times, clip.start_seconds)) if clip.start_seconds else 0
     if first >= last:
-        raise VideoError(f"no frame from {clip.start_seconds:g} s to {end:g} s")
-    return ClipFacts(facts.width, facts.height, int(first), int(last - first))
+        raise VideoError(f"no frame from {clip.start_seconds:g} s to {until}")
+    return ClipFacts(facts.width, facts.height, first, last - first)
 
 
 def check_indices(frame_indices: IntArray, facts: VideoFacts) -> None:

@@ -152,7 +152,7 @@ def _repeated_id(clips: Sequence[Clip]) -> tuple[int, int] | None:
         key = clip.clip_id.casefold()
         if key in seen:
             return next(row for row, other in enumerate(clips) if other.clip_id.casefold() == key), again
-        seen.add(key)
+        seen.add(clip.clip_id if key == clip.clip_id else key)  # without a copy of each of a million ids
     return None
 
 
@@ -263,12 +263,12 @@ class _ClipReader:
         if match is None:
             return self._clip(_object(line))
         clip_id, video, split, labels_text, start, end, groups_text = match.groups()
-        labels, groups = self._labels.get(labels_text), self._groups.get(groups_text)
-        if labels is None or groups is None:
+        if labels_text not in self._labels or groups_text not in self._groups:
             clip = self._clip(_object(line))
-            self._labels[labels_text], self._groups[groups_text] = clip.labels, clip.groups
-            return clip
-        start_seconds, end_seconds = float(start), None if end is None else float(end)
+            self._labels.setdefault(labels_text, clip.labels)
+            self._groups.setdefault(groups_text, clip.groups)
+        labels, groups = self._labels[labels_text], self._groups[groups_text]
+        start_seconds, end_seconds = float(start) or 0.0, None if end is None else float(end)  # one 0.0 for all
         return Clip(clip_id, video, sys.intern(split), labels, start_seconds, end_seconds, groups)
 
     def _clip(self, row: dict[str, Any]) -> Clip:

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mmkd.cache_tools.canonical import pixel_hash, thumbnail
 from mmkd.cache_tools.data import ClipSet, ClipVideo
 from mmkd.cache_tools.fingerprints import require_same
 from mmkd.cache_tools.pool import run_tasks
@@ -177,13 +176,13 @@ class Comparison:
         return tuple(self._drawn[position].view for position in positions)
 
     def _add(self, positions: Sequence[int], item: ClipVideo, clip: PreparedClip, boxes: BoxFile | None) -> None:
-        for position, pixels in zip(positions, clip.pixels, strict=True):
-            self._compare_pixels(position, pixels)
+        for position, own_hash, own_thumbnail in zip(positions, clip.pixel_hashes, clip.thumbnails, strict=True):
+            self._compare_pixels(position, int(own_hash), own_thumbnail)
         recipe, views = self._recipe, self._views(positions)
         clip = with_flow(clip, item, views, recipe=recipe.flow, device=str(self._experts[0].device))
         for expert in self._experts:
             try:
-                inputs = view_inputs(expert.modality, item, views, clip, recipe=recipe, boxes=boxes)
+                inputs = view_inputs(expert.modality, item, views, clip, boxes=boxes)
             except BoxesMissingError:
                 continue  # the cache may hold no logits either; if it does, NaN tells
             queue = self._queues[expert.name]
@@ -191,12 +190,12 @@ class Comparison:
             if len(queue) >= other_batch_size(recipe.build.batch_views):
                 self._run_queue(expert)
 
-    def _compare_pixels(self, position: int, pixels: npt.NDArray[np.uint8]) -> None:
+    def _compare_pixels(self, position: int, own_hash: int, own_thumbnail: npt.NDArray[np.uint8]) -> None:
         drawn = self._drawn[position]
         self.pixels.views += 1
-        self.same_pixels[position] = pixel_hash(pixels) == drawn.pixel_hash
+        self.same_pixels[position] = own_hash == drawn.pixel_hash
         if not self.same_pixels[position]:
-            difference = float(np.abs(thumbnail(pixels).astype(np.int16) - drawn.thumbnail).mean())
+            difference = float(np.abs(own_thumbnail.astype(np.int16) - drawn.thumbnail).mean())
             found = self.pixels.exchanged if difference > MEAN_DIFFERENCE_LIMIT else self.pixels.rounded
             found.append(f"{drawn.name}: mean difference {difference:.1f} grey levels")
 

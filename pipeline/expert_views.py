@@ -6,9 +6,9 @@ from mmkd.cache_tools.data import ClipVideo
 from mmkd.cache_tools.view_streams import ViewStream
 from mmkd.data_manifests.records import Head
 from mmkd.pipeline.boxes import BoxTrack
-from mmkd.pipeline.flow import FlowFields, pair_starts
+from mmkd.pipeline.flow import FlowFields, pair_starts, view_flow
 from mmkd.pipeline.flow_store import FlowStore
-from mmkd.pipeline.modalities import Inputs, boxes_input, flow_input
+from mmkd.pipeline.modalities import Inputs, boxes_input
 from mmkd.pipeline.recipe import FlowRecipe
 from mmkd.student.rgb_views import label_arrays
 
@@ -48,7 +48,8 @@ class FlowViews(ClipViews):
         item, wanted = self._clips[row], self._stream.view(row, view)
         starts = pair_starts(wanted.frame_indices, item.facts, self._recipe.step)
         fields = FlowFields(starts, self._store.read(item, starts))
-        return flow_input(fields, wanted, item, step=self._recipe.step, size_px=self._size_px)
+        flow = view_flow(fields, wanted, item.facts, step=self._recipe.step, size_px=self._size_px)
+        return {"flow": flow}
 
 
 class BoxViews(ClipViews):

@@ -126,6 +126,12 @@ def decode_flow(stored: np.ndarray[Any, Any], recipe: FlowRecipe) -> Float32Arra
     return flow
 
 
+def view_flow(flow: FlowFields, view: View, facts: ClipFacts, *, step: int, size_px: int) -> Float32Array:
+    """Return what a flow expert sees of a view (T, 2, S, S): one field for each sampled frame, in the window."""
+    fields = flow.select(pair_starts(view.frame_indices, facts, step))
+    return crop_flow(fields, view, facts, size_px=size_px)
+
+
 def crop_flow(fields: Float32Array, view: View, facts: ClipFacts, *, size_px: int) -> Float32Array:
     """Cut a view's window out of full-frame fields (T, 2, h, w) and resize it to (T, 2, S, S), bilinearly.
 

@@ -8,12 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mmkd.cache_tools.data import ClipVideo
-from mmkd.cache_tools.records import UInt8Array, View
+from mmkd.cache_tools.records import View
 from mmkd.cache_tools.views import ViewPolicy
 from mmkd.pipeline.boxes import BoxFile, BoxTrack, boxes_at
-from mmkd.pipeline.flow import FlowFields, crop_flow, pair_starts
 from mmkd.pipeline.prepare import PreparedClip
-from mmkd.pipeline.recipe import TeacherRecipe
 
 Inputs = dict[str, npt.NDArray[Any]]
 """Name -> array of one view, without a batch axis."""
@@ -42,17 +40,6 @@ class InputShapes:
         }
 
 
-def rgb_input(pixels: UInt8Array) -> Inputs:
-    """Return {"rgb": uint8 (T, S, S, 3)}, the canonical view."""
-    return {"rgb": pixels}
-
-
-def flow_input(flow: FlowFields, view: View, item: ClipVideo, *, step: int, size_px: int) -> Inputs:
-    """Return {"flow": float32 (T, 2, S, S)}: one field for each sampled frame, in the view's window."""
-    fields = flow.select(pair_starts(view.frame_indices, item.facts, step))
-    return {"flow": crop_flow(fields, view, item.facts, size_px=size_px)}
-
-
 def boxes_input(track: BoxTrack, view: View, item: ClipVideo) -> Inputs:
     """Return boxes float32 (T, N, 4), full-frame normalised as in STLT, categories int64 and scores (T, N).
 
@@ -69,18 +56,17 @@ def view_inputs(
     views: Sequence[View],
     clip: PreparedClip,
     *,
-    recipe: TeacherRecipe,
     boxes: BoxFile | None,
 ) -> list[Inputs]:
     """Return what an expert of a modality sees of each view of a prepared clip.
 
+    {"rgb": uint8 (T, S, S, 3)}, {"flow": float32 (T, 2, S, S)}, or what `boxes_input` returns.
     Raises BoxesMissingError when the annotation does not fit the video.
     """
     if modality == "rgb":
-        return [rgb_input(pixels) for pixels in clip.pixels]
+        return [{"rgb": pixels} for pixels in clip.pixels]
     if modality == "flow" and clip.flow is not None:
-        step, size_px = recipe.flow.step, recipe.views.size_px
-        return [flow_input(clip.flow, view, item, step=step, size_px=size_px) for view in views]
+        return [{"flow": flow} for flow in clip.flow]
     if modality == "boxes" and boxes is not None:
         track = boxes.track(item.clip.video)
         return [boxes_input(track, view, item) for view in views]

@@ -1,7 +1,8 @@
-"""What a decoding process does with one clip: read it once, make every view's pixels and the flow it needs.
+"""What a decoding process does with one clip: read it once, make every view's pixels, thumbprint and flow.
 
-These functions run in worker processes that may die or be killed. On the CPU flow is computed here too, one
-thread to a process, since TV-L1 scales by processes there; on a GPU the build computes it from `frames`.
+These functions run in worker processes that may die or be killed, as many as there are cores, so that the process
+with the experts has nothing left to do but to run them. On the CPU flow is computed here too, one thread to a
+process, since TV-L1 scales by processes there; on a GPU the build computes it from `frames`.
 """
 
 import time
@@ -10,12 +11,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from mmkd.cache_tools.canonical import canonical_view
+from mmkd.cache_tools.canonical import canonical_view, pixel_hash, thumbnail
 from mmkd.cache_tools.data import ClipVideo
 from mmkd.cache_tools.frames import FrameSource
-from mmkd.cache_tools.records import ClipFrames, IntArray, UInt8Array, View
+from mmkd.cache_tools.records import ClipFrames, Float32Array, IntArray, UInt8Array, UInt64Array, View
 from mmkd.data_manifests.errors import VideoError
-from mmkd.pipeline.flow import FlowFields, all_pairs, clip_flow, pair_ends, pair_starts
+from mmkd.pipeline.flow import FlowFields, all_pairs, clip_flow, pair_ends, pair_starts, view_flow
 from mmkd.pipeline.flow_store import FlowStore
 from mmkd.pipeline.recipe import FlowRecipe
 
@@ -54,8 +55,12 @@ class PreparedClip:
 
     pixels: UInt8Array
     """(V, T, S, S, 3) canonical views."""
-    flow: FlowFields | None
-    """Fields of all pairs that the views need; None when not wanted or not computed here."""
+    pixel_hashes: UInt64Array
+    """(V,) their hashes."""
+    thumbnails: UInt8Array
+    """(V, 144) their thumbnails."""
+    flow: Float32Array | None
+    """(V, T, 2, S, S) flow of the views, in pixels per step; None when not wanted or not computed here."""
     frames: ClipFrames | None
     """The frames of those pairs, when flow is left to the build's device."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -85,16 +90,23 @@ def prepare_clip(job: ClipJob) -> PreparedClip:
     frames = job.source.read(job.item.clip.video, np.unique(np.concatenate(sampled)), job.item.video)
     check_size(frames, job.item)
     pixels = np.stack([canonical_view(frames, view, job.size_px) for view in job.views])
+    hashes, thumbnails = (
+        np.array([pixel_hash(view) for view in pixels], np.uint64),
+        np.stack(list(map(thumbnail, pixels))),
+    )
     decoded = time.perf_counter()
     flow = None
     if job.flow and starts is not None:
+        fields = None
         if store is not None and stored:
-            flow = FlowFields(starts, store.read(job.item, starts))
+            fields = FlowFields(starts, store.read(job.item, starts))
         elif job.flow.device == "cpu":
-            flow = _flow(frames, job.item, starts, job.flow)
+            fields = _flow(frames, job.item, starts, job.flow)
+        if fields is not None:
+            flow = view_flows(fields, job.views, job.item, recipe=job.flow.recipe, size_px=job.size_px)
     seconds = {"decode": decoded - began, "flow": time.perf_counter() - decoded}
     left = frames if job.flow and flow is None else None
-    return PreparedClip(pixels, flow, left, seconds)
+    return PreparedClip(pixels, hashes, thumbnails, flow, left, seconds)
 
 
 def with_flow(
@@ -104,8 +116,16 @@ def with_flow(
     if clip.frames is None:
         return clip
     starts = needed_pairs(views, item, recipe.step)
-    flow = clip_flow(clip.frames, item.facts, starts, recipe=recipe, device=device)
+    fields = clip_flow(clip.frames, item.facts, starts, recipe=recipe, device=device)
+    flow = view_flows(fields, views, item, recipe=recipe, size_px=clip.pixels.shape[2])
     return replace(clip, flow=flow, frames=None)
+
+
+def view_flows(
+    fields: FlowFields, views: tuple[View, ...], item: ClipVideo, *, recipe: FlowRecipe, size_px: int
+) -> Float32Array:
+    """Return (V, T, 2, S, S): what a flow expert sees of each view."""
+    return np.stack([view_flow(fields, view, item.facts, step=recipe.step, size_px=size_px) for view in views])
 
 
 def check_size(frames: ClipFrames, item: ClipVideo) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from mmkd.cache_tools.arrays import Objects, encode_block
-from mmkd.cache_tools.canonical import THUMBNAIL_SIZE, pixel_hash, thumbnail
+from mmkd.cache_tools.canonical import THUMBNAIL_SIZE
 from mmkd.cache_tools.commits import CommitRecord, Unusable, hash_objects
 from mmkd.cache_tools.data import ClipVideo
 from mmkd.cache_tools.layout import (
@@ -144,13 +144,11 @@ class ShardBlock:
     def add(self, row: int, item: ClipVideo, views: Sequence[View], clip: PreparedClip) -> None:
         """Give one prepared clip to every expert; boxes that are missing fail that expert alone."""
         position = row - self.shard.rows.start
-        for number, pixels in enumerate(clip.pixels if self._thumbprints else ()):
-            self._hashes[position, number] = pixel_hash(pixels)
-            self._thumbnails[position, number] = thumbnail(pixels)
+        self._hashes[position], self._thumbnails[position] = clip.pixel_hashes, clip.thumbnails
         for batcher in self._batchers:
             try:
                 modality = batcher.expert.modality
-                inputs = view_inputs(modality, item, views, clip, recipe=self._recipe, boxes=self._boxes)
+                inputs = view_inputs(modality, item, views, clip, boxes=self._boxes)
             except BoxesMissingError as error:
                 self._fail(batcher, position, Status.BOXES_MISSING, str(error))
                 continue

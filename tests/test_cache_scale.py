@@ -9,7 +9,7 @@ from mmkd.cache_tools.layout import SplitLayout
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.store import LocalStore
 
-from .benchmarks.scale import SHARD_ROWS, start, write_shards
+from .benchmarks.scale import SHARD_ROWS, make_manifest, start, write_shards
 
 CLASSES = 11
 
@@ -37,9 +37,11 @@ class CountingStore(LocalStore):
 @pytest.fixture(scope="module", params=[2, 7])
 def written(request, tmp_path_factory):
     """A store with all shards of so many, before and after finalize."""
-    store = LocalStore(tmp_path_factory.mktemp("scale") / "cache")
+    folder = tmp_path_factory.mktemp("scale")
+    store = LocalStore(folder / "cache")
     rows = request.param * SHARD_ROWS - 5
-    _, metadata, _ = start(store, rows, CLASSES)
+    make_manifest(folder / "manifest.jsonl", rows, CLASSES)
+    metadata, _ = start(store, folder / "manifest.jsonl")
     before = set(store.list())
     shards = list(SplitLayout("train", rows, 1, SHARD_ROWS, 1).shards())
     write_shards(store, metadata, shards, CLASSES)

@@ -98,6 +98,16 @@ def test_the_second_run_probes_nothing(root, tmp_path):
     assert all(same(first[video], second[video]) for video in VIDEOS)
 
 
+def test_kept_videos_with_equal_times_share_them(root, tmp_path):
+    (root / "again.webm").write_bytes((root / "1.webm").read_bytes())
+    videos = [*VIDEOS, "again.webm"]
+    probe_counted(root, tmp_path / "facts", videos)
+    found, probed = probe_counted(root, tmp_path / "facts", videos)
+    assert probed == []
+    assert found["again.webm"].times_seconds is found["1.webm"].times_seconds
+    assert found["0.webm"].times_seconds is not found["1.webm"].times_seconds
+
+
 def test_what_is_kept_is_what_is_given(root, tmp_path):
     """Only an altered kept file shows that it is read at all."""
     probe_counted(root, tmp_path / "facts", VIDEOS)

@@ -73,6 +73,32 @@ def test_what_is_saved_loads_back_in_any_dress(tmp_path, manifest, newline, mark
     assert load_manifest(path) == manifest
 
 
+def test_lines_are_json_and_equal_parts_of_clips_are_one_object(tmp_path):
+    """A line as we write it is read without JSON's parser: the clips are those of another form of the same JSON."""
+    clips = [
+        Clip(f"c{n}", f"v{n}.mp4", "train", {"verb": n % 2}, float(n % 3), n + 5.5 if n % 2 else None, groups)
+        for n, groups in enumerate([(), ("tail",), ("tail", "é"), (), ("tail",), ("a]",), ('"',)])
+    ]
+    path = tmp_path / "manifest.jsonl"
+    save_manifest(Manifest("d", (Head("verb", ("open", "close")),), tuple(clips)), path)
+    loaded = load_manifest(path).clips
+    assert loaded == tuple(clips)
+    assert loaded[0].labels is loaded[2].labels
+    assert loaded[1].groups is loaded[4].groups
+    assert loaded[0].split is loaded[1].split
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines == [json.dumps(json.loads(line), ensure_ascii=False) for line in lines]
+
+
+@pytest.mark.parametrize("number", ["1_0", "\uff10", "1.", ".5", "+1", "01", "0x1", "1e", "NaN1"])
+def test_a_number_that_json_does_not_know_is_refused(tmp_path, number):
+    save_manifest(replace(MANIFEST, clips=(CLIP,)), tmp_path / "m")
+    text = (tmp_path / "m").read_text().replace("2.5", number)
+    assert number in text
+    (tmp_path / "m").write_text(text, encoding="utf-8")
+    assert "not JSON" in refused(tmp_path / "m")
+
+
 HEADS = (Head("verb", ("open", "close")), Head("noun", ("door", "jar", "lid")))
 CLIP = Clip("P01_101_0", "P01/P01_101.MP4", "train", {"verb": 1, "noun": None}, 2.5, 4.0, ("unseen",))
 OTHER = replace(CLIP, clip_id="P01_101_1", split="validation", labels={"verb": 0, "noun": 2}, groups=())

@@ -65,7 +65,7 @@ class Clips:
         for item, stored in zip(self.items, self.views, strict=True):
             view = change(stored, item) if change else stored
             clip = prepare_clip(ClipJob(self.source, item, (view,), self.recipe.views.size_px, flow))
-            found += view_inputs(modality, item, [view], clip, recipe=self.recipe, boxes=self.boxes)
+            found += view_inputs(modality, item, [view], clip, boxes=self.boxes)
         return found
 
     def with_pyav(self, modality: str) -> list[Inputs]:

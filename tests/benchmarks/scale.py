@@ -3,8 +3,8 @@
     python tests/benchmarks/scale.py [--rows N ...] [--classes N] [--folder DIR]
 
 One view, one expert, logits drawn at the writer; everything else is the cache's own: init, shards of 512 rows
-published one by one, finalize. Planning (what is to be done, half-way), status and opening run each in a fresh
-process, so that the peak of memory is theirs; the memory of imports alone is printed beside.
+published one by one, finalize. Starting (manifest, views, init), finding what is left half-way, status and opening
+run each in a fresh process, so that the peak of memory is theirs; that of the imports alone is printed beside.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from mmkd.cache_tools.commits import publish
-from mmkd.cache_tools.data import ClipVideo
+from mmkd.cache_tools.data import clip_videos
 from mmkd.cache_tools.finalize import finalize, node_fingerprints, read_init
 from mmkd.cache_tools.layout import THUMBPRINT, Shard, SplitLayout, part_array, status_array, thumbprint_arrays
 from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.records import ClipFacts, VideoFacts
+from mmkd.cache_tools.records import VideoFacts
 from mmkd.cache_tools.status import read_status
 from mmkd.cache_tools.storage_formats import FORMATS
 from mmkd.cache_tools.store import LocalStore, Store
@@ -32,35 +32,45 @@ from mmkd.pipeline.build_plan import committed_nodes
 from mmkd.pipeline.cache_init import ExpertNode, SplitPlan, base_fields, draw_views, initialise
 from mmkd.pipeline.shard_block import NodeResult
 
+MANIFEST = "manifest.jsonl"
 SHARD_ROWS = 512
 POLICY = ViewPolicy(frames=8, size_px=224)
 VIDEO = VideoFacts(340, 256, np.arange(48) / 12, "pyav", "0" * 32)
 
 
-def start(store: Store, rows: int, classes: int) -> tuple[Manifest, dict, dict[str, float]]:
-    """Write what `init` writes; return manifest, metadata and the seconds of each step."""
-    seconds, began = {}, time.perf_counter()
+class OneVideo(dict[str, VideoFacts]):
+    """The facts of any video."""
+
+    def __missing__(self, video: str) -> VideoFacts:
+        return VIDEO
+
+
+def make_manifest(file: Path, rows: int, classes: int) -> None:
+    """Write a manifest of drawn clips."""
     head = Head("action", tuple(f"class {number}" for number in range(classes)))
     clips = tuple(
         Clip(f"clip-{row}", f"videos/{row}.webm", "train", {"action": row % classes}) for row in range(rows)
     )
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "manifest.jsonl"
-        save_manifest(Manifest("scale", (head,), clips), file)
-        del clips
-        seconds["made"], began = time.perf_counter() - began, time.perf_counter()
-        manifest = load_manifest(file)
+    save_manifest(Manifest("scale", (head,), clips), file)
+
+
+def start(store: Store, file: Path) -> tuple[dict, dict[str, float]]:
+    """Plan a cache as a build does, and write what `init` writes; return metadata and the seconds of each step."""
+    seconds, began = {}, time.perf_counter()
+    manifest = load_manifest(file)
     clips = manifest.split("train")
     seconds["manifest"], began = time.perf_counter() - began, time.perf_counter()
-    items = [ClipVideo(clip, VIDEO, ClipFacts(340, 256, 0, 48)) for clip in clips]
+    items = clip_videos(clips, OneVideo())
+    seconds["clips"], began = time.perf_counter() - began, time.perf_counter()
     views = draw_views(items, POLICY, manifest=manifest, clips=clips, seed=0, training_views=1)
     seconds["views"], began = time.perf_counter() - began, time.perf_counter()
-    plan = SplitPlan(SplitLayout("train", rows, 1, SHARD_ROWS, 1), clips, items, views)
+    plan = SplitPlan(SplitLayout("train", len(clips), 1, SHARD_ROWS, 1), clips, items, views)
     base = base_fields(manifest, POLICY, train_split="train", view_seed=0)
+    seconds["fingerprint"], began = time.perf_counter() - began, time.perf_counter()
     expert = ExpertNode({"precision": FORMATS["fp16"].name, "weights": "drawn"}, {"fraction": 0.0, "seed": 0})
     _, metadata = initialise(store, [plan], manifest=manifest, base=base, experts={"rgb": expert})
     seconds["init"] = time.perf_counter() - began
-    return manifest, metadata, seconds
+    return metadata, seconds
 
 
 def results_of(shard: Shard, classes: int, random: np.random.Generator) -> list[NodeResult]:
@@ -87,19 +97,22 @@ def write_shards(store: Store, metadata: dict, shards: list[Shard], classes: int
             publish(store, shard, result.record(nodes[result.node], objects), objects)
 
 
-def measured(name: str, what: str, root: Path, *more: str) -> str:
+def measured(name: str, what: str, root: Path) -> str:
     """Do one thing in a fresh process; return a line of its seconds and the peak of its memory."""
-    command = [sys.executable, __file__, "--measure", what, "--folder", root, *more]
+    command = [sys.executable, __file__, "--measure", what, "--folder", root]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout)
-    return f"{name:26} {found['seconds']:6.2f} s, processor {found['cpu']:5.2f} s, peak {found['mib']:5.0f} MiB"
+    return (
+        f"{name:26} {found['seconds']:6.2f} s, processor {found['cpu']:5.2f} s, peak {found['mib']:5.0f} MiB "
+        f"(at the end {found['files_mib']:.0f} of mapped files)"
+    )
 
 
-def measure(what: str, root: Path, rows: int, classes: int) -> dict[str, float]:
+def measure(what: str, root: Path) -> dict[str, float]:
     """Do it here."""
     began, processor = time.perf_counter(), time.process_time()
     if what == "start":
-        start(LocalStore(root), rows, classes)
+        start(LocalStore(root.with_name("another")), root.with_name(MANIFEST))
     elif what == "plan":
         store = LocalStore(root)
         init = read_init(store)
@@ -112,23 +125,29 @@ def measure(what: str, root: Path, rows: int, classes: int) -> dict[str, float]:
         CacheReader(root).split("train")
     seconds, processor = time.perf_counter() - began, time.process_time() - processor
     # Not getrusage's peak: that of a child begins at its parent's size.
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return {"seconds": seconds, "cpu": processor, "mib": int(peak.split()[1]) / 1024}
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    kib = {line[0]: int(line[1]) for line in lines if line[0] in ("VmHWM:", "RssFile:")}
+    mib = {"mib": kib["VmHWM:"] / 1024, "files_mib": kib["RssFile:"] / 1024}
+    return {"seconds": seconds, "cpu": processor} | mib
 
 
 def scale(root: Path, rows: int, classes: int) -> float:
     """Write a cache, print what it takes; return the seconds that a row cost to publish."""
     store = LocalStore(root)
-    _, metadata, seconds = start(store, rows, classes)
+    make_manifest(root.with_name(MANIFEST), rows, classes)
+    metadata, seconds = start(store, root.with_name(MANIFEST))
     shards = list(SplitLayout("train", rows, 1, SHARD_ROWS, 1).shards())
     half = len(shards) // 2
     began = time.perf_counter()
     write_shards(store, metadata, shards[:half], classes)
     seconds["shards"] = time.perf_counter() - began
-    given = ["--rows", str(rows), "--classes", str(classes)]
-    lines = [measured("making and starting it", "start", root.with_name("another"), *given)]
-    asked = [("imports alone", "nothing"), ("plan, half-way", "plan"), ("status, half-way", "status")]
-    lines += [measured(name, what, root) for name, what in asked]
+    asked = [
+        ("imports alone", "nothing"),
+        ("starting it", "start"),
+        ("what is left, half-way", "plan"),
+        ("status, half-way", "status"),
+    ]
+    lines = [measured(name, what, root) for name, what in asked]
     began = time.perf_counter()
     write_shards(store, metadata, shards[half:], classes)
     seconds["shards"] += time.perf_counter() - began
@@ -157,7 +176,7 @@ def main() -> None:
     parser.add_argument("--measure")
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure, options.folder, options.rows[0], options.classes)))
+        print(json.dumps(measure(options.measure, options.folder)))
         return
     costs = []
     for rows in options.rows:
