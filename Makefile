@@ -31,10 +31,9 @@ seeds: $(ENVIRONMENT)
 	$(STUDENT) compare --tables $(DEMO)/seed-0/table.json --tables $(DEMO)/seed-1/table.json \
 		--tables $(DEMO)/seed-2/table.json --out $(DEMO)/table.json
 
-# Has the baseline converged? The same run at 1.5 times the steps, after `make demo`.
+# Has the baseline converged? The same run at 1.5 times the steps, on further clips, after `make demo`.
 converged: $(ENVIRONMENT)
-	$(STUDENT) train -c $(DEMO)/student.yaml --manifest $(DEMO)/manifest.jsonl --videos $(DEMO)/videos --seed $(SEED) \
-		--cache $(DEMO)/seed-$(SEED)/cache --labels-only --set train.epochs=90 -o $(DEMO)/seed-$(SEED)/baseline-long
+	CACHE=$(CACHE) STUDENT=$(STUDENT) sh tests/converged.sh $(DEMO) $(SEED) 90
 
 test: $(ENVIRONMENT)
 	$(TESTS) -m "not slow"

@@ -66,13 +66,18 @@ def load_recipe(
     overrides: Sequence[str] = (),
     named: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
+    base: tuple[str, Mapping[str, Any]] | None = None,
 ) -> AnyRecipe:
     """Return the validated recipe; raise one InputError that lists every fault.
 
-    `named` maps dotted paths to the values of named flags, None meaning that the flag was not given.
+    `named` maps dotted paths to the values of named flags, None meaning that the flag was not given. `base` is
+    (where it is from, values) below all other layers, such as the recipe of a run that is there.
     """
     environ = _own_variables(model, env_prefix, os.environ if environ is None else environ)
     layers = _layers(files, env_prefix, overrides=overrides, named=named, environ=environ)
+    if base is not None:
+        origin, values = base
+        layers.insert(0, Layer(dict(values), _leaf_origins(values, origin), {}))
     return _validate(model, layers, env_prefix)[0]
 
 

@@ -19,6 +19,7 @@ from mmkd.cache_tools.command import (
 from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import load_manifest
+from mmkd.student.run_files import EVALUATION_FILE, RUN_FILE, read_run
 from mmkd.student.student_recipe import StudentRecipe
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -79,7 +80,7 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
     report = train_student(
         recipe, options["cache"], options["out"], mode=mode, device=choose_device(options["device"])
     )
-    metrics = json.loads((options["out"] / "evaluation.json").read_bytes())["metrics"]
+    metrics = json.loads((options["out"] / EVALUATION_FILE).read_bytes())["metrics"]
     value = {"run": str(options["out"]), "steps": report.steps, "metrics": metrics}
     print_result(value, as_json=options["as_json"], lines=metric_lines(metrics))
 
@@ -92,9 +93,12 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
 @device_option
 @as_json
 def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
-    """Evaluate a finished RUN on every evaluation split and group of a cache."""
-    named = named_data(options)
-    recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named)
+    """Evaluate a finished RUN on every evaluation split and group of a cache.
+
+    The recipe is the run's own; for another cache than the run's give --manifest and --videos, too.
+    """
+    base = str(options["run"] / RUN_FILE), read_run(options["run"])["recipe"]
+    recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named_data(options), base=base)
     from mmkd.student.devices import choose_device
     from mmkd.student.distil import evaluate_run
 

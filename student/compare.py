@@ -13,7 +13,7 @@ from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import Manifest
 from mmkd.student.evaluation import SplitMetrics, evaluate_cached
 from mmkd.student.run_data import check_manifest
-from mmkd.student.run_files import run_mixtures
+from mmkd.student.run_files import evaluation_path, run_mixtures
 
 SCHEMA = "mmkd-table-1"
 COLUMNS = (("top1", "top-1"), ("top5", "top-5"), ("ece", "ECE"))
@@ -66,8 +66,10 @@ def mixtures_of_runs(runs: Mapping[str, Path]) -> HeadMixtures | None:
 
 
 def run_metrics(directory: Path, reader: CacheReader) -> SplitMetrics:
-    """Return a run's evaluation; raise InputError when there is none or it used another cache."""
-    path = directory / "evaluation.json"
+    """Return a run's evaluation with a cache; raise InputError when there is none."""
+    path = evaluation_path(directory, reader.fingerprint, own=False)
+    if not path.exists():
+        path = evaluation_path(directory, reader.fingerprint, own=True)
     try:
         value = json.loads(path.read_bytes())
         cache, metrics = value["cache"], value["metrics"]
@@ -76,7 +78,10 @@ def run_metrics(directory: Path, reader: CacheReader) -> SplitMetrics:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error!r}); run `mmkd-student evaluate {directory}` again") from error
     if cache != reader.fingerprint:
-        raise InputError(f"{directory} was evaluated with another cache; compare runs with their own cache")
+        raise InputError(
+            f"{directory} was evaluated with another cache; run `mmkd-student evaluate {directory} --cache CACHE` "
+            "with this one"
+        )
     result: SplitMetrics = metrics
     return result
 

@@ -32,7 +32,7 @@ from mmkd.student.metrics import average_views
 from mmkd.student.networks import build_network
 from mmkd.student.predict import predict
 from mmkd.student.run_data import SplitData, check_manifest, open_split
-from mmkd.student.run_files import RUN_FILE, run_mixtures
+from mmkd.student.run_files import RUN_FILE, evaluation_path, read_run, run_mixtures
 from mmkd.student.shared_targets import copies_folder, shared_targets
 from mmkd.student.student_recipe import StudentRecipe
 from mmkd.student.thumbprints import check_thumbprints
@@ -172,7 +172,7 @@ def write_run(
 
 
 def evaluate_run(recipe: StudentRecipe, cache: Path | str, run: Path, *, device: torch.device) -> SplitMetrics:
-    """Evaluate a finished run on every evaluation split of the cache, and write evaluation.json."""
+    """Evaluate a finished run on every evaluation split of a cache, and write `evaluation_path`."""
     reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
     check_manifest(reader, clip_set.manifest)
     network = new_network(recipe, reader)
@@ -182,7 +182,8 @@ def evaluate_run(recipe: StudentRecipe, cache: Path | str, run: Path, *, device:
     for name in evaluation_splits(reader, recipe.train_split):
         metrics |= evaluate_on(network, reader, clip_set, name, recipe=recipe, mixtures=mixtures, device=device)
     value = {"cache": reader.fingerprint, "metrics": metrics}
-    write_atomically(run / "evaluation.json", (json.dumps(value, indent=1) + "\n").encode())
+    path = evaluation_path(run, reader.fingerprint, own=read_run(run)["cache"] == reader.fingerprint)
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
     return metrics
 
 

@@ -1,19 +1,37 @@
-"""What lies in a run's directory beside its checkpoints: run.json, written before the first step."""
+"""What lies in a run's directory beside its checkpoints: run.json, written first, and evaluations."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mmkd.cache_tools.mixing import HeadMixtures, Mixture
 from mmkd.data_manifests.errors import InputError
 
 RUN_FILE = "run.json"
+EVALUATION_FILE = "evaluation.json"
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """Return run.json: the recipe, the cache's fingerprint, classes and weights; InputError where it is none."""
+    path = directory / RUN_FILE
+    try:
+        run: dict[str, Any] = json.loads(path.read_bytes())
+        run["recipe"].items(), run["cache"], run["weights"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is missing or damaged ({error!r}): {directory} is no run") from error
+    return run
 
 
 def run_mixtures(directory: Path) -> HeadMixtures | None:
     """Return the teacher that a run learned from, None for a baseline; InputError where run.json does not say."""
-    path = directory / RUN_FILE
+    weights = read_run(directory)["weights"]
     try:
-        weights = json.loads(path.read_bytes())["weights"]
         return None if weights is None else {head: Mixture.from_json(value) for head, value in weights.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        path = directory / RUN_FILE
         raise InputError(f"{path} is missing or damaged ({error!r}): {directory} is no run") from error
+
+
+def evaluation_path(directory: Path, cache: str, *, own: bool) -> Path:
+    """Return where the evaluation with a cache (a fingerprint) lies: that with the run's own one has no suffix."""
+    return directory / (EVALUATION_FILE if own else f"evaluation-{cache[:12]}.json")

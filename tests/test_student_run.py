@@ -70,13 +70,33 @@ def test_baseline_and_student_share_everything_but_the_targets(stripped):
     assert rows == ["rgb expert", "flow expert", "boxes expert", "teacher", "baseline", "student"]
     for row in rows:
         assert f"| {row}" in table
-    evaluate = ("mmkd-student", "evaluate", *stripped.stage_two, runs["student"])
+    evaluate = ("mmkd-student", "evaluate", "--cache", stripped.root / "cache", runs["student"])
     assert "give the recipe that the run was trained with (-c)" in refused(
         *evaluate, "--set", "train.network=r3d_18"
     )
+    assert "is no run" in refused(*evaluate[:-1], stripped.root / "cache")
     torn = shutil.copytree(runs["student"], stripped.root / "torn") / "model.safetensors"
     torn.write_bytes(torn.read_bytes()[:1000])
     assert "torn/model.safetensors is damaged" in refused(*evaluate[:-1], torn.parent)
+
+
+def test_a_run_is_evaluated_with_its_own_recipe_and_with_another_cache_beside_it(stripped, tiny, tmp_path):
+    run = stripped.root / "student"
+    run_ok("mmkd-student", "train", *stripped.stage_two, "-o", run, *FAST)
+    first = (run / "evaluation.json").read_bytes()
+    (run / "evaluation.json").unlink()
+    run_ok("mmkd-student", "evaluate", run, "--cache", stripped.root / "cache")
+    assert (run / "evaluation.json").read_bytes() == first
+    other = tmp_path / "other"
+    run_ok(
+        "mmkd-cache", "build", *tiny.stage_one, "--expert", tiny.root / "experts" / "rgb", "--views", 1, "-o", other
+    )
+    table = ("mmkd-student", "compare", "--cache", other, "--manifest", stripped.root / "manifest.jsonl")
+    assert "run `mmkd-student evaluate" in refused(*table, "--run", f"student={run}", "--weights", "uniform")
+    run_ok("mmkd-student", "evaluate", run, "--cache", other)
+    assert "| student" in run_ok(*table, "--run", f"student={run}", "--weights", "uniform")
+    assert (run / "evaluation.json").read_bytes() == first
+    assert len(list(run.glob("evaluation-*.json"))) == 1
 
 
 def checkpoint_identity(run):
