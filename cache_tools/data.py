@@ -1,16 +1,17 @@
 """Opening a data set: manifest, videos and the facts of every clip, before any long work starts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from pydantic import Field
 
 from mmkd.cache_tools.facts import probe_all
 from mmkd.cache_tools.frames import Limits, VideoFiles, clip_facts, frame_interval_seconds
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.recipes import Recipe
-from mmkd.cache_tools.records import ClipFacts, VideoFacts
+from mmkd.cache_tools.records import ClipFacts, FactsTable, VideoFacts
 from mmkd.data_manifests.errors import InputError, VideoError
 from mmkd.data_manifests.records import Clip, Manifest, load_manifest
 
@@ -39,6 +40,29 @@ class ClipVideo:
     """Its frames within the video."""
 
 
+class ClipVideos:
+    """Clips with what the probe found of each, by row; a table, since clips may be millions."""
+
+    def __init__(self, clips: Sequence[Clip], videos: Sequence[VideoFacts | VideoError], facts: FactsTable) -> None:
+        """Join rows of `clips` with their videos, and their own facts (zeros where a video is unreadable)."""
+        self.clips, self.videos, self.facts = clips, videos, facts
+
+    def __len__(self) -> int:
+        """Return the number of clips."""
+        return len(self.clips)
+
+    def __iter__(self) -> Iterator[ClipVideo | VideoError]:
+        """Yield every row."""
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, row: int) -> ClipVideo | VideoError:
+        """Return a clip with its facts, or why its video cannot be used."""
+        video = self.videos[row]
+        if isinstance(video, VideoError):
+            return video
+        return ClipVideo(self.clips[row], video, ClipFacts(*self.facts[row].tolist()))
+
+
 class ClipSet:
     """A manifest opened over its videos."""
 
@@ -55,7 +79,7 @@ class ClipSet:
         )
         self.source = VideoFiles(recipe.videos, limits)
 
-    def probe(self, clips: Sequence[Clip]) -> list[ClipVideo | VideoError]:
+    def probe(self, clips: Sequence[Clip]) -> ClipVideos:
         """Return the facts of each clip, or why it is unusable.
 
         Raises InputError when none can be read, or when a clip's segment is not inside its (readable) video: then
@@ -68,7 +92,7 @@ class ClipSet:
                 self.source, videos, store=store, workers=self.recipe.workers, progress=progress.advance
             )
         result = clip_videos(clips, found)
-        errors = [item for item in result if isinstance(item, VideoError)]
+        errors = [video for video in result.videos if isinstance(video, VideoError)]
         if len(errors) == len(result):
             raise InputError(
                 f"none of {len(result)} clips can be read below {self.recipe.videos}; the first one, "
@@ -77,28 +101,20 @@ class ClipSet:
         return result
 
 
-def clip_videos(
-    clips: Sequence[Clip], found: Mapping[str, VideoFacts | VideoError]
-) -> list[ClipVideo | VideoError]:
-    """Join clips with their videos' facts; raise InputError, naming the first, for segments outside their video.
-
-    Equal facts are one object: clips may be millions.
-    """
-    items: list[ClipVideo | VideoError] = []
+def clip_videos(clips: Sequence[Clip], found: Mapping[str, VideoFacts | VideoError]) -> ClipVideos:
+    """Join clips with their videos' facts; raise InputError, naming the first, for segments outside their video."""
+    items = ClipVideos(clips, [found[clip.video] for clip in clips], np.zeros((len(clips), 4), np.int32))
     outside: list[str] = []
     intervals: dict[str, float] = {}
-    shared: dict[ClipFacts, ClipFacts] = {}
-    for clip in clips:
-        video = found[clip.video]
+    for row, (clip, video) in enumerate(zip(clips, items.videos, strict=True)):
         if isinstance(video, VideoError):
-            items.append(video)
             continue
         interval = intervals.get(clip.video)
         if interval is None and clip.end_seconds is not None:  # milliseconds in an hour's video of many clips
             interval = intervals[clip.video] = frame_interval_seconds(video)
         try:
             facts = clip_facts(clip, video, interval)
-            items.append(ClipVideo(clip, video, shared.setdefault(facts, facts)))
+            items.facts[row] = facts.width, facts.height, facts.first_frame, facts.frame_count
         except VideoError as error:
             outside.append(f"clip {clip.clip_id!r} of {clip.video}: {error}")
     if outside:

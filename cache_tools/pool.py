@@ -305,7 +305,8 @@ def _receive_message(connection: Connection) -> Any:
         file.seek(0)  # the worker shares our position
         buffers = [bytearray(size) for size in parts]
         for buffer in buffers:
-            file.readinto(buffer)
+            if file.readinto(buffer) != len(buffer):
+                raise EOFError("the worker's file is too short")
     return pickle.loads(pickled, buffers=buffers)
 
 

@@ -4,6 +4,7 @@ Frame indices count the decoded frames of a *video* in presentation order, from 
 first frame's presentation time stamp, from which every video's clock starts at 0.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ Float64Array = npt.NDArray[np.float64]
 Float32Array = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
 UInt64Array = npt.NDArray[np.uint64]
+FactsTable = npt.NDArray[np.int32]
+"""(rows, 4) the fields of `ClipFacts`, in their order; zeros for a clip whose video is unreadable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,15 @@ class ClipFacts:
     """Index in the video of the clip's first frame."""
     frame_count: int
     """Number of frames in the clip, at least 1."""
+
+
+def facts_table(facts: Sequence[ClipFacts | None]) -> FactsTable:
+    """Return (rows, 4) width, height, first frame, frame count; zeros where there are no facts."""
+    table = np.zeros((len(facts), 4), np.int32)
+    for row, clip in enumerate(facts):
+        if clip is not None:
+            table[row] = clip.width, clip.height, clip.first_frame, clip.frame_count
+    return table
 
 
 @dataclass(frozen=True)

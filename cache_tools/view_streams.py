@@ -6,7 +6,7 @@ from functools import partial
 from typing import Protocol
 
 from mmkd.cache_tools.reader import SplitTable
-from mmkd.cache_tools.records import ClipFacts, View, ViewTable
+from mmkd.cache_tools.records import ClipFacts, View, ViewTable, facts_table
 from mmkd.cache_tools.views import ViewPolicy, random_view_table
 
 
@@ -51,7 +51,7 @@ class DrawnViews:
         """Draw for clips with these facts and ids; `views` limits the numbers (None: a new one each epoch)."""
         self._draw = partial(
             random_view_table,
-            facts,
+            facts_table(facts),
             policy,
             dataset=dataset,
             clip_ids=clip_ids,

@@ -22,7 +22,16 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from mmkd.cache_tools.recipes import Recipe
-from mmkd.cache_tools.records import ClipFacts, Float64Array, IntArray, UInt64Array, View, ViewTable
+from mmkd.cache_tools.records import (
+    ClipFacts,
+    FactsTable,
+    Float64Array,
+    IntArray,
+    UInt64Array,
+    View,
+    ViewTable,
+    facts_table,
+)
 
 VIEW_RULES = "views-1"
 """Name of the drawing rules in this file; part of every fingerprint."""
@@ -113,7 +122,7 @@ def random_views(
 ) -> tuple[View, ...]:
     """Return the training views of a clip with the given view numbers."""
     table = random_view_table(
-        [facts],
+        facts_table([facts]),
         policy,
         dataset=dataset,
         clip_ids=[clip_id],
@@ -126,12 +135,12 @@ def random_views(
 
 def evaluation_views(facts: ClipFacts, policy: ViewPolicy) -> tuple[View, ...]:
     """Return the fixed views of a clip: temporal positions x windows (centre, or start, centre and end)."""
-    table = evaluation_view_table([facts], policy)
+    table = evaluation_view_table(facts_table([facts]), policy)
     return tuple(table.view(0, column) for column in range(policy.evaluation_views))
 
 
 def random_view_table(
-    facts: Sequence[ClipFacts | None],
+    facts: FactsTable,
     policy: ViewPolicy,
     *,
     dataset: str,
@@ -146,9 +155,9 @@ def random_view_table(
     """
     table = ViewTable.zeros(len(facts), len(numbers), policy.frames)
     blocks = -(-(_range_count(policy) + 4) // BLOCK_WORDS)
-    tail = _key_tail(policy, seed)
+    name, tail = _encode(dataset), _key_tail(policy, seed)
     for rows, clips in _readable_blocks(facts):
-        heads = [f"[{_encode(dataset)}, {_encode(clip_ids[row])}, " for row in rows]
+        heads = [f"[{name}, {_encode(clip_ids[row])}, " for row in rows.tolist()]
         streams = [stream_bytes(f"{head}{number}{tail}") for head in heads for number in numbers]
         drawn = b"".join(block for stream in streams for block in itertools.islice(stream, blocks))
         words = np.frombuffer(drawn, "<u8").reshape(len(rows), len(numbers), blocks * BLOCK_WORDS)
@@ -159,7 +168,7 @@ def random_view_table(
     return table
 
 
-def evaluation_view_table(facts: Sequence[ClipFacts | None], policy: ViewPolicy) -> ViewTable:
+def evaluation_view_table(facts: FactsTable, policy: ViewPolicy) -> ViewTable:
     """Return the views of all clips, those of `evaluation_views`; zeros for a clip without facts."""
     table = ViewTable.zeros(len(facts), policy.evaluation_views, policy.frames)
     parts, places = 2 * np.arange(policy.evaluation_clips) + 1, np.arange(3)
@@ -186,14 +195,12 @@ class _Clips:
     frame_count: IntArray
 
 
-def _readable_blocks(facts: Sequence[ClipFacts | None]) -> Iterator[tuple[list[int], _Clips]]:
+def _readable_blocks(facts: FactsTable) -> Iterator[tuple[IntArray, _Clips]]:
     """Yield the rows of clips with facts, and those facts, in blocks that bound the memory."""
-    readable = [row for row, clip in enumerate(facts) if clip is not None]
+    readable = np.flatnonzero(facts[:, 3])
     for start in range(0, len(readable), TABLE_ROWS):
         rows = readable[start : start + TABLE_ROWS]
-        clips = [clip for row in rows if (clip := facts[row]) is not None]
-        columns = np.array([(c.width, c.height, c.first_frame, c.frame_count) for c in clips], np.int64)
-        yield rows, _Clips(*np.split(columns, 4, axis=1))
+        yield rows, _Clips(*np.split(facts[rows].astype(np.int64), 4, axis=1))
 
 
 def _draw(

@@ -118,8 +118,10 @@ class Manifest:
             )
         for clip in {id(clip.labels): clip for clip in self.clips}.values():  # equal labels may be one object
             check_labels(clip, self.heads)
-        for split in dict.fromkeys(clip.split for clip in self.clips):
-            self._by_split[split] = tuple(clip for clip in self.clips if clip.split == split)
+        splits = dict.fromkeys(clip.split for clip in self.clips)
+        for split in splits:
+            own = self.clips if len(splits) == 1 else (clip for clip in self.clips if clip.split == split)
+            self._by_split[split] = tuple(own)  # of a tuple, itself
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -120,7 +120,6 @@ def plan_split(name: str, clip_set: ClipSet, recipe: TeacherRecipe) -> SplitPlan
         items,
         recipe.views,
         manifest=clip_set.manifest,
-        clips=clips,
         seed=recipe.view_seed,
         training_views=training,
     )

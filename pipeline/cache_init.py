@@ -15,7 +15,7 @@ import numpy as np
 from mmkd.cache_tools.arrays import Objects, encode_group, split_arrays, static_arrays
 from mmkd.cache_tools.canonical import CANONICAL_RULES, THUMBNAIL_SIZE
 from mmkd.cache_tools.commits import hash_objects
-from mmkd.cache_tools.data import ClipVideo
+from mmkd.cache_tools.data import ClipVideos
 from mmkd.cache_tools.finalize import read_init, seal
 from mmkd.cache_tools.fingerprints import require_same
 from mmkd.cache_tools.frames import DECODER_RULES
@@ -48,14 +48,14 @@ class SplitPlan:
     """Rows, views and blocks."""
     clips: tuple[Clip, ...]
     """The manifest's rows, in order."""
-    items: list[ClipVideo | VideoError]
-    """(rows,) facts, or why there are none."""
+    items: ClipVideos
+    """(rows,) the clips with their facts, or why there are none."""
     drawn: ViewTable
     """The views of each clip; zeros where there are no facts."""
 
     def views(self, row: int, numbers: range) -> tuple[View, ...]:
         """Return views of a clip; none where its video is unreadable."""
-        unreadable = isinstance(self.items[row], VideoError)
+        unreadable = isinstance(self.items.videos[row], VideoError)
         return () if unreadable else tuple(self.drawn.view(row, number) for number in numbers)
 
 
@@ -76,23 +76,21 @@ def base_fields(manifest: Manifest, policy: ViewPolicy, *, train_split: str, vie
 
 
 def draw_views(
-    items: Sequence[ClipVideo | VideoError],
+    items: ClipVideos,
     policy: ViewPolicy,
     *,
     manifest: Manifest,
-    clips: Sequence[Clip],
     seed: int,
     training_views: int | None,
 ) -> ViewTable:
     """Return the clips' random views (0..training_views-1), or their evaluation views; zeros without facts."""
-    facts = [None if isinstance(item, VideoError) else item.facts for item in items]
     if training_views is None:
-        return evaluation_view_table(facts, policy)
+        return evaluation_view_table(items.facts, policy)
     return random_view_table(
-        facts,
+        items.facts,
         policy,
         dataset=manifest.dataset,
-        clip_ids=[clip.clip_id for clip in clips],
+        clip_ids=[clip.clip_id for clip in items.clips],
         seed=seed,
         flip_allowed=manifest.flip_allowed,
         numbers=range(training_views),
@@ -101,13 +99,6 @@ def draw_views(
 
 def static_values(plan: SplitPlan, manifest: Manifest) -> dict[str, Any]:
     """Return array name -> contents of one split's static arrays."""
-    facts = np.zeros((plan.layout.rows, 4), np.int32)
-    identity = [""] * plan.layout.rows
-    for row, item in enumerate(plan.items):
-        if isinstance(item, VideoError):
-            continue
-        identity[row] = item.video.identity
-        facts[row] = (item.facts.width, item.facts.height, item.facts.first_frame, item.facts.frame_count)
     labels = {
         head.name: np.array(
             [-1 if clip.labels[head.name] is None else clip.labels[head.name] for clip in plan.clips],
@@ -117,8 +108,8 @@ def static_values(plan: SplitPlan, manifest: Manifest) -> dict[str, Any]:
     }
     values = {
         "clip_id": [clip.clip_id for clip in plan.clips],
-        "video_identity": identity,
-        "facts": facts,
+        "video_identity": ["" if isinstance(video, VideoError) else video.identity for video in plan.items.videos],
+        "facts": plan.items.facts,
         "frame_index": plan.drawn.frame_index,
         "crop_xywh": plan.drawn.crop_xywh,
         "flip": plan.drawn.flip,

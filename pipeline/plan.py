@@ -183,9 +183,9 @@ def forecast_sizes(
 def known_unusable(split: SplitPlan) -> list[Unusable]:
     """Return the rows whose video the probe could not read: each expert's record will name them."""
     return [
-        Unusable(row, split.clips[row].clip_id, int(Status.DECODE_FAILED), str(item))
-        for row, item in enumerate(split.items)
-        if isinstance(item, VideoError)
+        Unusable(row, split.clips[row].clip_id, int(Status.DECODE_FAILED), str(video))
+        for row, video in enumerate(split.items.videos)
+        if isinstance(video, VideoError)
     ]
 
 

@@ -89,7 +89,7 @@ def spread_rows(works: Sequence[ShardWork], count: int) -> list[tuple[ShardWork,
         (work, row)
         for work in works
         for row in work.shard.rows
-        if not isinstance(work.split.items[row], VideoError)
+        if not isinstance(work.split.items.videos[row], VideoError)
     ]
     wanted = min(count, len(rows))
     return [rows[number * len(rows) // wanted] for number in range(wanted)]

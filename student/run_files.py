@@ -17,8 +17,10 @@ def read_run(directory: Path) -> dict[str, Any]:
     try:
         run: dict[str, Any] = json.loads(path.read_bytes())
         run["recipe"].items(), run["cache"], run["weights"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is missing or damaged ({error!r}): {directory} is no run") from error
+    except OSError as error:
+        raise InputError(f"{directory} is no run of `mmkd-student train`: {path.name}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({error!r}); train the run again") from error
     return run
 
 
@@ -28,8 +30,7 @@ def run_mixtures(directory: Path) -> HeadMixtures | None:
     try:
         return None if weights is None else {head: Mixture.from_json(value) for head, value in weights.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        path = directory / RUN_FILE
-        raise InputError(f"{path} is missing or damaged ({error!r}): {directory} is no run") from error
+        raise InputError(f"{directory / RUN_FILE} is damaged ({error!r}); train the run again") from error
 
 
 def evaluation_path(directory: Path, cache: str, *, own: bool) -> Path:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mmkd.cache_tools.reader import SplitTable
-from mmkd.cache_tools.records import ClipFacts, ViewTable
+from mmkd.cache_tools.records import ClipFacts, ViewTable, facts_table
 from mmkd.cache_tools.view_streams import DrawnViews, StoredViews
 from mmkd.cache_tools.views import (
     KeyedWords,
@@ -325,8 +325,9 @@ def test_stored_views_are_the_drawn_ones_again():
 def test_tables_hold_what_is_drawn_one_by_one(facts, policy, views):
     ids = [f"clip {row}" for row in range(len(facts))]
     common = {"dataset": "demo", "seed": 3, "flip_allowed": True}
-    random = random_view_table(facts, policy, clip_ids=ids, numbers=range(views), **common)
-    fixed = evaluation_view_table(facts, policy)
+    table_of_facts = facts_table(facts)
+    random = random_view_table(table_of_facts, policy, clip_ids=ids, numbers=range(views), **common)
+    fixed = evaluation_view_table(table_of_facts, policy)
     for row, clip in enumerate(facts):
         if clip is None:
             drawn, tested = (), ()

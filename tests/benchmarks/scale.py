@@ -62,7 +62,7 @@ def start(store: Store, file: Path) -> tuple[dict, dict[str, float]]:
     seconds["manifest"], began = time.perf_counter() - began, time.perf_counter()
     items = clip_videos(clips, OneVideo())
     seconds["clips"], began = time.perf_counter() - began, time.perf_counter()
-    views = draw_views(items, POLICY, manifest=manifest, clips=clips, seed=0, training_views=1)
+    views = draw_views(items, POLICY, manifest=manifest, seed=0, training_views=1)
     seconds["views"], began = time.perf_counter() - began, time.perf_counter()
     plan = SplitPlan(SplitLayout("train", len(clips), 1, SHARD_ROWS, 1), clips, items, views)
     base = base_fields(manifest, POLICY, train_split="train", view_seed=0)
