@@ -175,6 +175,9 @@ def evaluate_run(recipe: StudentRecipe, cache: Path | str, run: Path, *, device:
     """Evaluate a finished run on every evaluation split of a cache, and write `evaluation_path`."""
     reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
     check_manifest(reader, clip_set.manifest)
+    stored = read_run(run)
+    if stored["heads"] != {head.name: list(head.classes) for head in reader.heads}:
+        raise InputError(f"{run} was trained for other classes than the cache's (names or order differ)")
     network = new_network(recipe, reader)
     load_model(network, run)
     mixtures = teacher_of_run(recipe, reader, run)
@@ -182,7 +185,7 @@ def evaluate_run(recipe: StudentRecipe, cache: Path | str, run: Path, *, device:
     for name in evaluation_splits(reader, recipe.train_split):
         metrics |= evaluate_on(network, reader, clip_set, name, recipe=recipe, mixtures=mixtures, device=device)
     value = {"cache": reader.fingerprint, "metrics": metrics}
-    path = evaluation_path(run, reader.fingerprint, own=read_run(run)["cache"] == reader.fingerprint)
+    path = evaluation_path(run, reader.fingerprint, own=stored["cache"] == reader.fingerprint)
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
     return metrics
 

@@ -16,7 +16,7 @@ def read_run(directory: Path) -> dict[str, Any]:
     path = directory / RUN_FILE
     try:
         run: dict[str, Any] = json.loads(path.read_bytes())
-        run["recipe"].items(), run["cache"], run["weights"]
+        run["recipe"].items(), run["cache"], run["heads"], run["weights"]
     except OSError as error:
         raise InputError(f"{directory} is no run of `mmkd-student train`: {path.name}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

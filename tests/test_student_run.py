@@ -97,6 +97,12 @@ def test_a_run_is_evaluated_with_its_own_recipe_and_with_another_cache_beside_it
     assert "| student" in run_ok(*table, "--run", f"student={run}", "--weights", "uniform")
     assert (run / "evaluation.json").read_bytes() == first
     assert len(list(run.glob("evaluation-*.json"))) == 1
+    turned = shutil.copytree(run, tmp_path / "turned") / "run.json"
+    stored = json.loads(turned.read_bytes())
+    stored["heads"]["action"].reverse()
+    turned.write_text(json.dumps(stored))
+    evaluate = ("mmkd-student", "evaluate", turned.parent, "--cache", other)
+    assert "was trained for other classes than the cache's (names or order differ)" in refused(*evaluate)
 
 
 def checkpoint_identity(run):
