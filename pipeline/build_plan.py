@@ -123,7 +123,7 @@ def plan_split(name: str, clip_set: ClipSet, recipe: TeacherRecipe) -> SplitPlan
         seed=recipe.view_seed,
         training_views=training,
     )
-    return SplitPlan(layout, clips, items, drawn)
+    return SplitPlan(layout, items, drawn)
 
 
 def committed_nodes(store: Store, init: dict[str, Any]) -> set[tuple[str, str]]:

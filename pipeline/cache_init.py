@@ -46,12 +46,15 @@ class SplitPlan:
 
     layout: SplitLayout
     """Rows, views and blocks."""
-    clips: tuple[Clip, ...]
-    """The manifest's rows, in order."""
     items: ClipVideos
-    """(rows,) the clips with their facts, or why there are none."""
+    """(rows,) the manifest's clips, in order, with their facts, or why there are none."""
     drawn: ViewTable
     """The views of each clip; zeros where there are no facts."""
+
+    @property
+    def clips(self) -> Sequence[Clip]:
+        """(rows,) the manifest's clips, in order."""
+        return self.items.clips
 
     def views(self, row: int, numbers: range) -> tuple[View, ...]:
         """Return views of a clip; none where its video is unreadable."""

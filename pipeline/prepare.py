@@ -90,10 +90,8 @@ def prepare_clip(job: ClipJob) -> PreparedClip:
     frames = job.source.read(job.item.clip.video, np.unique(np.concatenate(sampled)), job.item.video)
     check_size(frames, job.item)
     pixels = np.stack([canonical_view(frames, view, job.size_px) for view in job.views])
-    hashes, thumbnails = (
-        np.array([pixel_hash(view) for view in pixels], np.uint64),
-        np.stack(list(map(thumbnail, pixels))),
-    )
+    hashes = np.array([pixel_hash(view) for view in pixels], np.uint64)
+    thumbnails = np.stack([thumbnail(view) for view in pixels])
     decoded = time.perf_counter()
     flow = None
     if job.flow and starts is not None:

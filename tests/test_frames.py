@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -13,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmkd.cache_tools import data
 from mmkd.cache_tools import frames as frames_module
 from mmkd.cache_tools.containers import is_cut_short
 from mmkd.cache_tools.frames import Limits, VideoFiles, choose_decoder, clip_facts
@@ -446,22 +444,6 @@ def test_a_clip_holds_the_frames_of_its_segment(start, end, first, count):
 def test_a_segment_without_frames_or_past_the_end_is_refused(start, end, match):
     with pytest.raises(VideoError, match=match):
         clip_facts(clip(start, end), facts_of(np.arange(10) / 10))
-
-
-def test_clips_of_a_video_share_its_frame_interval(monkeypatch):
-    """The same facts as one by one; the median over all frames is taken once a video, and not for whole videos."""
-    asked = []
-    median = data.frame_interval_seconds
-    monkeypatch.setattr(data, "frame_interval_seconds", lambda facts: asked.append(facts) or median(facts))
-    videos = {name: facts_of(np.arange(10) / rate) for name, rate in (("v.webm", 10), ("w.webm", 5), ("x.webm", 5))}
-    spans = [(0, 0.35), (0.2, 1.1), (0, 0.31), (0, 0.35), (0.5, None), (0, None)]
-    clips = [replace(clip(*span), video=name) for span in spans for name in ("v.webm", "w.webm")]
-    clips.append(replace(clip(0.1, None), video="x.webm"))
-    items = data.clip_videos(clips, videos)
-    assert [item.facts for item in items] == [clip_facts(own, videos[own.video]) for own in clips]
-    assert asked == [videos["v.webm"], videos["w.webm"]]
-    assert [item.clip for item in items] == clips
-    assert all(item.video is videos[item.clip.video] for item in items)
 
 
 def test_a_video_of_one_frame_is_a_clip():

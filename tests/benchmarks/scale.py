@@ -64,7 +64,7 @@ def start(store: Store, file: Path) -> tuple[dict, dict[str, float]]:
     seconds["clips"], began = time.perf_counter() - began, time.perf_counter()
     views = draw_views(items, POLICY, manifest=manifest, seed=0, training_views=1)
     seconds["views"], began = time.perf_counter() - began, time.perf_counter()
-    plan = SplitPlan(SplitLayout("train", len(clips), 1, SHARD_ROWS, 1), clips, items, views)
+    plan = SplitPlan(SplitLayout("train", len(clips), 1, SHARD_ROWS, 1), items, views)
     base = base_fields(manifest, POLICY, train_split="train", view_seed=0)
     seconds["fingerprint"], began = time.perf_counter() - began, time.perf_counter()
     expert = ExpertNode({"precision": FORMATS["fp16"].name, "weights": "drawn"}, {"fraction": 0.0, "seed": 0})
