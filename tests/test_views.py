@@ -15,10 +15,12 @@ from mmkd.cache_tools.view_streams import DrawnViews, StoredViews
 from mmkd.cache_tools.views import (
     KeyedWords,
     ViewPolicy,
+    below,
     evaluation_view_table,
     evaluation_views,
     random_view_table,
     random_views,
+    unit,
 )
 
 FACTS = ClipFacts(width=427, height=240, first_frame=100, frame_count=45)
@@ -241,6 +243,18 @@ def test_the_hash_stream_is_blake2b_in_counter_mode():
     assert [words.below(2**64) for _ in range(16)] == expected
     again = KeyedWords("a", 1)
     assert [again.unit() for _ in range(16)] == [(word >> 11) / 2**53 for word in expected]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 427, 2**31 - 1, 2**32 - 1])
+def test_arrays_of_words_become_the_numbers_of_single_words(n):
+    """The product of 64 and 32 bits in halves, carries included; whole numbers of Python are the oracle."""
+    edges = [0, 1, 2**32 - 1, 2**32, 2**63, 2**64 - 2**32, 2**64 - 1]
+    drawn = np.random.default_rng(n).integers(0, 2**64, 2000, np.uint64).tolist()
+    carried = [(k << 64) // n + extra for k in range(1, min(n, 50)) for extra in (0, 1)]
+    values = edges + drawn + carried
+    words = np.array(values, np.uint64)
+    assert below(words, np.array(n)).tolist() == [(value * n) >> 64 for value in values]
+    assert unit(words).tolist() == [(value >> 11) / 2**53 for value in values]
 
 
 def test_keys_that_differ_only_in_their_grouping_give_other_streams():
