@@ -30,7 +30,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mmkd.cache_tools.arrays import array_form, array_of, encode_object
-from mmkd.cache_tools.atomic import sync_directory
 from mmkd.cache_tools.commits import CommitRecord, hash_objects, publish
 from mmkd.cache_tools.finalize import check_schema, finalize, node_fingerprints, seal, split_layouts, unsealed
 from mmkd.cache_tools.fingerprints import canonical_json, fingerprint
@@ -39,6 +38,7 @@ from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.start import require_free
 from mmkd.cache_tools.store import Store, open_store
+from mmkd.data_manifests.atomic import sync_directory
 from mmkd.data_manifests.errors import InputError, MmkdError, StorageError, VerificationError
 
 EXPORT_SCHEMA = "mmkd-cache-hdf5-1"

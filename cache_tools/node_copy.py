@@ -23,9 +23,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mmkd.cache_tools.atomic import sync_directory
 from mmkd.cache_tools.copy_file import ArrayPlan, DamagedCopyError, Maps, map_arrays, share_lock, write_arrays
 from mmkd.cache_tools.fingerprints import fingerprint
+from mmkd.data_manifests.atomic import sync_directory
 from mmkd.data_manifests.errors import InputError, StorageError
 
 log = logging.getLogger("mmkd")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mmkd.cache_tools.atomic import sync_directory
+from mmkd.data_manifests.atomic import sync_directory
 from mmkd.data_manifests.errors import StorageError, VerificationError
 
 TEMPORARY = ".tmp"

@@ -23,12 +23,13 @@ import av
 import cv2
 import numpy as np
 
+from mmkd.data_manifests.atomic import atomic_path, sweep_abandoned, write_atomically
 from mmkd.data_manifests.demo_actions import ACTIONS
 from mmkd.data_manifests.demo_boxes import box_annotations
 from mmkd.data_manifests.demo_plan import SPLITS, ClipPlan, DemoOptions, plan_clips
 from mmkd.data_manifests.demo_scene import make_scene, render
 from mmkd.data_manifests.demo_shapes import UInt8Array
-from mmkd.data_manifests.errors import InputError, StorageError
+from mmkd.data_manifests.errors import InputError
 
 SCHEMA = "mmkd-demo-1"
 """Changes whenever the same options would give another data set."""
@@ -56,8 +57,7 @@ def write_demo(
     _claim(directory, options)
     videos = directory / "videos"
     videos.mkdir(exist_ok=True)
-    for torn in videos.glob("*.tmp"):  # what a killed run left half written
-        torn.unlink()
+    sweep_abandoned(videos)
     boxes: dict[str, list[dict[str, Any]]] = {}
     for done, (plan, rows) in enumerate(zip(plans, _clips(plans, options, videos, workers), strict=True), 1):
         boxes[plan.clip_id] = rows
@@ -97,9 +97,12 @@ def annotation_files(plans: list[ClipPlan]) -> dict[str, Any]:
 
 def encode_video(clip: UInt8Array, path: Path, fps: int) -> None:
     """Write frames (N, H, W, 3) as VP9 in WebM, in one step; the same frames give the same bytes."""
-    temporary = path.with_name(path.name + ".tmp")
     # bitexact: no random segment id and no library version in the file
-    with av.open(str(temporary), "w", format="webm", options={"fflags": "+bitexact"}) as container:
+    options = {"fflags": "+bitexact"}
+    with (
+        atomic_path(path, sync=False) as temporary,
+        av.open(str(temporary), "w", format="webm", options=options) as container,
+    ):
         stream = container.add_stream("libvpx-vp9", rate=fps, options=dict(ENCODER_OPTIONS))
         stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -108,7 +111,6 @@ def encode_video(clip: UInt8Array, path: Path, fps: int) -> None:
         for picture in clip:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
-    temporary.replace(path)
 
 
 def _clip(plan: ClipPlan, options: DemoOptions, videos: Path) -> list[dict[str, Any]]:
@@ -171,9 +173,5 @@ def _claim(directory: Path, options: DemoOptions) -> None:
 
 
 def _write_json(path: Path, content: object, *, indent: int | None = 1) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error}") from error
+    text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode())

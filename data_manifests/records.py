@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmkd.data_manifests.errors import InputError, StorageError
+from mmkd.data_manifests.atomic import atomic_path
+from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.json_file import unique_keys
 
 SCHEMA = "mmkd-manifest-1"
@@ -205,15 +206,8 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 def save_manifest(manifest: Manifest, path: Path) -> None:
     """Write the manifest as JSON lines, replacing `path` in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{line}\n" for line in manifest_lines(manifest))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{line}\n" for line in manifest_lines(manifest))
 
 
 def load_manifest(path: Path) -> Manifest:

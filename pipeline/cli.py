@@ -319,9 +319,9 @@ def inspect(cache: Path | str, as_json: bool) -> None:
 @as_json
 def weigh(cache: Path | str, out: Path | None, as_json: bool, **options: Any) -> None:
     """Fit the experts' weights to the logits in a CACHE, and compare the schemes: top-1, NLL, calibration."""
-    from mmkd.cache_tools.atomic import write_atomically
     from mmkd.cache_tools.reader import CacheReader
     from mmkd.cache_tools.weights_file import weights_for
+    from mmkd.data_manifests.atomic import write_atomically
     from mmkd.student.weigh import weigh as weigh_cache
     from mmkd.student.weigh_table import report_lines
 

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmkd.cache_tools.atomic import write_atomically
 from mmkd.cache_tools.fingerprints import file_sha256
 from mmkd.cache_tools.records import Float32Array
+from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.pipeline.recipe import ExpertRecipe
 from mmkd.pipeline.stlt import STLT

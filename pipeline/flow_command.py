@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from mmkd.cache_tools.atomic import write_atomically
 from mmkd.cache_tools.facts import probe_all
 from mmkd.cache_tools.frames import VideoFiles
 from mmkd.cache_tools.interrupt import StopRequest, stop_on_signals
 from mmkd.cache_tools.pool import run_tasks
 from mmkd.cache_tools.progress import Progress
+from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.flow_blocks import (
     BlockResult,

@@ -16,7 +16,7 @@ from typing import Any
 
 import h5py
 
-from mmkd.cache_tools.atomic import write_atomically
+from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError, StorageError
 from mmkd.pipeline.flow_blocks import FlowOptions, VideoPlan
 from mmkd.pipeline.flow_conventions import NAMES, FlowName, pair_number

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mmkd.cache_tools.atomic import write_atomically
 from mmkd.cache_tools.data import ClipVideo
 from mmkd.cache_tools.fingerprints import fingerprint
 from mmkd.cache_tools.frames import DECODER_RULES
 from mmkd.cache_tools.records import Float32Array, IntArray
+from mmkd.data_manifests.atomic import write_atomically
 from mmkd.pipeline.flow import (
     FlowFields,
     all_pairs,

@@ -19,8 +19,8 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.optim import Optimizer
 
-from mmkd.cache_tools.atomic import sync_directory, write_atomically
 from mmkd.cache_tools.fingerprints import differences, fingerprint
+from mmkd.data_manifests.atomic import sync_directory, write_atomically
 from mmkd.data_manifests.errors import FingerprintError, StorageError, VerificationError
 
 SCHEMA = "mmkd-checkpoint-1"

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from mmkd.cache_tools.atomic import write_atomically
 from mmkd.cache_tools.data import ClipSet
 from mmkd.cache_tools.mixing import HeadMixtures, Missing
 from mmkd.cache_tools.precision import kl_divergence
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.records import Float32Array
+from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.cached_targets import choose_weights, mix_split
 from mmkd.student.checkpoint import encode_network, latest_checkpoint

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmkd.cache_tools.atomic import write_atomically
 from mmkd.cache_tools.interrupt import stop_on_signals
 from mmkd.cache_tools.progress import Progress
+from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.batches import Batch, Schedule, ViewDataset, read_batches
 from mmkd.student.checkpoint import (

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkd.cache_tools import atomic
 from mmkd.cache_tools.arrays import (
     ArraySpec,
     decode_array,
@@ -24,7 +23,6 @@ from mmkd.cache_tools.arrays import (
     split_arrays,
     static_arrays,
 )
-from mmkd.cache_tools.atomic import write_atomically
 from mmkd.cache_tools.commits import (
     CommitRecord,
     Unusable,
@@ -36,6 +34,8 @@ from mmkd.cache_tools.commits import (
 from mmkd.cache_tools.layout import Shard, SplitLayout, commit_key, group_key
 from mmkd.cache_tools.storage_formats import FORMATS
 from mmkd.cache_tools.store import LocalStore
+from mmkd.data_manifests import atomic
+from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 
 SPLIT = SplitLayout("train", rows=13, views=4, shard_rows=6, shard_views=2)
@@ -366,6 +366,21 @@ def test_a_write_makes_folders_and_replaces_the_old_file(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_the_longest_name_that_a_file_may_have_can_be_written(tmp_path):
+    path = tmp_path / ("n" * 255)
+    write_atomically(path, [b"in ", b"parts"])
+    assert path.read_bytes() == b"in parts"
+
+
+def test_two_writers_of_one_path_never_share_a_temporary_file(tmp_path):
+    path = tmp_path / "file"
+    with atomic.atomic_path(path) as first, atomic.atomic_path(path) as second:
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+    assert path.read_bytes() == b"first"  # the outer block ends last
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("failing", ["fsync", "open", "replace"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing, code):
@@ -396,7 +411,7 @@ def test_a_file_in_the_place_of_a_folder_is_a_storage_error(tmp_path):
 LIMITED_WRITE = """
 import resource, signal, sys
 from pathlib import Path
-from mmkd.cache_tools.atomic import write_atomically
+from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import StorageError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -423,7 +438,7 @@ def test_the_system_refusing_half_of_a_write_leaves_the_old_file(tmp_path):
 KILLED_WRITES = """
 import sys
 from pathlib import Path
-from mmkd.cache_tools.atomic import write_atomically
+from mmkd.data_manifests.atomic import write_atomically
 print("ready", flush=True)
 for number in range(10**9):
     write_atomically(Path(sys.argv[1]), bytes([number % 256]) * 300_000)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -70,7 +71,9 @@ def test_a_stopped_run_is_continued_to_the_same_bytes(demo, tmp_path):
     modified = kept.stat().st_mtime_ns
     for name in ("videos/1.webm", "videos/7.webm", "bounding_boxes.json", "standard.json"):
         (directory / name).unlink()
-    (directory / "videos" / "9.webm.tmp").write_bytes(b"torn")
+    abandoned = directory / "videos" / ".mmkd-0123456789abcdef.tmp"
+    abandoned.write_bytes(b"torn")
+    os.utime(abandoned, (0, 0))
     assert not is_complete(directory, TINY)
     write_demo(directory, TINY)
     assert is_complete(directory, TINY)
