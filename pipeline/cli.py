@@ -16,6 +16,7 @@ from mmkd.cache_tools.command import (
     recipe_options,
     run_command,
 )
+from mmkd.cache_tools.help_text import WholeHelpGroup, example
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
 from mmkd.data_manifests.errors import InputError, TooManyUnusableError
@@ -30,19 +31,23 @@ from mmkd.pipeline.options import (
     cache_options,
     device_option,
     named_options,
+    out_option,
     scratch_option,
     teacher_options,
 )
 from mmkd.pipeline.recipe import TeacherRecipe
 
 
-@click.group()
+@click.group(
+    cls=WholeHelpGroup,
+    epilog=example("mmkd-cache demo demo-data", "mmkd-cache build -h"),
+)
 @click.version_option(package_name="mmkd")
 def cli() -> None:
     """Make manifests, teach experts, and cache a multimodal teacher's logits for RGB students."""
 
 
-@cli.command()
+@cli.command(epilog=example("mmkd-cache demo demo-data --train-clips 100"))
 @click.argument("directory", type=FOLDER)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other videos.")
 @click.option("--train-clips", type=click.IntRange(1), help="Training clips.")
@@ -71,14 +76,18 @@ def demo(directory: Path, workers: int, **options: int | None) -> None:
 cli.add_command(manifest)
 
 
-@cli.command()
+@cli.command(
+    epilog=example(
+        "mmkd-cache teach rgb -c teacher.yaml --manifest manifest.jsonl \\\n    --videos videos -o experts/rgb"
+    )
+)
 @click.argument("name")
 @recipe_options
 @data_options
 @boxes_option
 @scratch_option
 @click.option(
-    "-o", "--out", required=True, type=FOLDER, help="Directory of the expert; unfinished training goes on."
+    "-o", "--out", required=True, type=FOLDER, help="Folder of the expert; unfinished training is continued."
 )
 @click.option("--seed", type=int, help="Seed of weights, order, views and augmentation.")
 @device_option
@@ -103,7 +112,12 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
     print_result(value, as_json=options["as_json"], lines=lines)
 
 
-@cli.command()
+@cli.command(
+    epilog=example(
+        "mmkd-cache build -c teacher.yaml --manifest manifest.jsonl --videos videos \\\n"
+        "    --expert experts/rgb --expert experts/flow -o cache"
+    )
+)
 @cache_options
 @click.option("--task", type=click.IntRange(0), default=0, show_default=True, help="Number of this task, of --of.")
 @click.option(
@@ -148,7 +162,12 @@ def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
         )
 
 
-@cli.command()
+@cli.command(
+    epilog=example(
+        "mmkd-cache plan -c teacher.yaml --manifest manifest.jsonl --videos videos \\\n"
+        "    --expert experts/rgb -o cache"
+    )
+)
 @cache_options
 @click.option(
     "--sample-clips", type=click.IntRange(1), default=8, show_default=True, help="Clips that are computed to time."
@@ -179,7 +198,7 @@ def plan(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) ->
     report.check()
 
 
-@cli.command()
+@cli.command(epilog=example("mmkd-cache status cache"))
 @cache_argument
 @as_json
 def status(cache: Path | str, as_json: bool) -> None:
@@ -190,7 +209,7 @@ def status(cache: Path | str, as_json: bool) -> None:
     print_result(asdict(found), as_json=as_json, lines=found.lines())
 
 
-@cli.command()
+@cli.command(epilog=example("mmkd-cache finalize cache"))
 @cache_argument
 def finalize(cache: Path | str) -> None:
     """Finish a CACHE whose shards are all there (a build does so by itself); refuse one with holes."""
@@ -201,9 +220,9 @@ def finalize(cache: Path | str) -> None:
     click.echo(f"{cache}: finished")
 
 
-@cli.command()
+@cli.command(epilog=example("mmkd-cache verify cache --repair"))
 @cache_argument
-@click.option("--repair", is_flag=True, help="Remove what is damaged, so that the next build computes it anew.")
+@click.option("--repair", is_flag=True, help="Remove what is damaged, so that the next build computes it again.")
 @as_json
 def verify(cache: Path | str, repair: bool, as_json: bool) -> None:
     """Read every byte of a CACHE against its stored checksums; exit code 4 when one is wrong."""
@@ -214,7 +233,12 @@ def verify(cache: Path | str, repair: bool, as_json: bool) -> None:
     report.check(cache)
 
 
-@cli.command()
+@cli.command(
+    epilog=example(
+        "mmkd-cache drift cache -c teacher.yaml --manifest manifest.jsonl \\\n"
+        "    --videos videos --expert experts/rgb"
+    )
+)
 @cache_argument
 @teacher_options
 @click.option("--sample", type=click.IntRange(1), default=64, show_default=True, help="Views to compute again.")
@@ -246,7 +270,7 @@ def drift(cache: Path | str, files: tuple[Path, ...], overrides: tuple[str, ...]
     report.check(cache)
 
 
-@cli.command()
+@cli.command(epilog=example("mmkd-cache export cache cache.h5"))
 @cache_argument
 @click.argument("file", type=FILE)
 def export(cache: Path | str, file: Path) -> None:
@@ -257,9 +281,9 @@ def export(cache: Path | str, file: Path) -> None:
     click.echo(f"{file}: {size_bytes / 2**20:.1f} MiB")
 
 
-@cli.command("import")
+@cli.command("import", epilog=example("mmkd-cache import cache.h5 -o cache"))
 @click.argument("file", type=FILE)
-@click.option("-o", "--out", type=cache_location, required=True, help="Directory (or URL) of the cache.")
+@out_option("Folder (or URL) of the cache.")
 @as_json
 def import_(file: Path, out: Path | str, as_json: bool) -> None:
     """Make a cache again of a FILE that `export` wrote, every value checked."""
@@ -269,10 +293,10 @@ def import_(file: Path, out: Path | str, as_json: bool) -> None:
     print_result(asdict(report), as_json=as_json, lines=report.lines(out))
 
 
-@cli.command()
+@cli.command(epilog=example("mmkd-cache merge part-1 part-2 --manifest manifest.jsonl -o whole"))
 @click.argument("caches", type=cache_location, nargs=-1, required=True, metavar="CACHE...")
 @click.option("--manifest", "manifest_file", required=True, type=FILE, help="Manifest of all their clips.")
-@click.option("-o", "--out", type=cache_location, required=True, help="Directory (or URL) of the merged cache.")
+@out_option("Folder (or URL) of the merged cache.")
 @as_json
 def merge(caches: tuple[Path | str, ...], manifest_file: Path, out: Path | str, as_json: bool) -> None:
     """Make one cache of several CACHEs over disjoint clips, as if it had been built over all of them.
@@ -287,7 +311,7 @@ def merge(caches: tuple[Path | str, ...], manifest_file: Path, out: Path | str, 
     print_result(asdict(report), as_json=as_json, lines=report.lines(out))
 
 
-@cli.command()
+@cli.command(epilog=example("mmkd-cache inspect cache"))
 @cache_argument
 @as_json
 def inspect(cache: Path | str, as_json: bool) -> None:
@@ -298,7 +322,7 @@ def inspect(cache: Path | str, as_json: bool) -> None:
     print_result(found, as_json=as_json, lines=describe_lines(found))
 
 
-@cli.command()
+@cli.command(epilog=example("mmkd-cache weigh cache -o weights.json"))
 @cache_argument
 @click.option("-o", "--out", type=FILE, help="Write all schemes' weights, for `mmkd-student train --weights`.")
 @click.option("--split", help="A labelled split to fit on [default: the held-out part of the training split].")
@@ -307,7 +331,7 @@ def inspect(cache: Path | str, as_json: bool) -> None:
     type=click.FloatRange(0, 1e6, min_open=True),
     default=1.0,
     show_default=True,
-    help="Of softmin and per-sample; larger is more uniform.",
+    help="Temperature of softmin and per-sample; larger is more uniform.",
 )
 @click.option(
     "--temperature",
@@ -332,7 +356,7 @@ def weigh(cache: Path | str, out: Path | None, as_json: bool, **options: Any) ->
     print_result(report.to_json(), as_json=as_json, lines=report_lines(report))
 
 
-@cli.command()
+@cli.command(epilog=example("mmkd-cache flow videos -o flow --new-short 256 --bound 20"))
 @click.argument("videos", nargs=-1, metavar="VIDEO...")
 @click.option("--list", "lists", multiple=True, type=FILE, help="Text file with a video's path on each line.")
 @click.option("--class-folder", is_flag=True, help="Call results CLASS/NAME, after the folder a video lies in.")
@@ -350,10 +374,29 @@ def weigh(cache: Path | str, out: Path | None, as_json: bool, **options: Any) ->
 )
 @click.option("--weights", type=FILE, help="raft: torchvision's weights, safetensors or a state dict.")
 @click.option(
-    "-b", "--bound", "bound_px", type=int, default=20, show_default=True, help="Pixels that are code 255."
+    "-b",
+    "--bound",
+    "bound_px",
+    type=int,
+    default=20,
+    show_default=True,
+    help="Flow in pixels stored as code 255; larger flow is clipped.",
 )
-@click.option("-s", "--step", type=int, default=1, show_default=True, help="Second frame minus first; not 0.")
-@click.option("--stride", type=int, default=1, show_default=True, help="epic: frames from a pair to the next.")
+@click.option(
+    "-s",
+    "--step",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Frames between the two of a pair (negative: backward flow).",
+)
+@click.option(
+    "--stride",
+    type=int,
+    default=1,
+    show_default=True,
+    help="epic: frames from the start of a pair to that of the next.",
+)
 @click.option(
     "--short-side",
     "--new-short",
@@ -363,7 +406,9 @@ def weigh(cache: Path | str, out: Path | None, as_json: bool, **options: Any) ->
     help="Short side of the frames [default: 256 for epic and i3d, else the video's]; only epic and i3d enlarge.",
 )
 @click.option("--new-width", type=int, default=0, help="Width of the frames, the height in proportion or as given.")
-@click.option("--new-height", type=int, default=0, help="Height of the frames likewise.")
+@click.option(
+    "--new-height", type=int, default=0, help="Height of the frames, the width in proportion or as given."
+)
 @click.option("--preview", type=FOLDER, help="Folder for a picture of each video: frames over colour-coded flow.")
 @click.option(
     "--workers", type=click.IntRange(0), help="Processes that decode and, on a CPU, compute [default: cores]."
@@ -390,12 +435,15 @@ def flow(videos: tuple[str, ...], **options: Any) -> None:
         )
 
 
-@cli.group()
+@cli.group(epilog=example("mmkd-cache config example demo > teacher.yaml"))
 def config() -> None:
     """Show recipes: an example, the resolved one with each value's origin, or the schema."""
 
 
-@config.command("show")
+@config.command(
+    "show",
+    epilog=example("mmkd-cache config show -c teacher.yaml --manifest manifest.jsonl \\\n    --videos videos"),
+)
 @recipe_options
 @data_options
 @boxes_option
@@ -407,14 +455,14 @@ def config_show(files: tuple[Path, ...], overrides: tuple[str, ...], **options: 
         click.echo(f"{value.path}: {json.dumps(value.value)}  # {value.origin}")
 
 
-@config.command("example")
+@config.command("example", epilog=example("mmkd-cache config example something-something > teacher.yaml"))
 @example_argument
 def config_example(data_set: str) -> None:
     """Print a commented recipe to start from: the demo's, or the authors' for Something-Something."""
     click.echo(example_recipe(data_set, "teacher"), nl=False)
 
 
-@config.command("schema")
+@config.command("schema", epilog=example("mmkd-cache config schema > schema.json"))
 def config_schema() -> None:
     """Print the JSON schema of the recipe."""
     click.echo(json.dumps(TeacherRecipe.model_json_schema(), indent=1))

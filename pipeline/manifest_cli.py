@@ -5,12 +5,19 @@ from typing import Any
 
 import click
 
+from mmkd.cache_tools.help_text import WholeHelpGroup, example
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import Manifest, save_manifest
 from mmkd.pipeline.options import FILE, FOLDER
 
 
-@click.group()
+@click.group(
+    cls=WholeHelpGroup,
+    epilog=example(
+        "mmkd-cache manifest something-something --split train=train.json \\\n"
+        "    --labels labels.json -o manifest.jsonl"
+    ),
+)
 def manifest() -> None:
     """Make a manifest from a data set's published annotation files."""
 
@@ -36,7 +43,14 @@ def split_options(function: Any) -> Any:
     return function
 
 
-@manifest.command("something-something")
+@manifest.command(
+    "something-something",
+    epilog=example(
+        "mmkd-cache manifest something-something --split train=train.json \\\n"
+        "    --split validation=validation.json --labels labels.json \\\n"
+        "    --videos videos -o manifest.jsonl"
+    ),
+)
 @split_options
 @click.option("--dataset", default="something-something-v2", show_default=True, help="Name of the data set.")
 def something_something(**options: Any) -> None:
@@ -49,7 +63,14 @@ def something_something(**options: Any) -> None:
     _write_manifest(made, options)
 
 
-@manifest.command("something-else")
+@manifest.command(
+    "something-else",
+    epilog=example(
+        "mmkd-cache manifest something-else --split train=train.json \\\n"
+        "    --split compositional=validation.json --labels labels.json \\\n"
+        "    --videos videos -o manifest.jsonl"
+    ),
+)
 @split_options
 @click.option("--dataset", default="something-else", show_default=True, help="Name of the data set.")
 def something_else(**options: Any) -> None:

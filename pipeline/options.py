@@ -1,11 +1,12 @@
 """Options that several commands of `mmkd-cache` share, and the recipe that they make."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mmkd.cache_tools.command import cache_location, data_options, named_data, recipe_options
+from mmkd.cache_tools.command import Function, cache_location, data_options, named_data, recipe_options
 from mmkd.cache_tools.recipes import load_recipe
 from mmkd.pipeline.recipe import TeacherRecipe
 
@@ -22,6 +23,11 @@ scratch_option = click.option(
 )
 
 
+def out_option(help_text: str) -> Callable[[Function], Function]:
+    """Return the option that names the cache to write."""
+    return click.option("-o", "--out", type=cache_location, required=True, metavar="CACHE", help=help_text)
+
+
 def teacher_options(function: Any) -> Any:
     """Add what a command needs to run the teacher over a data set: recipe, data, experts and device."""
     expert = click.option(
@@ -30,7 +36,7 @@ def teacher_options(function: Any) -> Any:
         multiple=True,
         required=True,
         type=FOLDER,
-        help="Directory of an expert; repeatable.",
+        help="Folder of an expert that `teach` made; repeatable.",
     )
     for option in reversed((recipe_options, data_options, boxes_option, scratch_option, expert, device_option)):
         function = option(function)
@@ -41,20 +47,16 @@ def cache_options(function: Any) -> Any:
     """Add what says which cache to build, for the commands that build or plan one."""
     options = (
         teacher_options,
-        click.option(
-            "-o",
-            "--out",
-            type=cache_location,
-            required=True,
-            help="Directory (or URL) of the cache; one that is there goes on or grows.",
-        ),
+        out_option("Folder (or URL) of the cache; one that is there is continued or grows."),
         click.option("--views", type=int, help="Random views of each training clip."),
         click.option(
-            "--precision", type=click.Choice(["fp16", "12-bit", "9-bit", "8-bit"]), help="How logits are stored."
+            "--precision",
+            type=click.Choice(["fp16", "12-bit", "9-bit", "8-bit"]),
+            help="How logits are stored.",
         ),
         click.option("--max-kl", type=float, help="Largest error in nats that storing may cost [default: 1e-4]."),
         click.option(
-            "--replace", multiple=True, metavar="NAME", help="Compute this expert of the cache anew; repeatable."
+            "--replace", multiple=True, metavar="NAME", help="Compute this expert of the cache again; repeatable."
         ),
     )
     for option in reversed(options):

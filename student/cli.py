@@ -16,6 +16,7 @@ from mmkd.cache_tools.command import (
     recipe_options,
     run_command,
 )
+from mmkd.cache_tools.help_text import WholeHelpGroup, example
 from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import load_manifest
@@ -35,28 +36,37 @@ cache_option = click.option(
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 
 
-@click.group()
+@click.group(cls=WholeHelpGroup, epilog=example("mmkd-student train -h"))
 @click.version_option(package_name="mmkd")
 def cli() -> None:
     """Train and evaluate RGB students on cached teacher logits; flow, boxes and teacher never load."""
 
 
-@cli.command()
+@cli.command(
+    epilog=example(
+        "mmkd-student train -c student.yaml --manifest manifest.jsonl \\\n"
+        "    --videos videos --cache cache -o runs/student"
+    )
+)
 @recipe_options
 @data_options
 @cache_option
-@click.option("-o", "--out", required=True, type=FOLDER, help="Directory of the run; an unfinished run goes on.")
+@click.option("-o", "--out", required=True, type=FOLDER, help="Folder of the run; an unfinished run is continued.")
 @click.option("--labels-only", is_flag=True, help="Train the baseline: the same run without a teacher.")
 @click.option("--fresh-views", is_flag=True, help="With --labels-only: new views every epoch.")
 @click.option("--weights", help="uniform, heldout, per-sample, e.g. rgb=1,flow=2, or FILE.json[:SCHEME] of weigh.")
-@click.option("--temperature", type=float, help="T of the distillation loss.")
-@click.option("--label-weight", type=float, help="Weight of the label term, 0..1.")
+@click.option("--temperature", type=float, help="T of the distillation loss [default: 1].")
+@click.option("--label-weight", type=float, help="Weight of the label term, 0 to 1 [default: 0].")
 @click.option(
-    "--missing", type=click.Choice(["renormalise", "drop", "label-only"]), help="Views without an expert."
+    "--missing",
+    type=click.Choice(["renormalise", "drop", "label-only"]),
+    help="Views without an expert [default: renormalise].",
 )
 @click.option("--seed", type=int, help="Seed of weights, order, views and augmentation.")
 @click.option(
-    "--node-copies", type=FOLDER, help="Folder on a local disk for the mixed targets [default: see README]."
+    "--node-copies",
+    type=FOLDER,
+    help="Folder on a local disk for mixed targets [default: below $SLURM_TMPDIR, $TMPDIR or ~/.cache].",
 )
 @device_option
 @as_json
@@ -85,7 +95,7 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
     print_result(value, as_json=options["as_json"], lines=metric_lines(metrics))
 
 
-@cli.command()
+@cli.command(epilog=example("mmkd-student evaluate runs/student --cache cache"))
 @recipe_options
 @data_options
 @cache_option
@@ -107,7 +117,11 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
     print_result(metrics, as_json=options["as_json"], lines=metric_lines(metrics))
 
 
-@cli.command()
+@cli.command(
+    epilog=example(
+        "mmkd-student compare --cache cache --manifest manifest.jsonl \\\n    --run student=runs/student"
+    )
+)
 @click.option(
     "--cache", type=cache_location, metavar="CACHE", help="Cache that the runs were trained and evaluated with."
 )
@@ -118,7 +132,12 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
 @click.option(
     "--weights", help="Weights of the teacher's row [default: those that the first student learned from]."
 )
-@click.option("--weights-temperature", default=1.0, show_default=True, help="With --weights heldout.")
+@click.option(
+    "--weights-temperature",
+    default=1.0,
+    show_default=True,
+    help="Temperature of the softmin for --weights heldout.",
+)
 @click.option("--train-split", default="train", show_default=True, help="The split that the table leaves out.")
 @click.option("--tables", multiple=True, type=FILE, help="Merge tables of several seeds instead; repeatable.")
 @click.option("--out", type=FILE, help="Write the table as JSON, for --tables.")
@@ -167,12 +186,15 @@ def _table(options: dict[str, Any]) -> Any:
     )
 
 
-@cli.group()
+@cli.group(epilog=example("mmkd-student config example demo > student.yaml"))
 def config() -> None:
     """Show recipes: an example, the resolved one with each value's origin, or the schema."""
 
 
-@config.command("show")
+@config.command(
+    "show",
+    epilog=example("mmkd-student config show -c student.yaml --manifest manifest.jsonl \\\n    --videos videos"),
+)
 @recipe_options
 @data_options
 def config_show(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
@@ -182,14 +204,14 @@ def config_show(files: tuple[Path, ...], overrides: tuple[str, ...], **options: 
         click.echo(f"{value.path}: {json.dumps(value.value)}  # {value.origin}")
 
 
-@config.command("example")
+@config.command("example", epilog=example("mmkd-student config example something-something > student.yaml"))
 @example_argument
 def config_example(data_set: str) -> None:
     """Print a commented recipe to start from: the demo's, or the authors' for Something-Something."""
     click.echo(example_recipe(data_set, "student"), nl=False)
 
 
-@config.command("schema")
+@config.command("schema", epilog=example("mmkd-student config schema > schema.json"))
 def config_schema() -> None:
     """Print the JSON schema of the recipe."""
     click.echo(json.dumps(StudentRecipe.model_json_schema(), indent=1))

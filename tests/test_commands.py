@@ -1,11 +1,9 @@
 """The two commands as a user meets them: help, version, origins of values, what goes to stdout or to stderr."""
 
-import importlib
 import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -15,24 +13,13 @@ from mmkd.cache_tools.recipe_yaml import parse_yaml
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.student_recipe import StudentRecipe
 
+from .command_lines import ALL, parse
 from .conftest import ENVIRONMENT
 from .in_process import MODULES, call, call_ok, refused
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ("--manifest", "m", "--videos", "v")
 HEAVY = ("torch", "torchvision", "zarr", "h5py", "cv2", "decord")
-
-
-def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
-    yield name, command
-    if isinstance(command, click.Group):
-        for inner_name, inner in command.commands.items():
-            yield from commands(inner, f"{name} {inner_name}")
-
-
-ALL = dict(
-    pair for program, module in MODULES.items() for pair in commands(importlib.import_module(module).cli, program)
-)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -43,7 +30,27 @@ def test_every_command_and_option_has_help(name):
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help, f"{name} {parameter.opts[-1]} has no help"
-    assert "--help" in call_ok(*name.split(), "--help")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_help_comes_by_h_too_is_never_cut_and_ends_with_an_example_that_the_command_takes(name):
+    shown = call_ok(*name.split(), "-h")
+    assert shown == call_ok(*name.split(), "--help")
+    assert "..." not in shown.replace("[ARGS]...", "").replace("VIDEO...", "").replace("CACHE...", "")
+    _, found, examples = shown.partition("  Example")
+    assert found, "help without an example"
+    assert max(map(len, examples.splitlines())) <= 80
+    lines = examples.partition("\n")[2].replace("\\\n", " ").splitlines()
+    for line in lines:
+        assert line.split()[: len(name.split())] == name.split() or isinstance(ALL[name], click.Group)
+        parse(line.split(" > ")[0])
+
+
+def test_a_group_lists_the_whole_first_sentence_of_each_command():
+    shown = " ".join(call_ok("mmkd-cache", "-h").split())
+    for name, command in ALL.items():
+        if name.startswith("mmkd-cache ") and name.count(" ") == 1:
+            assert " ".join(command.help.split("\n\n")[0].split()).split(". ")[0].rstrip(".") in shown
 
 
 def loaded_after(*arguments: object) -> tuple[int, set[str]]:
