@@ -30,11 +30,15 @@ def tvl1_params(recipe: FlowRecipe) -> TVL1Params:
 
 def flow_identity(recipe: FlowRecipe) -> dict[str, Any]:
     """Return everything that could change a flow value, for fingerprints."""
-    return {
-        "rules": FLOW_RULES,
-        "recipe": recipe.model_dump(mode="json"),
-        "params": asdict(tvl1_params(recipe)),
-    }
+    fields = recipe.model_dump(mode="json")
+    if recipe.enlarge:  # what every flow was made with before there was a choice: its identity stays as it was
+        del fields["enlarge"]
+    return {"rules": FLOW_RULES, "recipe": fields, "params": asdict(tvl1_params(recipe))}
+
+
+def stated_flow(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return a flow identity with every value of its recipe stated, also those from before `enlarge` existed."""
+    return identity | {"recipe": {"enlarge": True} | identity["recipe"]}
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,14 @@ def all_pairs(facts: ClipFacts, step: int) -> IntArray:
     return np.unique(pair_starts(frames, facts, step))
 
 
-def flow_size(facts: ClipFacts, short_side_px: int) -> tuple[int, int]:
-    """Return (height, width) of the flow grid: the short side as stated, the other one in proportion."""
-    scale = short_side_px / min(facts.height, facts.width)
+def flow_size(facts: ClipFacts, recipe: FlowRecipe) -> tuple[int, int]:
+    """Return (height, width) of the flow grid: the short side as stated, the other one in proportion.
+
+    Frames that are smaller keep their own size, unless the recipe enlarges them.
+    """
+    scale = recipe.short_side_px / min(facts.height, facts.width)
+    if scale > 1 and not recipe.enlarge:
+        return facts.height, facts.width
     return max(1, round(facts.height * scale)), max(1, round(facts.width * scale))
 
 
@@ -93,7 +102,7 @@ def clip_flow(
     clip: ClipFrames, facts: ClipFacts, starts: IntArray, *, recipe: FlowRecipe, device: str
 ) -> FlowFields:
     """Compute the fields of the pairs that begin at `starts` (ascending), rounded as the recipe says."""
-    size = flow_size(facts, recipe.short_side_px)
+    size = flow_size(facts, recipe)
     ends = pair_ends(starts, facts, recipe.step)
     used = np.union1d(starts, ends)
     grey = torch.from_numpy(grey_frames(clip.select(used), size)).to(device)

@@ -17,7 +17,7 @@ from mmkd.cache_tools.frames import FrameSource
 from mmkd.cache_tools.records import ClipFrames, Float32Array, IntArray, UInt8Array, UInt64Array, View
 from mmkd.data_manifests.errors import VideoError
 from mmkd.pipeline.flow import FlowFields, all_pairs, clip_flow, pair_ends, pair_starts, view_flow
-from mmkd.pipeline.flow_store import FlowStore
+from mmkd.pipeline.flow_store import DamagedFlowError, FlowStore
 from mmkd.pipeline.recipe import FlowRecipe
 
 
@@ -82,11 +82,11 @@ def prepare_clip(job: ClipJob) -> PreparedClip:
         raise job.item
     began = time.perf_counter()
     sampled = [view.frame_indices for view in job.views]
-    store = job.flow.store if job.flow else None
-    stored = store is not None and store.has(job.item)
     starts = needed_pairs(job.views, job.item, job.flow.recipe.step) if job.flow else None
-    if job.flow and starts is not None and not stored:
+    fields = stored_flow(job.flow, job.item, starts) if job.flow and starts is not None else None
+    if job.flow and starts is not None and fields is None:
         sampled += [starts, pair_ends(starts, job.item.facts, job.flow.recipe.step)]
+    looked_up = time.perf_counter()
     frames = job.source.read(job.item.clip.video, np.unique(np.concatenate(sampled)), job.item.video)
     check_size(frames, job.item)
     pixels = np.stack([canonical_view(frames, view, job.size_px) for view in job.views])
@@ -95,16 +95,23 @@ def prepare_clip(job: ClipJob) -> PreparedClip:
     decoded = time.perf_counter()
     flow = None
     if job.flow and starts is not None:
-        fields = None
-        if store is not None and stored:
-            fields = FlowFields(starts, store.read(job.item, starts))
-        elif job.flow.device == "cpu":
+        if fields is None and job.flow.device == "cpu":
             fields = _flow(frames, job.item, starts, job.flow)
         if fields is not None:
             flow = view_flows(fields, job.views, job.item, recipe=job.flow.recipe, size_px=job.size_px)
-    seconds = {"decode": decoded - began, "flow": time.perf_counter() - decoded}
+    seconds = {"decode": decoded - looked_up, "flow": looked_up - began + time.perf_counter() - decoded}
     left = frames if job.flow and flow is None else None
     return PreparedClip(pixels, hashes, thumbnails, flow, left, seconds)
+
+
+def stored_flow(flow: FlowJob, item: ClipVideo, starts: IntArray) -> FlowFields | None:
+    """Return the fields that the scratch store has; None when they are to be computed, as damaged ones are."""
+    if flow.store is None or not flow.store.has(item):
+        return None
+    try:
+        return FlowFields(starts, flow.store.read(item, starts))
+    except DamagedFlowError:
+        return None
 
 
 def with_flow(

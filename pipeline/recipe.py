@@ -20,7 +20,10 @@ class FlowRecipe(Recipe):
         "default",
         description="default follows OpenCV's CUDA TV-L1, as denseflow and EPIC; see mmkd.pipeline.tvl1",
     )
-    short_side_px: int = Field(256, ge=16, le=2160, description="frames are resized to this before flow")
+    short_side_px: int = Field(256, ge=16, le=2160, description="larger frames are shrunk to this before flow")
+    enlarge: bool = Field(
+        False, description="smaller frames are enlarged to it too, as all were before this value existed"
+    )
     step: int = Field(1, ge=1, le=64, description="a pair is frames i and i + step")
     precision: Literal["float16", "uint8"] = Field(
         "float16", description="how fields are rounded before any expert sees them"

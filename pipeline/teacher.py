@@ -11,7 +11,7 @@ from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import Manifest
 from mmkd.pipeline.boxes import BoxFile, load_boxes
 from mmkd.pipeline.experts import Expert, ExpertCard, load_expert
-from mmkd.pipeline.flow import flow_identity
+from mmkd.pipeline.flow import flow_identity, stated_flow
 from mmkd.pipeline.recipe import BoxesRecipe, TeacherRecipe
 
 
@@ -57,14 +57,22 @@ def check_teacher(cards: Sequence[ExpertCard], manifest: Manifest, recipe: Teach
             )
         expected = {
             "views": recipe.views.model_dump(mode="json"),
-            "flow": flow_identity(recipe.flow) if card.flow else None,
+            "flow": stated_flow(flow_identity(recipe.flow)) if card.flow else None,
             "boxes": boxes_form(recipe.boxes) if card.boxes else None,
         }
         boxes = {key: value for key, value in card.boxes.items() if key != "sha256"} if card.boxes else None
-        changed = list(differences({"views": card.views, "flow": card.flow, "boxes": boxes}, expected))
+        flow = stated_flow(card.flow) if card.flow else None
+        changed = list(differences({"views": card.views, "flow": flow, "boxes": boxes}, expected))
         if changed:
             lines = "; ".join(line.replace("cache", "expert") for line in changed)
             raise InputError(
                 f"expert {card.name!r} was trained on something else than this recipe gives: {lines}. "
-                "Use the recipe that it was trained with, or train it again"
+                f"Use the recipe that it was trained with{_enlarge_advice(changed)}, or train it again"
             )
+
+
+def _enlarge_advice(changed: Sequence[str]) -> str:
+    """Return what to type where an expert is from before `flow.enlarge` could be stated."""
+    if any(line.startswith("flow.recipe.enlarge: cache true") for line in changed):
+        return " (--set flow.enlarge=true: before that value existed, small frames were always enlarged)"
+    return ""

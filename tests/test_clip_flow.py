@@ -1,5 +1,8 @@
 """Flow of a clip: which pairs, what is rounded, what a view's window shows, what the scratch store gives back."""
 
+import contextlib
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 import pytest
@@ -26,9 +29,11 @@ from mmkd.pipeline.flow import (
     pair_ends,
     pair_starts,
     round_flow,
+    stated_flow,
     tvl1_params,
 )
-from mmkd.pipeline.flow_store import FlowStore
+from mmkd.pipeline.flow_store import DamagedFlowError, FlowStore
+from mmkd.pipeline.prepare import ClipJob, FlowJob, prepare_clip
 from mmkd.pipeline.recipe import FlowRecipe
 from mmkd.pipeline.tvl1 import TVL1Params, tvl1_flow
 
@@ -135,10 +140,25 @@ def test_rounding_is_off_by_half_a_step_at_most(value):
 
 
 def test_the_flow_grid_keeps_the_shape_of_the_frame():
-    assert flow_size(ClipFacts(427, 240, 0, 1), 256) == (256, 455)
-    assert flow_size(ClipFacts(240, 427, 0, 1), 256) == (455, 256)
-    assert flow_size(ClipFacts(1920, 1080, 0, 1), 256) == (256, 455)
-    assert flow_size(ClipFacts(97, 31, 0, 1), 31) == (31, 97)
+    default, enlarging = FlowRecipe(), FlowRecipe(enlarge=True)
+    assert flow_size(ClipFacts(427, 240, 0, 1), enlarging) == (256, 455)
+    assert flow_size(ClipFacts(240, 427, 0, 1), enlarging) == (455, 256)
+    for recipe in (default, enlarging):
+        assert flow_size(ClipFacts(1920, 1080, 0, 1), recipe) == (256, 455)
+        assert flow_size(ClipFacts(97, 31, 0, 1), recipe.model_copy(update={"short_side_px": 31})) == (31, 97)
+
+
+def test_small_frames_are_not_enlarged_unless_asked_for():
+    assert flow_size(ClipFacts(427, 240, 0, 1), FlowRecipe()) == (240, 427)
+    assert flow_size(ClipFacts(100, 255, 0, 1), FlowRecipe()) == (255, 100)
+
+
+def test_enlarging_has_the_identity_that_all_flow_had_before_it_was_a_choice():
+    """So an expert and a cache that were made then go on with `enlarge: true`, and are refused without."""
+    before = {"preset": "default", "short_side_px": 256, "step": 1, "precision": "float16", "bound_px": 20.0}
+    assert flow_identity(FlowRecipe(enlarge=True))["recipe"] == before
+    assert flow_identity(FlowRecipe())["recipe"] == {**before, "enlarge": False}
+    assert stated_flow(flow_identity(FlowRecipe(enlarge=True)))["recipe"] == {**before, "enlarge": True}
 
 
 def test_grey_is_converted_first_then_resized_as_in_denseflow():
@@ -198,7 +218,8 @@ def test_a_one_frame_clip_has_one_field_of_zeros():
 def test_the_identity_covers_rules_recipe_and_parameters():
     identity = flow_identity(FAST)
     assert identity["params"]["iterations"] == TVL1Params.fast().iterations
-    recipes = [FAST, FlowRecipe(), FlowRecipe(step=2), FlowRecipe(precision="uint8"), FlowRecipe(short_side_px=64)]
+    recipes = [FAST, FlowRecipe(), FlowRecipe(step=2), FlowRecipe(precision="uint8")]
+    recipes += [FlowRecipe(short_side_px=64), FlowRecipe(enlarge=True)]
     assert len({str(flow_identity(recipe)) for recipe in recipes}) == len(recipes)
     assert tvl1_params(FlowRecipe(preset="accurate")) == TVL1Params.accurate()
 
@@ -393,6 +414,75 @@ def test_arrays_of_another_shape_type_or_of_objects_are_not_there(tmp_path):
         assert not store.has(item_of())
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     assert not store.has(item_of())
+
+
+def damage(path, offset):
+    """Lose the page that holds a byte, as a disk does."""
+    data = bytearray(path.read_bytes())
+    page = offset // 4096 * 4096
+    data[page : page + 4096] = bytes(len(data[page : page + 4096]))
+    path.write_bytes(data)
+
+
+def test_a_lost_page_is_never_served_and_its_clip_computed_again(tmp_path):
+    item, clip = item_of(width=80, height=60), moving_clip(width=80, height=60)
+    recipe = FlowRecipe(preset="fast", short_side_px=60)
+    store, flow = stored(tmp_path, recipe, item, clip)
+    path = store.path(item)
+    damage(path, path.stat().st_size // 2)
+    assert store.has(item), "only reading fields can tell"
+    np.testing.assert_array_equal(store.read(item, np.array([10])), flow.fields[:1])
+    with pytest.raises(DamagedFlowError, match=r"\.npy was damaged and is deleted; run again"):
+        store.read(item, flow.starts)
+    assert not store.has(item)
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A source of one clip's frames."""
+
+    clip: ClipFrames
+
+    def read(self, video, frame_indices, facts):
+        times = facts.times_seconds[frame_indices]
+        return ClipFrames(self.clip.select(frame_indices), frame_indices, times)
+
+
+def test_a_lost_page_is_not_built_into_a_cache(tmp_path):
+    item, clip = item_of(width=80, height=60), moving_clip(width=80, height=60)
+    recipe = FlowRecipe(preset="fast", short_side_px=60)
+    store, _ = stored(tmp_path, recipe, item, clip)
+    views = (View(np.array([10, 12, 13]), (10, 0, 60, 60), False),)
+    job = ClipJob(InMemory(clip), item, views, 24, FlowJob(recipe, store, "cpu"))
+    read = prepare_clip(job).flow
+    damage(store.path(item), store.path(item).stat().st_size // 2)
+    np.testing.assert_array_equal(prepare_clip(job).flow, read)
+    assert not store.path(item).exists()
+    np.testing.assert_array_equal(prepare_clip(job).flow, read)
+
+
+def test_a_file_without_a_seal_or_of_another_clip_is_not_there(tmp_path):
+    store, flow = stored(tmp_path)
+    path = store.path(item_of())
+    other = item_of(identity="b" * 64)
+    store.path(other).parent.mkdir(parents=True, exist_ok=True)
+    store.path(other).write_bytes(path.read_bytes())
+    assert not store.has(other), "the fields of another clip, under this one's name"
+    np.save(path, flow.fields.astype(np.float16))
+    assert not store.has(item_of()), "as written before there were seals"
+    store.write(item_of(), flow)
+    assert store.has(item_of())
+    np.testing.assert_array_equal(np.load(path), flow.fields.astype(np.float16))
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    store, flow = stored(tmp_path, FlowRecipe(preset="fast", short_side_px=16), item_of(3), moving_clip(3))
+    path = store.path(item_of(3))
+    data = path.read_bytes()
+    for place in range(0, len(data), 61):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with contextlib.suppress(DamagedFlowError):
+            assert not store.has(item_of(3)) or store.read(item_of(3), flow.starts) is None, place
 
 
 def test_some_of_the_pairs_are_not_taken(tmp_path):
