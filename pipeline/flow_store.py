@@ -95,7 +95,7 @@ class FlowStore:
         shape = (len(all_pairs(item.facts, self._recipe.step)), 2, height, width)
         with suppress(OSError), self.path(item).open("rb") as file:
             stored = read_ends(file, self.path(item).name)
-            return stored is not None and (stored.shape, stored.dtype) == (shape, self._recipe.precision)
+            return stored is not None and stored.shape == shape and stored.dtype == self._recipe.precision
         return False
 
     def write(self, item: ClipVideo, flow: FlowFields) -> None:
