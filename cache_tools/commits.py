@@ -6,15 +6,15 @@ records of two equal builds are equal. Without its record a shard does not exist
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from mmkd.cache_tools.arrays import Objects
-from mmkd.cache_tools.fingerprints import canonical_json, fingerprint
+from mmkd.cache_tools.fingerprints import canonical_json
 from mmkd.cache_tools.layout import SCHEMA, Shard, commit_key, group_key
+from mmkd.cache_tools.sealed import damaged, open_seal, seal
 from mmkd.cache_tools.store import MissingObjectError, Store
+from mmkd.cache_tools.typed_json import STRICT, typed
 from mmkd.data_manifests.errors import VerificationError
 
 REPAIR = "run `mmkd-cache verify --repair` and then the build again, which computes that shard anew"
@@ -24,6 +24,7 @@ REPAIR = "run `mmkd-cache verify --repair` and then the build again, which compu
 class Unusable:
     """A clip that an expert has no logits for, in every view of the shard or in some."""
 
+    __pydantic_config__ = STRICT
     row: int
     """Row within the split."""
     clip_id: str
@@ -38,6 +39,7 @@ class Unusable:
 class CommitRecord:
     """What a commit record says."""
 
+    __pydantic_config__ = STRICT
     shard: str
     """Name of the shard."""
     node: str
@@ -55,22 +57,18 @@ class CommitRecord:
 
     def to_bytes(self) -> bytes:
         """Return the record's one JSON text, closed by the hash of all that it says."""
-        fields = asdict(self)
-        return (canonical_json(fields | {"seal": fingerprint(fields)}) + "\n").encode()
+        return (canonical_json(seal(asdict(self))) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "CommitRecord":
         """Parse a record; raise VerificationError naming `where` when it is damaged."""
         try:
-            value: dict[str, Any] = json.loads(data)
-            if value.pop("seal") != fingerprint(value):
-                raise ValueError("its hash differs")
-            if value["schema"] != SCHEMA:
-                raise VerificationError(f"{where} is of schema {value['schema']!r}, this version reads {SCHEMA!r}")
-            value["unusable"] = tuple(Unusable(**item) for item in value["unusable"])
-            return cls(**value)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise VerificationError(f"{where} is damaged ({error}); {REPAIR}") from error
+            record = typed(cls, open_seal(data))
+        except ValueError as error:
+            raise damaged(where, error, advice=REPAIR) from error
+        if record.schema != SCHEMA:
+            raise VerificationError(f"{where} is of schema {record.schema!r}, this version reads {SCHEMA!r}")
+        return record
 
 
 def hash_objects(objects: Objects) -> dict[str, str]:

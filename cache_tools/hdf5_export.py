@@ -31,11 +31,13 @@ import numpy.typing as npt
 
 from mmkd.cache_tools.arrays import array_form, array_of, encode_object
 from mmkd.cache_tools.commits import CommitRecord, hash_objects, publish
-from mmkd.cache_tools.finalize import check_schema, finalize, node_fingerprints, seal, split_layouts, unsealed
-from mmkd.cache_tools.fingerprints import canonical_json, fingerprint
-from mmkd.cache_tools.layout import INDEX, INIT, SCHEMA, Shard, Status, group_key, label_array, status_array
+from mmkd.cache_tools.finalize import finalize
+from mmkd.cache_tools.fingerprints import canonical_json
+from mmkd.cache_tools.init_record import CacheInit
+from mmkd.cache_tools.layout import INDEX, INIT, Shard, Status, group_key, label_array, status_array
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.root_record import RootRecord
 from mmkd.cache_tools.start import require_free
 from mmkd.cache_tools.store import Store, open_store
 from mmkd.data_manifests.atomic import sync_directory
@@ -106,7 +108,7 @@ def _write_file(reader: CacheReader, file: h5py.File) -> None:
     file.attrs["dataset"] = reader.dataset
     file.attrs["fingerprint"] = reader.fingerprint
     file.attrs["about"] = f"logits of a multimodal teacher, exported by mmkd; see {__name__}. " + json.dumps(
-        {"environment": reader.init.get("environment"), "base": reader.init["base"]["manifest"]}
+        {"environment": reader.init.environment, "base": reader.init.manifest}
     )
     hashes: dict[str, str] = {}
     with Progress("exporting", total=len(reader.objects), unit="object") as progress:
@@ -181,16 +183,15 @@ class Importer:
                 f"{path} is not an export of `mmkd-cache export` (its schema is {schema!r}, not {EXPORT_SCHEMA!r})"
             )
         init, index, objects = (file[f"{ABOUT}/{key}"][()].tobytes() for key in (INIT, INDEX, OBJECTS))
-        check_schema(init, str(path))
-        self._init_bytes, self._init = init, unsealed(init, f"{path}: {INIT}")
+        self._init_bytes, self._init = init, CacheInit.from_bytes(init, f"{path}: {INIT}")
         hashes = {INIT: hashlib.sha256(init).hexdigest(), INDEX: hashlib.sha256(index).hexdigest()}
-        if fingerprint({"schema": SCHEMA, "objects": hashes}) != file.attrs["fingerprint"]:
+        if RootRecord(hashes).fingerprint != file.attrs["fingerprint"]:
             raise damaged(path, "its fingerprint is not that of its records")
         self._records = [CommitRecord.from_bytes(line, f"{path}: {INDEX}") for line in index.splitlines()]
         about = json.loads(objects)
         self._metadata = {key: text.encode() for key, text in about["metadata"].items()}
         self._values: dict[str, str] = about["values"]
-        self._layouts = split_layouts(self._init)
+        self._layouts = self._init.layouts()
         self._reencoded = 0
 
     def run(self) -> ImportReport:
@@ -199,9 +200,9 @@ class Importer:
         total = len(self._values) + len(self._metadata)
         with Progress("importing", total=total, unit="object") as progress:
             self._write_init()
-            progress.advance(len(self._init["objects"]))
+            progress.advance(len(self._init.objects))
             shards = {shard.name: shard for layout in self._layouts.values() for shard in layout.shards()}
-            nodes = node_fingerprints(self._init)
+            nodes = self._init.fingerprints()
             for record in self._records:
                 if nodes.get(record.node) != record.fingerprint or record.shard not in shards:
                     raise damaged(self._path, f"its record of {record.node} of {record.shard} belongs elsewhere")
@@ -214,15 +215,15 @@ class Importer:
     def _write_init(self) -> None:
         """Write metadata and static arrays, then init.json, as an interrupted build would leave them."""
         hashes = {}
-        for key, sha256 in self._init["objects"].items():
+        for key, sha256 in self._init.objects.items():
             data = self._metadata[key] if key in self._metadata else self._object(key, sha256)
             hashes[key] = hashlib.sha256(data).hexdigest()
             if key in self._metadata and hashes[key] != sha256:
                 raise damaged(self._path, f"{key} is not what its hash says")
             self._store.write(group_key(key), data)
         init = self._init_bytes
-        if hashes != self._init["objects"]:
-            init = (json.dumps(seal({**self._init, "objects": hashes}), indent=1) + "\n").encode()
+        if hashes != self._init.objects:
+            init = replace(self._init, objects=hashes).to_bytes()
         self._store.write(INIT, init)
 
     def _publish(self, shard: Shard, record: CommitRecord) -> None:

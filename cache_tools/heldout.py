@@ -1,12 +1,12 @@
 """The held-out part of train: clips on which no expert trains, so that weights can be fitted on them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mmkd.cache_tools.typed_json import STRICT
 from mmkd.cache_tools.views import KeyedWords
 
 
@@ -14,6 +14,7 @@ from mmkd.cache_tools.views import KeyedWords
 class HeldOut:
     """A seeded share of a split; which clips belong to it depends on their ids alone."""
 
+    __pydantic_config__ = STRICT
     fraction: float
     """Expected share of the clips, 0..1; 0 means that nothing is held out."""
     seed: int
@@ -25,8 +26,8 @@ class HeldOut:
         return np.array(draws) < self.fraction
 
 
-def common_held_out(parts: Iterable[Mapping[str, Any]]) -> HeldOut | None:
-    """Return the part that all experts left out, given each one's fraction and seed; None where there is none."""
-    found = {HeldOut(**part) for part in parts}
+def common_held_out(parts: Iterable[HeldOut]) -> HeldOut | None:
+    """Return the part that all experts left out, given each one's; None where there is none."""
+    found = set(parts)
     common = found.pop() if len(found) == 1 else None
     return common if common and common.fraction else None

@@ -27,6 +27,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
+from mmkd.cache_tools.typed_json import STRICT
+
 SCHEMA = "mmkd-cache-2"
 THUMBPRINT = "thumbprint"
 INIT, ROOT, INDEX = "init.json", "root.json", "index.jsonl"
@@ -52,6 +54,7 @@ class Status(IntEnum):
 class SplitLayout:
     """Rows, views and blocks of one split."""
 
+    __pydantic_config__ = STRICT
     name: str
     """Name of the split."""
     rows: int

@@ -8,7 +8,6 @@ is the error bound of a single shard: a merged shard has the largest of those th
 One array of one node at a time lies uncompressed in a temporary file (`TMPDIR`), so memory is bounded by a shard.
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +21,13 @@ import numpy.typing as npt
 
 from mmkd.cache_tools.arrays import ArraySpec, Objects, array_form, array_of, encode_block, encode_group
 from mmkd.cache_tools.commits import CommitRecord, Unusable, hash_objects, publish
-from mmkd.cache_tools.finalize import finalize, node_fingerprints, seal, split_layouts
+from mmkd.cache_tools.finalize import finalize
 from mmkd.cache_tools.fingerprints import require_same
 from mmkd.cache_tools.layout import INIT, THUMBPRINT, Shard, SplitLayout, Status, group_key, status_array
 from mmkd.cache_tools.merge_rows import Source, SplitRows, match_rows
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.start import LIBRARY_DEPENDENT, require_free
+from mmkd.cache_tools.start import require_free
 from mmkd.cache_tools.store import Store, open_store
 from mmkd.data_manifests.errors import InputError, StorageError
 from mmkd.data_manifests.records import Manifest
@@ -70,7 +69,7 @@ def merge(locations: Sequence[Path | str | Store], out: Path | str | Store, mani
     require_free(store, merger.init, what="this merge gives another one")
     for key, data in merger.objects.items():
         store.write(group_key(key), data)
-    store.write(INIT, (json.dumps(seal(merger.init), indent=1) + "\n").encode())
+    store.write(INIT, merger.init.to_bytes())
     works = [(rows, node) for rows in splits for node in merger.nodes]
     with Progress("merging", total=len(works), unit="node") as progress:
         for rows, node in works:
@@ -93,7 +92,7 @@ def check_alike(readers: Sequence[CacheReader], manifest: Manifest) -> None:
         what = f"{reader.store.locate()} cannot be merged with {first.store.locate()}: it"
         require_same(common_fields(first), common_fields(reader), what=what, advice=ADVICE)
     require_same(
-        {"dataset": first.dataset, "heads": first.init["base"]["heads"]},
+        {"dataset": first.dataset, "heads": first.init.base["heads"]},
         {"dataset": manifest.dataset, "heads": classes},
         what=f"the manifest is not of the data set of {first.store.locate()}: it",
         advice="Give the manifest of all clips with --manifest",
@@ -102,9 +101,10 @@ def check_alike(readers: Sequence[CacheReader], manifest: Manifest) -> None:
 
 def common_fields(reader: CacheReader) -> dict[str, Any]:
     """Return what caches to be merged have in common: all but the manifest, rows and versions of libraries."""
-    base = {key: value for key, value in reader.init["base"].items() if key != "manifest"}
-    fields = {key: value for key, value in reader.init.items() if key not in (*LIBRARY_DEPENDENT, "splits")}
-    return fields | {"base": base}
+    init = reader.init
+    base = {key: value for key, value in init.base.items() if key != "manifest"}
+    held_out = {name: asdict(part) for name, part in init.held_out.items()}
+    return {"base": base, "experts": init.experts, "held_out": held_out}
 
 
 class Merger:
@@ -124,16 +124,14 @@ class Merger:
                 specs += [(spec, rows.layout) for spec in found]
         view_blocks = {rows.layout.name: rows.layout.shard_views for rows in splits}
         self.objects: Objects = encode_group(static, specs, view_blocks)
-        self.init: dict[str, Any] = {
-            **first.init,
-            "base": {**first.init["base"], "manifest": manifest.fingerprint()},
-            "splits": [asdict(rows.layout) for rows in splits],
-            "objects": hash_objects(self.objects),
-        }
-        environments = [source.reader.init.get("environment", {}) for rows in splits for source in rows.sources]
-        if any(environments):
-            self.init["environment"] = joined(environments)
-        self._fingerprints = node_fingerprints(self.init)
+        self.init = replace(
+            first.init,
+            base={**first.init.base, "manifest": manifest.fingerprint()},
+            splits=tuple(rows.layout for rows in splits),
+            objects=hash_objects(self.objects),
+            environment=joined([source.reader.init.environment for rows in splits for source in rows.sources]),
+        )
+        self._fingerprints = self.init.fingerprints()
 
     def write_node(self, store: Store, rows: SplitRows, node: str) -> None:
         """Gather one node of one split and publish its shards."""
@@ -166,7 +164,7 @@ def static_values(rows: SplitRows) -> dict[str, Any]:
     split = rows.layout.name
     prefix = f"{split}/"
     first = rows.sources[0].reader
-    names = {array_of(key) for key in first.init["objects"] if "/c/" in key and key.startswith(prefix)}
+    names = {array_of(key) for key in first.init.objects if "/c/" in key and key.startswith(prefix)}
     found: dict[str, Any] = {}
     for name in sorted(names):
         parts = [(source, source.reader.array(name)) for source in rows.sources]
@@ -210,7 +208,7 @@ def gathered(rows: SplitRows, name: str, metadata: bytes, stack: ExitStack) -> n
 def source_records(rows: SplitRows, node: str) -> Iterator[tuple[Source, Shard, CommitRecord]]:
     """Yield the commit records of one node of one split of every cache, with their shards."""
     for source in rows.sources:
-        layout = split_layouts(source.reader.init)[rows.layout.name]
+        layout = source.reader.layouts[rows.layout.name]
         shards = {shard.name: shard for shard in layout.shards()}
         for record in source.reader.records:
             if record.node == node and record.shard in shards:

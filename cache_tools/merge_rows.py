@@ -9,7 +9,7 @@ from mmkd.cache_tools.fingerprints import require_same
 from mmkd.cache_tools.layout import SplitLayout
 from mmkd.cache_tools.reader import CacheReader, SplitTable
 from mmkd.cache_tools.records import IntArray, View
-from mmkd.cache_tools.views import ViewPolicy, evaluation_views, random_views
+from mmkd.cache_tools.views import evaluation_views, random_views
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import Clip, Manifest
 
@@ -111,16 +111,15 @@ def check_table(reader: CacheReader, table: SplitTable, by_id: dict[str, Clip], 
 
 def draw(reader: CacheReader, table: SplitTable, row: int, manifest: Manifest) -> tuple[View, ...]:
     """Return the views that a build over the manifest would give a stored clip."""
-    base = reader.init["base"]
-    policy, facts = ViewPolicy.model_validate(base["views"]), table.clip_facts(row)
-    if table.name != base["train_split"]:
+    policy, facts = reader.init.policy, table.clip_facts(row)
+    if table.name != reader.init.train_split:
         return evaluation_views(facts, policy)
     return random_views(
         facts,
         policy,
         dataset=manifest.dataset,
         clip_id=table.clip_ids[row],
-        seed=base["view_seed"],
+        seed=reader.init.view_seed,
         flip_allowed=manifest.flip_allowed,
         numbers=range(table.views),
     )

@@ -16,9 +16,8 @@ import numpy.typing as npt
 
 from mmkd.cache_tools.arrays import array_form, array_of, decode_array, decode_block
 from mmkd.cache_tools.commits import CommitRecord, Unusable, read_verified
-from mmkd.cache_tools.finalize import check_schema, read_init, split_layouts, unsealed
-from mmkd.cache_tools.fingerprints import fingerprint
 from mmkd.cache_tools.heldout import HeldOut, common_held_out
+from mmkd.cache_tools.init_record import CacheInit, read_init
 from mmkd.cache_tools.layout import (
     INDEX,
     INIT,
@@ -34,6 +33,7 @@ from mmkd.cache_tools.layout import (
     thumbprint_arrays,
 )
 from mmkd.cache_tools.records import ClipFacts, Float32Array, IntArray, UInt8Array, View, ViewTable
+from mmkd.cache_tools.root_record import RootRecord
 from mmkd.cache_tools.storage_formats import StorageFormat, format_of
 from mmkd.cache_tools.store import MissingObjectError, Store, open_store
 from mmkd.data_manifests.errors import InputError, VerificationError
@@ -87,21 +87,20 @@ class CacheReader:
         """Open the cache; raise InputError when it is none or unfinished, VerificationError when damaged."""
         self.store = open_store(location) if isinstance(location, (Path, str)) else location
         root = self._root()
-        self.fingerprint: str = fingerprint(root)
+        self.fingerprint = root.fingerprint
         """Over everything that the cache holds."""
-        self.init: dict[str, Any] = unsealed(
-            read_verified(self.store, INIT, root["objects"][INIT]), self.store.locate(INIT)
-        )
+        init = read_verified(self.store, INIT, root.objects[INIT])
+        self.init = CacheInit.from_bytes(init, self.store.locate(INIT))
         self.records: list[CommitRecord] = []
-        self.objects: dict[str, str] = dict(self.init["objects"])
+        self.objects: dict[str, str] = dict(self.init.objects)
         """Object key within the group -> SHA-256, over init and all commit records."""
-        index = read_verified(self.store, INDEX, root["objects"][INDEX])
+        index = read_verified(self.store, INDEX, root.objects[INDEX])
         for line in index.splitlines():
             record = CommitRecord.from_bytes(line, self.store.locate(INDEX))
             self.records.append(record)
             self.objects.update(record.objects)
 
-    def _root(self) -> dict[str, Any]:
+    def _root(self) -> RootRecord:
         try:
             data = self.store.read(ROOT)
         except MissingObjectError:
@@ -109,33 +108,32 @@ class CacheReader:
             raise InputError(
                 f"the cache {self.store.locate()} is not finished; run the same `mmkd-cache build` again"
             ) from None
-        check_schema(data, self.store.locate())
-        return unsealed(data, self.store.locate(ROOT))
+        return RootRecord.from_bytes(data, self.store.locate(ROOT))
 
     @property
     def dataset(self) -> str:
         """Name of the data set."""
-        return str(self.init["base"]["dataset"])
+        return self.init.dataset
 
     @property
     def heads(self) -> tuple[Head, ...]:
         """Heads with their ordered class lists."""
-        return tuple(Head(name, tuple(classes)) for name, classes in self.init["base"]["heads"].items())
+        return self.init.heads
 
     @property
     def experts(self) -> tuple[str, ...]:
         """Names of the experts."""
-        return tuple(self.init["experts"])
+        return tuple(self.init.experts)
 
     @property
     def held_out(self) -> HeldOut | None:
         """The part of train on which no expert trained, or None where there is none."""
-        return common_held_out(self.init["held_out"].values())
+        return common_held_out(self.init.held_out.values())
 
     @cached_property
     def layouts(self) -> dict[str, SplitLayout]:
         """Split name -> its rows, views and blocks."""
-        return split_layouts(self.init)
+        return self.init.layouts()
 
     def layout(self, split: str) -> SplitLayout:
         """Return the layout of a split; raise InputError naming the splits there are for another."""
@@ -185,9 +183,9 @@ class CacheReader:
 
     def storage(self, expert: str) -> StorageFormat:
         """Return how an expert's logits are stored."""
-        if expert not in self.init["experts"]:
+        if expert not in self.init.experts:
             raise InputError(f"the cache has no expert {expert!r}; it has: {', '.join(self.experts)}")
-        return format_of(self.init["experts"][expert]["precision"])
+        return format_of(self.init.experts[expert]["precision"])
 
     def status(self, split: str, expert: str) -> UInt8Array:
         """Return (rows, views): the `Status` of each view."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.cache_tools.claims import claimed_shards
-from mmkd.cache_tools.finalize import missing_nodes, read_init, split_layouts
+from mmkd.cache_tools.init_record import read_init
 from mmkd.cache_tools.journal import read_journal
 from mmkd.cache_tools.layout import GROUP, ROOT
 from mmkd.cache_tools.progress import duration
@@ -75,8 +75,8 @@ def read_status(location: Path | str) -> CacheStatus:
     """Return the state of a cache; raise InputError when there is none."""
     store = open_store(location)
     init = read_init(store)
-    shards = [shard for layout in split_layouts(init).values() for shard in layout.shards()]
-    missing = missing_nodes(store, init)
+    shards = [shard for layout in init.splits for shard in layout.shards()]
+    missing = init.missing(store)
     undone = {shard.name for shard, _ in missing}
     live = live_tasks(store)
     claims = {shard: task for shard, task in claimed_shards(store).items() if shard in undone}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmkd.cache_tools.claims import Claims
 from mmkd.cache_tools.commits import CommitRecord, read_commit
-from mmkd.cache_tools.finalize import check_schema, missing_nodes, read_init, unsealed, wanted_nodes
+from mmkd.cache_tools.init_record import read_init
 from mmkd.cache_tools.layout import (
     CLAIMS,
     GROUP,
@@ -26,6 +26,7 @@ from mmkd.cache_tools.layout import (
     group_key,
 )
 from mmkd.cache_tools.progress import Progress
+from mmkd.cache_tools.root_record import RootRecord
 from mmkd.cache_tools.store import TEMPORARY, MissingObjectError, Store, open_store
 from mmkd.cache_tools.tasks import Others, Task, live_tasks, new_task_id
 from mmkd.data_manifests.errors import InputError, VerificationError
@@ -140,12 +141,12 @@ class Verifier:
         except VerificationError as error:
             report.damaged[INIT] = str(error)
             return set(store.list())  # nothing can be told of the rest
-        report.incomplete = len(missing_nodes(store, init))
+        report.incomplete = len(init.missing(store))
         with Progress("verifying", total=len(store.list(GROUP)), unit="object") as progress:
-            for key, sha256 in init["objects"].items():
+            for key, sha256 in init.objects.items():
                 self._object(group_key(key), sha256, "written by init")
                 progress.advance()
-            for shard, node, node_fingerprint in wanted_nodes(init):
+            for shard, node, node_fingerprint in init.wanted():
                 progress.advance(self._node(shard, node, node_fingerprint))
         return self._expected
 
@@ -156,14 +157,13 @@ class Verifier:
         except MissingObjectError:
             self._expected -= {ROOT, INDEX}
             return
-        check_schema(data, self._store.locate())
         try:
-            hashes = unsealed(data, self._store.locate(ROOT))["objects"]
+            root = RootRecord.from_bytes(data, self._store.locate(ROOT))
         except VerificationError as error:
             self._report.damaged[ROOT] = str(error)
             return
         for key in (INIT, INDEX):
-            self._object(key, hashes.get(key, ""), "of the whole cache")
+            self._object(key, root.objects[key], "of the whole cache")
         if INDEX not in self._report.damaged:
             for line in self._store.read(INDEX).splitlines(keepends=True):
                 record = CommitRecord.from_bytes(line, self._store.locate(INDEX))

@@ -50,7 +50,7 @@ class WeightsFile:
 
 def weights_for(reader: CacheReader, schemes: Mapping[str, HeadMixtures], notes: Mapping[str, Any]) -> WeightsFile:
     """Return a weights file for the experts of a cache."""
-    return WeightsFile(fingerprint(reader.init["base"]), dict(reader.init["experts"]), schemes, notes)
+    return WeightsFile(fingerprint(reader.init.base), dict(reader.init.experts), schemes, notes)
 
 
 def load_weights(path: Path) -> WeightsFile:
@@ -101,11 +101,11 @@ def check_expert(reader: CacheReader, file: WeightsFile, expert: str, *, path: P
         raise FingerprintError(f"{path} weighs the expert {expert!r}, which the cache does not hold; {AGAIN}")
     if expert not in file.experts:
         raise InputError(f"{path} weighs {expert!r} without saying which expert that is; {AGAIN}")
-    if file.base != fingerprint(reader.init["base"]):
+    if file.base != fingerprint(reader.init.base):
         raise FingerprintError(
             f"{path} was fitted on a cache of other clips, classes, views or decoding than this one; {AGAIN}"
         )
-    changed = [line.split(":")[0] for line in differences(file.experts[expert], reader.init["experts"][expert])]
+    changed = [line.split(":")[0] for line in differences(file.experts[expert], reader.init.experts[expert])]
     if changed:
         raise FingerprintError(
             f"{path} was fitted on another expert {expert!r} than the cache's (differing: {', '.join(changed)}); "

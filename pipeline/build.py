@@ -23,7 +23,8 @@ from pathlib import Path
 from mmkd.cache_tools.arrays import Objects
 from mmkd.cache_tools.claims import Claims, claimed_shards
 from mmkd.cache_tools.commits import publish
-from mmkd.cache_tools.finalize import finish, missing_nodes, node_fingerprints, read_init
+from mmkd.cache_tools.finalize import finish
+from mmkd.cache_tools.init_record import read_init
 from mmkd.cache_tools.interrupt import StopRequest, stop_on_signals
 from mmkd.cache_tools.journal import Journal
 from mmkd.cache_tools.layout import THUMBPRINT, commit_key
@@ -123,7 +124,7 @@ def build(
                 "again"
             )
         # Read anew: the cache may have been given more views or experts meanwhile.
-        report.left_shards = len({shard.name for shard, _ in missing_nodes(store, read_init(store))})
+        report.left_shards = len({shard.name for shard, _ in read_init(store).missing(store)})
         if not report.left_shards:
             finish(store, claims, others)
     if not report.left_shards:
@@ -244,7 +245,7 @@ class ShardLine:
 
         Asked under the claim on the shard, so whoever replaced it computes that shard later, and has the last word.
         """
-        if node_fingerprints(read_init(self._store)).get(node) != self._plan.fingerprints[node]:
+        if read_init(self._store).fingerprints().get(node) != self._plan.fingerprints[node]:
             raise FingerprintError(
                 f"{self._store.locate()}: {node!r} was replaced while this task was at work; run the build again "
                 "with the new expert"

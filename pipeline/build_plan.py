@@ -1,12 +1,12 @@
 """What a build computes: rows, views, experts and fingerprints, all known before the first clip is decoded."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mmkd.cache_tools.data import ClipSet
-from mmkd.cache_tools.finalize import expert_fingerprint, missing_nodes, wanted_nodes
 from mmkd.cache_tools.fingerprints import fingerprint
+from mmkd.cache_tools.init_record import CacheInit, expert_fingerprint
 from mmkd.cache_tools.layout import (
     GROUP,
     THUMBPRINT,
@@ -126,15 +126,15 @@ def plan_split(name: str, clip_set: ClipSet, recipe: TeacherRecipe) -> SplitPlan
     return SplitPlan(layout, items, drawn)
 
 
-def committed_nodes(store: Store, init: dict[str, Any]) -> set[tuple[str, str]]:
+def committed_nodes(store: Store, init: CacheInit) -> set[tuple[str, str]]:
     """Return (shard, node) of everything that has its commit record; two listings, whatever the cache's size.
 
     A record whose objects are gone is removed, so that its shard is computed anew.
     """
-    missing = {(shard.name, node) for shard, node in missing_nodes(store, init)}
+    missing = {(shard.name, node) for shard, node in init.missing(store)}
     objects = store.list(GROUP)
     there = set()
-    for shard, node, node_fingerprint in wanted_nodes(init):
+    for shard, node, node_fingerprint in init.wanted():
         if (shard.name, node) in missing:
             continue
         if all(group_key(key) in objects for key in node_objects(shard, node, init)):
@@ -144,15 +144,15 @@ def committed_nodes(store: Store, init: dict[str, Any]) -> set[tuple[str, str]]:
     return there
 
 
-def node_objects(shard: Shard, node: str, init: Mapping[str, Any]) -> list[str]:
+def node_objects(shard: Shard, node: str, init: CacheInit) -> list[str]:
     """Return the keys, within the group, of the objects of one node of one shard of a cache."""
     split = shard.split.name
     if node == THUMBPRINT:
         hashes, thumbnails = thumbprint_arrays(split)
         return [block_key(hashes, shard, 2), block_key(thumbnails, shard, 3)]
     keys = [block_key(status_array(split, node), shard, 2)]
-    for head, classes in init["base"]["heads"].items():
-        for part in format_of(init["experts"][node]["precision"]).parts(len(classes)):
+    for head, classes in init.base["heads"].items():
+        for part in format_of(init.experts[node]["precision"]).parts(len(classes)):
             name = part_array(split, node, part.name, head=head)
             keys.append(block_key(name, shard, 2 + len(part.shape)))
     return keys

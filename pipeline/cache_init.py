@@ -4,7 +4,6 @@
 the build would compute the same numbers, and lets the cache grow by experts and views.
 """
 
-import json
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,9 +15,10 @@ from mmkd.cache_tools.arrays import Objects, encode_group, split_arrays, static_
 from mmkd.cache_tools.canonical import CANONICAL_RULES, THUMBNAIL_SIZE
 from mmkd.cache_tools.commits import hash_objects
 from mmkd.cache_tools.data import ClipVideos
-from mmkd.cache_tools.finalize import read_init, seal
 from mmkd.cache_tools.fingerprints import require_same
 from mmkd.cache_tools.frames import DECODER_RULES
+from mmkd.cache_tools.heldout import HeldOut
+from mmkd.cache_tools.init_record import CacheInit, read_init
 from mmkd.cache_tools.layout import COMMITS, GROUP, INDEX, INIT, ROOT, SCHEMA, SplitLayout, group_key
 from mmkd.cache_tools.records import View, ViewTable
 from mmkd.cache_tools.storage_formats import format_of
@@ -129,7 +129,7 @@ def initialise(
     experts: Mapping[str, ExpertNode],
     replace: Collection[str] = (),
     still_ours: Callable[[], bool] = lambda: True,
-) -> tuple[dict[str, Any], Objects]:
+) -> tuple[CacheInit, Objects]:
     """Write a cache's static part, or let the one there grow; return its init record and static objects.
 
     The caller holds the claim on the cache as a whole; `still_ours` tells whether it was taken over meanwhile.
@@ -140,13 +140,13 @@ def initialise(
         for key in (ROOT, INDEX):  # from here on the cache is unfinished
             store.delete(key)
     if there is not None:
-        old, new = there["experts"], init["experts"]
+        old, new = there.experts, init.experts
         drop_records(store, {name for name in old if old[name] != new[name]})
     write_missing(store, objects, still_ours)
     if there != init:
         refuse_late(store, still_ours)
         # Written last: a group without it is a leftover, and is written again.
-        store.write(INIT, init_bytes(init))
+        store.write(INIT, init.to_bytes())
     return init, objects
 
 
@@ -158,42 +158,30 @@ def plan_init(
     base: Mapping[str, Any],
     experts: Mapping[str, ExpertNode],
     replace: Collection[str] = (),
-) -> tuple[dict[str, Any] | None, dict[str, Any], Objects]:
+) -> tuple[CacheInit | None, CacheInit, Objects]:
     """Return the init record that is there, or None, the one to be, and all static objects; write nothing.
 
     A cache may be given further experts, more views, and other experts in the place of those named in `replace`.
     Raises FingerprintError with a field-by-field difference for anything else that differs.
     """
-    fields = {name: dict(node.fields) for name, node in experts.items()}
-    held_out = {name: dict(node.held_out) for name, node in experts.items()}
-    layouts = [asdict(plan.layout) for plan in plans]
+    fields = {name: node.fields for name, node in experts.items()}
+    held_out = {name: HeldOut(**node.held_out) for name, node in experts.items()}
+    layouts = tuple(plan.layout for plan in plans)
     there = _stored_init(store)
     if there is not None:
         check_same(store.locate(), there, base=base, layouts=layouts, experts=fields, replace=replace)
-        fields, held_out = there["experts"] | fields, there["held_out"] | held_out
+        fields = {**there.experts, **fields}
+        held_out = {**there.held_out, **held_out}
     objects = static_objects(plans, manifest, fields)
     hashes = hash_objects(objects)
     if there is not None:
-        changed = [key for key, value in there["objects"].items() if hashes.get(key, value) != value]
+        changed = [key for key, value in there.objects.items() if hashes.get(key, value) != value]
         if contents := [key for key in changed if not key.endswith("zarr.json")]:
             raise FingerprintError(
                 f"{store.locate()}: the videos changed since the cache was started (in {contents[0]}). {NEW_PLACE}"
             )
-    init: dict[str, Any] = {
-        "schema": SCHEMA,
-        "base": dict(base),
-        "experts": fields,
-        "splits": layouts,
-        "held_out": held_out,
-        "objects": hashes,
-        "environment": environment() if there is None else there["environment"],
-    }
-    return there, init, objects
-
-
-def init_bytes(init: Mapping[str, Any]) -> bytes:
-    """Return the contents of init.json."""
-    return (json.dumps(seal(init), indent=1) + "\n").encode()
+    versions = environment() if there is None else there.environment
+    return there, CacheInit(base, fields, layouts, held_out, hashes, versions), objects
 
 
 def static_objects(
@@ -237,7 +225,7 @@ def refuse_late(store: Store, still_ours: Callable[[], bool]) -> None:
         raise StorageError(f"{store.locate()}: another task went on while this one slept; run it again")
 
 
-def _stored_init(store: Store) -> dict[str, Any] | None:
+def _stored_init(store: Store) -> CacheInit | None:
     try:
         store.read(INIT)
     except MissingObjectError:
@@ -247,23 +235,23 @@ def _stored_init(store: Store) -> dict[str, Any] | None:
 
 def check_same(
     where: str,
-    stored: Mapping[str, Any],
+    stored: CacheInit,
     *,
     base: Mapping[str, Any],
-    layouts: list[dict[str, Any]],
+    layouts: Sequence[SplitLayout],
     experts: Mapping[str, Mapping[str, Any]],
     replace: Collection[str],
 ) -> None:
     """Raise FingerprintError unless the build would add to what is stored and change nothing of it."""
-    require_same({"base": stored["base"]}, {"base": base}, what=f"{where}: the data or its views", advice=NEW_PLACE)
-    old, new = ({item["name"]: dict(item) for item in items} for items in (stored["splits"], layouts))
+    require_same({"base": stored.base}, {"base": base}, what=f"{where}: the data or its views", advice=NEW_PLACE)
+    old, new = ({item.name: asdict(item) for item in items} for items in (stored.splits, layouts))
     for name in old.keys() & new.keys():
         if new[name]["views"] > old[name]["views"]:
             new[name]["views"] = old[name]["views"]
     require_same(old, new, what=f"{where}: the layout", advice=f"Views can only be added. {NEW_PLACE}")
     if unknown := set(replace) - set(experts):
         raise InputError(f"--replace {sorted(unknown)[0]}: give that expert with --expert, too")
-    kept = {name: fields for name, fields in stored["experts"].items() if name in experts and name not in replace}
+    kept = {name: fields for name, fields in stored.experts.items() if name in experts and name not in replace}
     require_same(
         {"experts": kept},
         {"experts": {name: experts[name] for name in kept}},

@@ -350,7 +350,7 @@ def weigh(cache: Path | str, out: Path | None, as_json: bool, **options: Any) ->
     from mmkd.student.weigh_table import report_lines
 
     reader = CacheReader(cache)
-    report = weigh_cache(reader, train_split=reader.init["base"]["train_split"], **options)
+    report = weigh_cache(reader, train_split=reader.init.train_split, **options)
     if out:
         write_atomically(out, weights_for(reader, report.mixtures, report.to_json()).to_bytes())
     print_result(report.to_json(), as_json=as_json, lines=report_lines(report))

@@ -83,9 +83,9 @@ def check_node_fields(
     base = base_fields(manifest, recipe.views, train_split=recipe.train_split, view_seed=recipe.view_seed)
     boxes = boxes_fields(recipe.boxes) if any(expert.modality == "boxes" for expert in experts) else None
     fields = {expert.name: dict(expert_node(expert, boxes, recipe).fields) for expert in experts}
-    stored = {name: reader.init["experts"][name] for name in fields if name in reader.experts}
+    stored = {name: reader.init.experts[name] for name in fields if name in reader.experts}
     require_same(
-        {"base": reader.init["base"], "experts": stored},
+        {"base": reader.init.base, "experts": stored},
         {"base": base, "experts": fields},
         what=f"{reader.store.locate()}: data or teacher",
         advice=SAME_TEACHER,

@@ -33,14 +33,13 @@ def describe(cache: Path | str) -> dict[str, Any]:
                 if items
             },
         }
-    base = reader.init["base"]
     return {
         "dataset": reader.dataset,
         "fingerprint": reader.fingerprint,
         "heads": {head.name: len(head.classes) for head in reader.heads},
-        "views": base["views"],
-        "view_seed": base["view_seed"],
-        "train_split": base["train_split"],
+        "views": reader.init.base["views"],
+        "view_seed": reader.init.view_seed,
+        "train_split": reader.init.train_split,
         "held_out": asdict(reader.held_out) if reader.held_out else None,
         "worst_kl_nats": max(
             (value for record in reader.records for value in record.worst_kl.values()), default=0.0
@@ -51,11 +50,11 @@ def describe(cache: Path | str) -> dict[str, Any]:
                 "weights_sha256": fields["weights"],
                 "precision": fields["precision"],
             }
-            for name, fields in reader.init["experts"].items()
+            for name, fields in reader.init.experts.items()
         },
         "splits": splits,
         "bytes": sum(stored.size_bytes for stored in reader.store.list().values()),
-        "environment": reader.init["environment"],
+        "environment": dict(reader.init.environment),
     }
 
 

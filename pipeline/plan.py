@@ -11,20 +11,19 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mmkd.cache_tools.arrays import Objects
 from mmkd.cache_tools.commits import Unusable
-from mmkd.cache_tools.finalize import missing_nodes, wanted_nodes
+from mmkd.cache_tools.init_record import CacheInit
 from mmkd.cache_tools.layout import THUMBPRINT, Status
 from mmkd.cache_tools.sizes import node_size, unusable_bytes
 from mmkd.cache_tools.storage_formats import bytes_per_row, format_of
 from mmkd.cache_tools.store import LocalStore, Store, open_store
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.build_plan import BuildPlan, ShardWork, pending_shards, plan_build
-from mmkd.pipeline.cache_init import SplitPlan, init_bytes, plan_init
+from mmkd.pipeline.cache_init import SplitPlan, plan_init
 from mmkd.pipeline.experts import Expert
 from mmkd.pipeline.plan_report import Disk, PlanReport, Sizes, SplitForecast
 from mmkd.pipeline.rates import WriteRate, measure_clips, measure_folder, measure_writes
@@ -68,11 +67,11 @@ def plan(
         experts=build_plan.nodes,
         replace=replace,
     )
-    missing = {(shard.name, node) for shard, node in missing_nodes(store, init)}
-    known = there["objects"] if there else {}
+    missing = {(shard.name, node) for shard, node in init.missing(store)}
+    known = there.objects if there else {}
     sizes = forecast_sizes(build_plan, init, objects, missing=missing, known=known)
     disk = measure_disk(store, sizes)
-    done = {(shard.name, node) for shard, node, _ in wanted_nodes(init)} - missing
+    done = {(shard.name, node) for shard, node, _ in init.wanted()} - missing
     works, _ = pending_shards(build_plan, done, task=(0, 1))
     device, workers = experts[0].device.type, recipe.data.workers
     splits = {
@@ -140,19 +139,19 @@ def forecast(
 
 def forecast_sizes(
     build_plan: BuildPlan,
-    init: Mapping[str, Any],
+    init: CacheInit,
     objects: Objects,
     *,
     missing: Collection[tuple[str, str]],
     known: Mapping[str, str],
 ) -> Sizes:
     """Add up a cache's bytes: static objects exactly, shards at most. `known` are static objects already there."""
-    heads = {head: len(classes) for head, classes in init["base"]["heads"].items()}
+    heads = {head: len(classes) for head, classes in init.base["heads"].items()}
     total: Counter[str] = Counter()
     left: Counter[str] = Counter()
     for split in build_plan.splits:
         shards = list(split.layout.shards())
-        for node in (THUMBPRINT, *init["experts"]):
+        for node in (THUMBPRINT, *init.experts):
             found = node_size(objects, shards[-1], node, heads=heads)
             parts = Counter(raw=found.raw_bytes, blocks=found.block_bytes, records=found.record_bytes)
             parts["objects"] = found.objects
@@ -165,13 +164,13 @@ def forecast_sizes(
                 total["records"] += unusable_bytes(known_unusable(split)) * blocks
                 left["records"] += unusable_bytes(known_unusable(split)) * blocks if lacking else 0
         total["journal"] += JOURNAL_BYTES * len(shards)
-    changed = [len(data) for key, data in objects.items() if init["objects"][key] != known.get(key)]
-    fixed = len(init_bytes(init)) + ROOT_BYTES + total["records"] + total["journal"]
+    changed = [len(data) for key, data in objects.items() if init.objects[key] != known.get(key)]
+    fixed = len(init.to_bytes()) + ROOT_BYTES + total["records"] + total["journal"]
     at_work = bool(changed or left["objects"])
     return Sizes(
         bytes_per_view={
             name: 1 + sum(bytes_per_row(format_of(fields["precision"]), count) for count in heads.values())
-            for name, fields in init["experts"].items()
+            for name, fields in init.experts.items()
         },
         raw_bytes=total["raw"],
         bytes=sum(map(len, objects.values())) + total["blocks"] + total["records"] + fixed,

@@ -19,7 +19,8 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.optim import Optimizer
 
-from mmkd.cache_tools.fingerprints import differences, fingerprint
+from mmkd.cache_tools.fingerprints import differences
+from mmkd.cache_tools.sealed import open_seal, seal
 from mmkd.data_manifests.atomic import sync_directory, write_atomically
 from mmkd.data_manifests.errors import FingerprintError, StorageError, VerificationError
 
@@ -66,7 +67,7 @@ def save_checkpoint(
             "identity": identity,
             "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         }
-        files[STATE_FILE] = (json.dumps(state | {"seal": fingerprint(state)}, indent=1) + "\n").encode()
+        files[STATE_FILE] = (json.dumps(seal(state), indent=1) + "\n").encode()
         temporary = run_dir / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         for name, data in files.items():
@@ -105,9 +106,7 @@ def load_checkpoint(
     that differs, when it belongs to another run.
     """
     try:
-        state = json.loads((path / STATE_FILE).read_bytes())
-        if state.pop("seal") != fingerprint(state):
-            raise ValueError(f"{STATE_FILE} is not what was written")
+        state = open_seal((path / STATE_FILE).read_bytes())
         position, stored, hashes = Position(**state["position"]), state["identity"], state["sha256"]
         files = {name: (path / name).read_bytes() for name in (NETWORK_FILE, OPTIMIZER_FILE)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

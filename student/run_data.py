@@ -38,9 +38,9 @@ def check_manifest(reader: CacheReader, manifest: Manifest) -> None:
     heads = {head.name: list(head.classes) for head in manifest.heads}
     if reader.dataset != manifest.dataset:
         raise InputError(f"the cache is of data set {reader.dataset!r}, the manifest of {manifest.dataset!r}")
-    if reader.init["base"]["heads"] != heads:
+    if reader.init.base["heads"] != heads:
         raise InputError("the cache was made for other classes than the manifest's (names or order differ)")
-    if reader.init["base"]["manifest"] != manifest.fingerprint():
+    if reader.init.manifest != manifest.fingerprint():
         raise InputError(
             "the cache was made from another manifest (clips, labels or splits differ); train with the one that "
             "it was built from, or build a cache for this one"
@@ -66,7 +66,7 @@ def open_split(
     clips = tuple(
         same_video(item, table.clip_ids[row], str(identities[row])) for row, item in zip(rows, found, strict=True)
     )
-    policy = ViewPolicy.model_validate(reader.init["base"]["views"])
+    policy = reader.init.policy
     stream: ViewStream = StoredViews(table, rows.tolist())
     if fresh_views:
         stream = fresh_stream(reader, clip_set.manifest, clips, policy)
@@ -109,7 +109,7 @@ def fresh_stream(
         [item.clip.clip_id for item in clips],
         policy,
         dataset=reader.dataset,
-        seed=int(reader.init["base"]["view_seed"]),
+        seed=reader.init.view_seed,
         flip_allowed=manifest.flip_allowed,
         views=None,
     )

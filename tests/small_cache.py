@@ -1,9 +1,7 @@
 """A finished cache of given logits, written by the cache's own parts, without videos, experts or a build."""
 
-import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +9,11 @@ import numpy as np
 from mmkd.cache_tools.arrays import Objects, encode_block, encode_group, split_arrays, static_arrays
 from mmkd.cache_tools.canonical import THUMBNAIL_SIZE
 from mmkd.cache_tools.commits import CommitRecord, Unusable, hash_objects, publish
-from mmkd.cache_tools.finalize import finalize, node_fingerprints, seal
+from mmkd.cache_tools.finalize import finalize
 from mmkd.cache_tools.heldout import HeldOut
+from mmkd.cache_tools.init_record import CacheInit
 from mmkd.cache_tools.layout import (
     INIT,
-    SCHEMA,
     THUMBPRINT,
     Shard,
     SplitLayout,
@@ -67,17 +65,16 @@ def write_cache(
     objects = encode_group(static, specs, {name: layout.shard_views for name, layout in layouts.items()})
     for key, data in objects.items():
         store.write(group_key(key), data)
-    init = {
-        "schema": SCHEMA,
-        "base": base_fields(manifest, POLICY, train_split="train", view_seed=VIEW_SEED),
-        "experts": {name: {"weights": name, "modality": name, "precision": storage.name} for name in experts},
-        "splits": [asdict(layout) for layout in layouts.values()],
-        "held_out": {name: asdict(held_out or HeldOut(0.0, 0)) for name in experts},
-        "objects": hash_objects(objects),
-        "environment": {"mmkd": "of a test"},
-    }
-    store.write(INIT, (json.dumps(seal(init), indent=1) + "\n").encode())
-    nodes = node_fingerprints(init)
+    init = CacheInit(
+        base=base_fields(manifest, POLICY, train_split="train", view_seed=VIEW_SEED),
+        experts={name: {"weights": name, "modality": name, "precision": storage.name} for name in experts},
+        splits=tuple(layouts.values()),
+        held_out={name: held_out or HeldOut(0.0, 0) for name in experts},
+        objects=hash_objects(objects),
+        environment={"mmkd": "of a test"},
+    )
+    store.write(INIT, init.to_bytes())
+    nodes = init.fingerprints()
     for name, layout in layouts.items():
         clip_ids = [clip.clip_id for clip in manifest.split(name)]
         for shard in layout.shards():

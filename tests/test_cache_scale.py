@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from mmkd.cache_tools.finalize import finalize, missing_nodes, read_init
+from mmkd.cache_tools.finalize import finalize
+from mmkd.cache_tools.init_record import read_init
 from mmkd.cache_tools.layout import SplitLayout
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.store import LocalStore
@@ -64,7 +65,7 @@ def test_a_shard_is_seven_objects_of_known_size(written):
 
 def test_opening_and_planning_ask_as_often_whatever_the_size(written):
     store = CountingStore(written[0].root)
-    missing_nodes(store, read_init(store))
+    read_init(store).missing(store)
     assert store.asked == {"read": 1, "list": 1}
     finalize(written[0])
     store.asked.clear()

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from mmkd.cache_tools.arrays import decode_block, encode_block
 from mmkd.cache_tools.commits import hash_objects, read_commit
-from mmkd.cache_tools.finalize import finalize, node_fingerprints, read_init, split_layouts
+from mmkd.cache_tools.finalize import finalize
+from mmkd.cache_tools.init_record import read_init
 from mmkd.cache_tools.layout import block_key, commit_key, group_key
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.recipes import load_recipe
@@ -38,8 +39,8 @@ def republish(cache: Path, node: str, array: str, change: Callable[[np.ndarray],
     """Change an array of the split `train` with all its hashes and records: no checksum can tell."""
     store = LocalStore(cache)
     init = read_init(store)
-    own = node_fingerprints(init)[node]
-    for shard in split_layouts(init)["train"].shards():
+    own = init.fingerprints()[node]
+    for shard in init.layouts()["train"].shards():
         record = read_commit(store, shard, node, own)
         metadata = store.read(group_key(f"{array}/zarr.json"))
         key = block_key(array, shard, len(json.loads(metadata)["shape"]))

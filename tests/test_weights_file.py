@@ -1,11 +1,12 @@
 """Weights files: used with the experts that they were fitted on, refused with any other, never trusted blindly."""
 
-import copy
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from mmkd.cache_tools.heldout import HeldOut
 from mmkd.cache_tools.mixing import Mixture
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.weights_file import load_weights, mixtures_from_file, split_spec, weights_for
@@ -15,6 +16,7 @@ from mmkd.student.cached_targets import choose_weights
 from .small_cache import write_cache
 from .test_cached_targets import make_logits, make_manifest
 
+EXPERT = {"modality": "flow", "weights": "0", "precision": "fp16-minus-row-maximum"}
 SCHEMES = {
     "uniform": {head: Mixture({"rgb": 0.5, "flow": 0.5}) for head in ("verb", "noun")},
     "calibrated": {
@@ -35,11 +37,20 @@ def root(tmp_path_factory):
 def reader(root):
     """A reader whose experts have fields, as a real build's have."""
     opened = CacheReader(root)
-    opened.init = copy.deepcopy(opened.init)
-    opened.init["experts"] = {
-        name: {"modality": name, "weights": f"{name}-1", "flow": {"step": 1}} for name in ("rgb", "flow")
-    }
+    for name in ("rgb", "flow"):
+        set_expert(opened, name, weights=f"{name}-1", flow={"step": 1})
     return opened
+
+
+def set_expert(reader, name, **fields):
+    """Give a reader's expert other fields, as if another one had been cached."""
+    experts = {**reader.init.experts, name: {**reader.init.experts.get(name, EXPERT), **fields}}
+    set_experts(reader, experts)
+
+
+def set_experts(reader, experts):
+    held_out = dict.fromkeys(experts, HeldOut(0.0, 0))
+    reader.init = dataclasses.replace(reader.init, experts=experts, held_out=held_out)
 
 
 @pytest.fixture
@@ -90,7 +101,7 @@ def test_weights_per_sample_are_chosen_by_name(reader):
 
 
 def test_another_expert_is_refused_with_what_differs(reader, path):
-    reader.init["experts"]["flow"] |= {"weights": "flow-2", "flow": {"step": 2}}
+    set_expert(reader, "flow", weights="flow-2", flow={"step": 2})
     for scheme in SCHEMES:
         with pytest.raises(FingerprintError, match=r"w\.json .*'flow' .*differing: flow\.step, weights.*weigh"):
             mixtures_from_file(reader, path, scheme)
@@ -98,21 +109,21 @@ def test_another_expert_is_refused_with_what_differs(reader, path):
 
 def test_an_expert_that_weighs_nothing_may_be_another(reader, path):
     changed(path, lambda value: value["schemes"].update(alone={"verb": {"rgb": 1}, "noun": {"rgb": 1}}))
-    reader.init["experts"]["flow"]["weights"] = "flow-2"
+    set_expert(reader, "flow", weights="flow-2")
     assert mixtures_from_file(reader, path, "alone")["verb"] == Mixture({"rgb": 1.0})
-    del reader.init["experts"]["flow"]
+    set_experts(reader, {"rgb": reader.init.experts["rgb"]})
     assert mixtures_from_file(reader, path, "alone")["verb"] == Mixture({"rgb": 1.0})
     with pytest.raises(FingerprintError, match="'flow', which the cache does not hold"):
         mixtures_from_file(reader, path, "uniform")
 
 
 def test_a_cache_that_holds_one_expert_more_takes_the_old_weights(reader, path):
-    reader.init["experts"]["boxes"] = {"modality": "boxes"}
+    set_expert(reader, "boxes", modality="boxes")
     assert mixtures_from_file(reader, path, "uniform") == SCHEMES["uniform"]
 
 
 def test_a_cache_of_other_views_or_clips_is_refused(reader, path):
-    reader.init["base"]["view_seed"] = 1
+    reader.init = dataclasses.replace(reader.init, base={**reader.init.base, "view_seed": 1})
     with pytest.raises(FingerprintError, match="other clips, classes, views or decoding"):
         mixtures_from_file(reader, path, "uniform")
 

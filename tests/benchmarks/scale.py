@@ -19,7 +19,8 @@ import numpy as np
 
 from mmkd.cache_tools.commits import publish
 from mmkd.cache_tools.data import clip_videos
-from mmkd.cache_tools.finalize import finalize, node_fingerprints, read_init
+from mmkd.cache_tools.finalize import finalize
+from mmkd.cache_tools.init_record import read_init
 from mmkd.cache_tools.layout import THUMBPRINT, Shard, SplitLayout, part_array, status_array, thumbprint_arrays
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.records import VideoFacts
@@ -67,7 +68,9 @@ def start(store: Store, file: Path) -> tuple[dict, dict[str, float]]:
     plan = SplitPlan(SplitLayout("train", len(clips), 1, SHARD_ROWS, 1), items, views)
     base = base_fields(manifest, POLICY, train_split="train", view_seed=0)
     seconds["fingerprint"], began = time.perf_counter() - began, time.perf_counter()
-    expert = ExpertNode({"precision": FORMATS["fp16"].name, "weights": "drawn"}, {"fraction": 0.0, "seed": 0})
+    expert = ExpertNode(
+        {"modality": "rgb", "precision": FORMATS["fp16"].name, "weights": "drawn"}, {"fraction": 0.0, "seed": 0}
+    )
     _, metadata = initialise(store, [plan], manifest=manifest, base=base, experts={"rgb": expert})
     seconds["init"] = time.perf_counter() - began
     return metadata, seconds
@@ -89,7 +92,7 @@ def results_of(shard: Shard, classes: int, random: np.random.Generator) -> list[
 
 def write_shards(store: Store, metadata: dict, shards: list[Shard], classes: int) -> None:
     """Publish shards of drawn logits."""
-    nodes = node_fingerprints(read_init(store))
+    nodes = read_init(store).fingerprints()
     random = np.random.default_rng(0)
     for shard in shards:
         for result in results_of(shard, classes, random):
