@@ -1,22 +1,26 @@
 """Experts on disk and in memory: one unimodal network with its heads.
 
 A directory holds `weights.safetensors` and `expert.json`: what it sees (views, flow, boxes), which clips it did
-not train on, its class lists and the hash of its weights. Loading checks that hash and runs no stored code.
+not train on, its class lists and the hash of its weights, closed by a seal over them all. Loading checks seal and
+hash and runs no stored code.
 """
 
 import json
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmkd.cache_tools.fingerprints import file_sha256
 from mmkd.cache_tools.records import Float32Array
+from mmkd.cache_tools.sealed import SEAL, seal, unsealed
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.pipeline.recipe import ExpertRecipe
@@ -24,7 +28,13 @@ from mmkd.pipeline.stlt import STLT
 from mmkd.student.devices import reproducible
 from mmkd.student.networks import build_network
 
-SCHEMA = "mmkd-expert-1"
+SCHEMA = "mmkd-expert-2"
+UNSEALED_SCHEMA = "mmkd-expert-1"
+"""The form before the seal: read with a warning, and sealed by the next `teach` over it."""
+CARD_FILE = "expert.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+log = logging.getLogger("mmkd")
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,10 @@ class ExpertCard:
         }
 
 
+_CARDS = TypeAdapter(ExpertCard)
+REPAIR = "delete it and run the same `mmkd-cache teach` again, which goes on from what training left"
+
+
 @dataclass(frozen=True)
 class Expert:
     """An expert in memory, ready to give logits."""
@@ -103,38 +117,87 @@ def make_network(recipe: ExpertRecipe, heads: Mapping[str, int]) -> nn.Module:
 
 
 def save_expert(directory: Path, card: ExpertCard, state: bytes) -> None:
-    """Write an expert: weights first, then the card that makes them an expert."""
-    write_atomically(directory / "weights.safetensors", state)
-    write_atomically(directory / "expert.json", (json.dumps(asdict(card), indent=1) + "\n").encode())
+    """Write weights first, then the card that makes them an expert; StorageError when the disk refuses."""
+    write_atomically(directory / WEIGHTS_FILE, state)
+    write_card(directory, card)
+
+
+def write_card(directory: Path, card: ExpertCard) -> None:
+    """Write expert.json with its seal, unless that is what is there; StorageError when the disk refuses."""
+    path, data = directory / CARD_FILE, (json.dumps(seal(asdict(card)), indent=1) + "\n").encode()
+    if not path.is_file() or path.read_bytes() != data:
+        write_atomically(path, data)
 
 
 def read_card(directory: Path) -> ExpertCard:
-    """Read expert.json; raise InputError when the directory holds no expert."""
-    path = directory / "expert.json"
+    """Read expert.json, with a warning where it has no seal yet.
+
+    Raises InputError when the directory holds no expert, or one of another schema; VerificationError when the card
+    is not what was written.
+    """
+    path = directory / CARD_FILE
     try:
-        value = json.loads(path.read_bytes())
-        card = ExpertCard(**value)
+        data = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{directory} holds no expert; train one with `mmkd-cache teach`") from None
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is not an expert of schema {SCHEMA!r}: {error}") from error
-    if card.schema != SCHEMA:
-        raise InputError(f"{path} has schema {card.schema!r}; this version reads {SCHEMA!r}")
-    return card
+    value = _unsealed_card(data)
+    if value is None:
+        value = unsealed(data, str(path), advice=REPAIR)
+        if value.get("schema") != SCHEMA:
+            raise InputError(f"{path} has schema {value.get('schema')!r}; this version reads {SCHEMA!r}")
+    else:
+        log.warning(
+            "%s has no seal, by which a later change to it would be noticed: an earlier version made it. The same "
+            "`mmkd-cache teach` over it adds one",
+            path,
+        )
+    try:
+        card = _CARDS.validate_json(json.dumps({**value, "schema": SCHEMA}), strict=True, extra="forbid")
+        recipe = ExpertRecipe.model_validate(card.recipe).model_dump(mode="json")  # with fields newer than the file
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise InputError(f"{path} does not describe an expert: {place}: {fault['msg']}") from error
+    return replace(card, recipe=recipe)
+
+
+def _unsealed_card(data: bytes) -> dict[str, Any] | None:
+    """Return the fields of a card from before the seal; None for anything else, whole or damaged."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    old = isinstance(value, dict) and value.get("schema") == UNSEALED_SCHEMA and SEAL not in value
+    return value if old else None
+
+
+def has_weights(directory: Path, card: ExpertCard) -> bool:
+    """Return whether the weights that the card names are there, byte for byte."""
+    weights = directory / WEIGHTS_FILE
+    return weights.is_file() and file_sha256(weights) == card.weights_sha256
 
 
 def load_expert(directory: Path, device: torch.device) -> Expert:
-    """Load an expert; raise VerificationError when its weights are not those that its card names."""
+    """Load an expert.
+
+    Raises as `read_card`, and VerificationError when its weights are not those that its card names.
+    """
     card = read_card(directory)
-    weights = directory / "weights.safetensors"
-    if not weights.is_file() or file_sha256(weights) != card.weights_sha256:
-        raise VerificationError(f"{weights} is missing or not the file that expert.json describes; train it again")
+    weights = directory / WEIGHTS_FILE
+    if not has_weights(directory, card):
+        raise VerificationError(
+            f"{weights} is missing or not the file that {CARD_FILE} describes: run the same `mmkd-cache teach` "
+            "again, which makes it again"
+        )
     try:
         recipe = ExpertRecipe.model_validate(card.recipe)
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"weights": None})})
         network = make_network(recipe, {head: len(classes) for head, classes in card.heads.items()})
         network.load_state_dict(load_file(weights))
-    except (ValueError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{directory}: expert.json does not describe its weights: {reason}") from error
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{directory}: {CARD_FILE} does not describe its weights: {_short(error)}") from error
     return Expert(card, network.to(device).eval(), device)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

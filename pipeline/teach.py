@@ -20,7 +20,16 @@ from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.data_manifests.records import Head
 from mmkd.pipeline.boxes import BoxesMissingError, BoxFile, boxes_at
 from mmkd.pipeline.expert_views import BoxViews, FlowViews
-from mmkd.pipeline.experts import ExpertCard, make_network, read_card, save_expert
+from mmkd.pipeline.experts import (
+    CARD_FILE,
+    WEIGHTS_FILE,
+    ExpertCard,
+    has_weights,
+    make_network,
+    read_card,
+    save_expert,
+    write_card,
+)
 from mmkd.pipeline.flow import all_pairs, clip_flow, flow_identity
 from mmkd.pipeline.flow_store import FlowStore
 from mmkd.pipeline.prepare import FlowFill, FlowJob, fill_flow
@@ -49,15 +58,18 @@ class TeachReport:
 def teach(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> TeachReport:
     """Train the recipe's expert `name` into the directory `out`, unless it is there already.
 
-    Raises InputError for an unknown expert or one that was trained with another recipe.
+    An expert whose weights are lost or damaged is trained again, from what training left. Raises InputError for
+    one that was trained with another recipe, VerificationError when its card is damaged.
     """
-    if name not in recipe.experts:
-        raise InputError(f"the recipe has no expert {name!r}; it has: {', '.join(recipe.experts) or 'none'}")
     expert = recipe.experts[name]
     clip_set = ClipSet(recipe.data)
     seen = expert_identity(recipe, expert, clip_set)
-    if (out / "expert.json").exists():
-        return TeachReport(same_expert(out, name, seen), trained=False)
+    if (out / CARD_FILE).exists():
+        card = same_expert(out, name, seen)
+        if has_weights(out, card):
+            write_card(out, card)  # with the seal that an earlier version did not write
+            return TeachReport(card, trained=False)
+        log.warning("%s is missing or damaged, so the expert is trained again", out / WEIGHTS_FILE)
     clips = clip_set.manifest.split(recipe.train_split)
     items = clip_set.probe(clips)
     held = HeldOut(**recipe.held_out.model_dump()).mask(clip_set.manifest.dataset, [c.clip_id for c in clips])

@@ -1,6 +1,5 @@
 """Bad input that is refused: one clear line, naming file, row or option, and an exit code; never a traceback."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -243,26 +242,6 @@ def test_an_expert_with_other_weights_than_its_card_says_is_refused_with_exit_4(
     options = ["--expert", tmp_path / "rgb", "-o", tmp_path / "out"]
     error = refused("mmkd-cache", "build", *stage_one(tiny), *options, code=4)
     assert f"{weights} is missing or not the file that expert.json describes" in error
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda card: card.update(schema="mmkd-expert-9"), "has schema 'mmkd-expert-9'"),
-        (lambda card: card.pop("heads"), "is not an expert of schema"),
-        (lambda card: card["recipe"].update(modality="smell"), "does not describe its weights"),
-        (lambda card: card["heads"].update(action=["a", "b"]), "does not describe its weights"),
-    ],
-)
-def test_a_wrong_expert_card_is_refused(tiny, tmp_path, change, says):
-    shutil.copytree(tiny.root / "experts" / "rgb", tmp_path / "rgb")
-    path = tmp_path / "rgb" / "expert.json"
-    card = json.loads(path.read_text())
-    change(card)
-    path.write_text(json.dumps(card))
-    error = refused("mmkd-cache", "build", *stage_one(tiny), "--expert", tmp_path / "rgb", "-o", tmp_path / "out")
-    assert says in error
-    assert "\n" not in error
 
 
 def test_another_run_in_the_same_folder_is_refused_and_leaves_it_alone(tiny, tmp_path):

@@ -3,7 +3,6 @@
 Each clip gets a status and its reason, the build goes on, and `--max-unusable` decides on the exit code.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mmkd.cache_tools.fingerprints import file_sha256
 from mmkd.cache_tools.layout import Status
 from mmkd.cache_tools.reader import CacheReader
+from mmkd.pipeline.experts import read_card, write_card
 
 from .conftest import ENVIRONMENT, Result, Tiny
 from .in_process import call, call_ok, refused
@@ -273,9 +274,7 @@ def not_finite(tiny, tmp_path_factory):
         for name, value in load_file(weights).items()
     }
     save_file(state, weights)
-    card = json.loads((root / "rgb" / "expert.json").read_text())
-    card["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    (root / "rgb" / "expert.json").write_text(json.dumps(card))
+    write_card(root / "rgb", replace(read_card(root / "rgb"), weights_sha256=file_sha256(weights)))
     splits = ["--set", "build.splits=[train, standard]"]
     options = [*stage_one(tiny), *splits, *expert(tiny, "boxes"), "--expert", root / "rgb", "--json"]
     return root, call("mmkd-cache", "build", *options, "-o", root / "cache")

@@ -1,11 +1,11 @@
 """Drift: a fresh cache passes in other batches, changed numbers are found and named, other teachers are refused."""
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from mmkd.cache_tools.arrays import decode_block, encode_block
 from mmkd.cache_tools.commits import hash_objects, read_commit
 from mmkd.cache_tools.finalize import finalize
+from mmkd.cache_tools.fingerprints import file_sha256
 from mmkd.cache_tools.init_record import read_init
 from mmkd.cache_tools.layout import block_key, commit_key, group_key
 from mmkd.cache_tools.reader import CacheReader
@@ -25,7 +26,7 @@ from mmkd.cache_tools.verify import verify
 from mmkd.data_manifests.records import Clip, Head, Manifest
 from mmkd.pipeline.drift import drift
 from mmkd.pipeline.drift_sample import draw_sample
-from mmkd.pipeline.experts import Expert, load_expert
+from mmkd.pipeline.experts import Expert, load_expert, read_card, write_card
 from mmkd.pipeline.recipe import TeacherRecipe
 
 from .in_process import call, call_ok, refused
@@ -134,12 +135,10 @@ def test_other_data_and_other_experts_are_refused_field_by_field(tiny, tmp_path)
     weights[name] = weights[name].copy()
     weights[name].view(np.uint8).flat[0] ^= 1  # the least bit of one weight
     save_file(weights, other / "weights.safetensors")
-    card = json.loads((other / "expert.json").read_text())
-    card["weights_sha256"] = hashlib.sha256((other / "weights.safetensors").read_bytes()).hexdigest()
-    (other / "expert.json").write_text(json.dumps(card))
+    card = replace(read_card(other), weights_sha256=file_sha256(other / "weights.safetensors"))
+    write_card(other, card)
     assert "experts.rgb.weights: cache" in refused(*arguments, "--expert", other, code=5)
-    card["name"] = "stranger"
-    (other / "expert.json").write_text(json.dumps(card))
+    write_card(other, replace(card, name="stranger"))
     assert "experts.stranger: only now" in refused(*arguments, "--expert", other, code=5)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mmkd.cache_tools.layout import SplitLayout
 from mmkd.cache_tools.sizes import block_bound, raw_bytes, zstd_bound
 from mmkd.cache_tools.storage_formats import FORMATS, bytes_per_row
 from mmkd.data_manifests.errors import StorageError
+from mmkd.pipeline.experts import read_card, write_card
 from mmkd.pipeline.plan import SHARD_SECONDS, TASK_SHARDS, advise, better_shards
 from mmkd.pipeline.plan_report import Disk, PlanReport, Sizes, SplitForecast
 from mmkd.pipeline.rates import ClipCost, measure_folder
@@ -72,8 +74,7 @@ def test_a_finished_cache_needs_nothing_and_growth_only_what_is_new(tiny, tmp_pa
     left = {name: (split["shards"], split["shards_left"]) for name, split in grown["splits"].items()}
     assert left == {"train": (4, 2), "standard": (2, 0), "compositional": (2, 0)}
     other = Path(shutil.copytree(tiny.root / "experts" / "boxes", tmp_path / "boxes2"))
-    card = json.loads((other / "expert.json").read_text()) | {"name": "boxes2"}
-    (other / "expert.json").write_text(json.dumps(card))
+    write_card(other, replace(read_card(other), name="boxes2"))
     one_more = plan(tiny, tiny.root / "cache", "--expert", other, experts=())
     assert {split["shards_left"] for split in one_more["splits"].values()} == {2}
     each = finished["sizes"]["bytes"] // 4  # thumbprints, static arrays and three experts
