@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mmkd.cache_tools.data import ClipSet, ClipVideo
+from mmkd.cache_tools.folder_lock import folder_lock
 from mmkd.cache_tools.heldout import HeldOut
 from mmkd.cache_tools.interrupt import stop_on_signals
 from mmkd.cache_tools.pool import run_tasks
@@ -40,6 +41,7 @@ from mmkd.student.checkpoint import encode_network
 from mmkd.student.metrics import average_views, evaluate
 from mmkd.student.predict import predict
 from mmkd.student.rgb_views import RGBViews
+from mmkd.student.run_files import RUN_FILE
 from mmkd.student.training import fit
 
 log = logging.getLogger("mmkd")
@@ -59,17 +61,46 @@ def teach(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> 
     """Train the recipe's expert `name` into the directory `out`, unless it is there already.
 
     An expert whose weights are lost or damaged is trained again, from what training left. Raises InputError for
-    one that was trained with another recipe, VerificationError when its card is damaged.
+    one that was trained with another recipe and for a folder in which another process is at work or another
+    thing lies, VerificationError when its card is damaged.
     """
-    expert = recipe.experts[name]
     clip_set = ClipSet(recipe.data)
-    seen = expert_identity(recipe, expert, clip_set)
-    if (out / CARD_FILE).exists():
-        card = same_expert(out, name, seen)
-        if has_weights(out, card):
-            write_card(out, card)  # with the seal that an earlier version did not write
-            return TeachReport(card, trained=False)
-        log.warning("%s is missing or damaged, so the expert is trained again", out / WEIGHTS_FILE)
+    seen = expert_identity(recipe, recipe.experts[name], clip_set)
+    if (card := whole_expert(out, name, seen)) is not None:
+        return TeachReport(card, trained=False)
+    with folder_lock(out) as lock:
+        state, report = train_expert(recipe, name, clip_set, seen=seen, run_dir=out / "training", device=device)
+        card = ExpertCard(name=name, weights_sha256=hashlib.sha256(state).hexdigest(), training=report, **seen)
+        lock.check()
+        save_expert(out, card, state)
+    return TeachReport(card, trained=True)
+
+
+def whole_expert(out: Path, name: str, seen: dict[str, Any]) -> ExpertCard | None:
+    """Return the card of the expert in `out`, None where it has to be trained; raises as `teach`."""
+    if (out / RUN_FILE).exists():
+        raise InputError(f"{out} holds a run of `mmkd-student train`; name another folder with -o")
+    if not (out / CARD_FILE).exists():
+        return None
+    card = same_expert(out, name, seen)
+    if has_weights(out, card):
+        write_card(out, card)  # with the seal that an earlier version did not write
+        return card
+    log.warning("%s is missing or damaged, so the expert is trained again", out / WEIGHTS_FILE)
+    return None
+
+
+def train_expert(
+    recipe: TeacherRecipe,
+    name: str,
+    clip_set: ClipSet,
+    *,
+    seen: dict[str, Any],
+    run_dir: Path,
+    device: torch.device,
+) -> tuple[bytes, dict[str, Any]]:
+    """Return the trained network as safetensors bytes, and what training reports."""
+    expert = recipe.experts[name]
     clips = clip_set.manifest.split(recipe.train_split)
     items = clip_set.probe(clips)
     held = HeldOut(**recipe.held_out.model_dump()).mask(clip_set.manifest.dataset, [c.clip_id for c in clips])
@@ -77,23 +108,14 @@ def teach(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> 
     training = expert_data(recipe, expert, clip_set, items=seen_items, device=device)
     torch.manual_seed(expert.train.seed)
     network = make_network(expert, {head.name: len(head.classes) for head in clip_set.manifest.heads})
-    (out / "training").mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows now, not later
-    fitted = fit(
-        network, training.data, expert.train, run_dir=out / "training", device=device, identity=seen, what=name
-    )
+    run_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows now, not later
+    fitted = fit(network, training.data, expert.train, run_dir=run_dir, device=device, identity=seen, what=name)
     held_items = [i for i, h in zip(items, held, strict=True) if h]
     report: dict[str, Any] = {"steps": fitted.steps, "clips": training.data.rows, "skipped": training.skipped}
     if held_items:
-        report["held_out"] = held_out_metrics(
-            network,
-            expert_data(recipe, expert, clip_set, items=held_items, device=device).data,
-            clip_set.manifest.heads,
-            device,
-        )
-    state = encode_network(network)
-    card = ExpertCard(name=name, weights_sha256=hashlib.sha256(state).hexdigest(), training=report, **seen)
-    save_expert(out, card, state)
-    return TeachReport(card, trained=True)
+        held_data = expert_data(recipe, expert, clip_set, items=held_items, device=device).data
+        report["held_out"] = held_out_metrics(network, held_data, clip_set.manifest.heads, device)
+    return encode_network(network), report
 
 
 def expert_identity(recipe: TeacherRecipe, expert: ExpertRecipe, clip_set: ClipSet) -> dict[str, Any]:

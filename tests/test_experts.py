@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from mmkd.cache_tools.fingerprints import fingerprint
+from mmkd.cache_tools.folder_lock import folder_lock
 from mmkd.data_manifests.errors import InputError, MmkdError
 from mmkd.pipeline.experts import (
     CARD_FILE,
@@ -25,6 +27,7 @@ from mmkd.pipeline.experts import (
 )
 from mmkd.pipeline.recipe import ExpertRecipe
 from mmkd.student.checkpoint import encode_network
+from mmkd.student.run_files import RUN_FILE
 
 from .in_process import call, call_ok, refused
 
@@ -162,3 +165,14 @@ def test_an_expert_of_an_earlier_version_is_sealed_by_the_same_teach(quick, tmp_
     path.write_text(json.dumps(asdict(replace(read_card(tmp_path / "rgb"), schema=UNSEALED_SCHEMA))))
     assert "was there already" in call_ok(*teach)
     assert path.read_bytes() == sealed
+
+
+def test_a_folder_has_one_teaching_at_a_time_and_never_a_run_s(quick, tmp_path):
+    teach = ["mmkd-cache", "teach", "rgb", *quick.options()[:8], "--workers", 0, "-o", tmp_path / "e"]
+    with folder_lock(tmp_path / "e"):
+        error = refused(*teach)
+        assert f"{tmp_path / 'e'} is in use by process {os.getpid()} on host" in error
+    assert not (tmp_path / "e").exists()
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / RUN_FILE).write_text("{}")
+    assert "holds a run of `mmkd-student train`" in refused(*teach)
