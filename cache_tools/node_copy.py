@@ -11,21 +11,20 @@ folder on NFS), at worst several processes make the same copy, and one whole fil
 needs the disk space, and a file system that can lock (else StorageError says so).
 """
 
-import errno
 import fcntl
 import logging
 import os
 import re
+import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mmkd.cache_tools.copy_file import ArrayPlan, DamagedCopyError, Maps, map_arrays, share_lock, write_arrays
 from mmkd.cache_tools.fingerprints import fingerprint
-from mmkd.data_manifests.atomic import sync_directory
+from mmkd.data_manifests.atomic import TEMPORARY, atomic_path, storage_errors
 from mmkd.data_manifests.errors import InputError, StorageError
 
 log = logging.getLogger("mmkd")
@@ -35,8 +34,7 @@ KEPT = 4
 """Copies that stay in a folder when one is made there, itself included; those in use stay besides."""
 POLL_SECONDS = 0.05
 COPY_NAME = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUFFIX)}")
-LEFTOVER_NAME = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{12}\.tmp")
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+ADVICE = "name another folder with --node-copies"
 
 Make = Callable[[], Iterable[ArrayPlan]]
 
@@ -44,17 +42,37 @@ Make = Callable[[], Iterable[ArrayPlan]]
 def default_copies_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Return the node's own folder for copies.
 
-    It lies in SLURM_TMPDIR or TMPDIR, where one is set, else in XDG_CACHE_HOME or ~/.cache. Raises InputError when
-    the one in a temporary folder, where anybody may write, belongs to somebody else.
+    It lies in SLURM_TMPDIR or TMPDIR, where one is set, else in XDG_CACHE_HOME or ~/.cache, and for a user without
+    a home in the system's temporary folder. Raises InputError when the one in a temporary folder, where anybody
+    may write, belongs to somebody else.
     """
     for name in ("SLURM_TMPDIR", "TMPDIR"):
         if environ.get(name):
-            folder = Path(environ[name]) / f"mmkd-{os.getuid()}"
-            with suppress(FileNotFoundError):
-                if folder.lstat().st_uid != os.getuid():
-                    raise InputError(f"{folder} belongs to another user; name a folder with --node-copies")
-            return folder
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmkd"
+            return own_folder(Path(environ[name]))
+    if environ.get("XDG_CACHE_HOME"):
+        return Path(environ["XDG_CACHE_HOME"]) / "mmkd"
+    home = home_folder()
+    return own_folder(Path(tempfile.gettempdir())) if home is None else home / ".cache" / "mmkd"
+
+
+def home_folder() -> Path | None:
+    """Return the user's home, None for a user id without an entry in the system's list and without HOME.
+
+    Containers and batch systems run jobs under such ids.
+    """
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def own_folder(temporary: Path) -> Path:
+    """Return this user's folder in a folder where anybody may write; InputError when somebody else made it."""
+    folder = temporary / f"mmkd-{os.getuid()}"
+    with suppress(FileNotFoundError):
+        if folder.lstat().st_uid != os.getuid():
+            raise InputError(f"{folder} belongs to another user; name a folder with --node-copies")
+    return folder
 
 
 def shared_arrays(directory: Path, key: Mapping[str, Any], make: Make) -> Maps:
@@ -117,18 +135,9 @@ def _make_unless_there(path: Path, key: Mapping[str, Any], make: Make) -> bool:
 
 
 def _write_copy(path: Path, key: Mapping[str, Any], make: Make) -> None:
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with _storage_errors(path.parent), temporary.open("xb", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # a sweeper deletes what nobody holds
-            write_arrays(file, key, make())
-            os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_directory(path.parent)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    with atomic_path(path, advice=ADVICE) as temporary, temporary.open("xb", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # a sweeper deletes what nobody holds
+        write_arrays(file, key, make())
 
 
 @contextmanager
@@ -157,7 +166,7 @@ def claim(path: Path) -> Iterator[bool]:
 def _sweep(directory: Path) -> None:
     """Delete what makers that died left behind, and all but the copies last used; never one that is in use."""
     copies = [path for path in directory.iterdir() if COPY_NAME.fullmatch(path.name)]
-    leftovers = [path for path in directory.iterdir() if LEFTOVER_NAME.fullmatch(path.name)]
+    leftovers = list(directory.glob(TEMPORARY))
     for path in leftovers + sorted(copies, key=_last_use, reverse=True)[KEPT - 1 :]:
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,14 +179,6 @@ def _last_use(path: Path) -> float:
     return 0.0
 
 
-@contextmanager
-def _storage_errors(directory: Path) -> Iterator[None]:
+def _storage_errors(directory: Path) -> AbstractContextManager[None]:
     """Turn what the system refuses into a StorageError that names the folder and the option."""
-    try:
-        yield
-    except OSError as error:
-        advice = "free some space or name" if error.errno in FULL else "name"
-        raise StorageError(
-            f"cannot keep a copy of the targets in {directory}: {error.strerror or error}; "
-            f"{advice} another folder with --node-copies"
-        ) from error
+    return storage_errors(directory, verb="keep a copy of the targets in", advice=ADVICE)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import pwd
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 from pathlib import Path
@@ -324,7 +326,7 @@ def test_a_full_disk_is_one_line_that_names_folder_and_option_and_leaves_nothing
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 74, done.stderr
     assert str(tmp_path) in done.stdout
-    assert "free some space or name another folder with --node-copies" in done.stdout
+    assert "; name another folder with --node-copies" in done.stdout
     assert done.stdout.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -351,7 +353,7 @@ def test_old_copies_go_when_a_new_one_is_made_but_none_that_is_in_use(tmp_path, 
     foreign = [tmp_path / name for name in ("notes.txt", "x.node-copy", f"{'0' * 31}.node-copy", ".other.tmp")]
     for path in foreign:
         path.touch()
-    leftover = tmp_path / f".{'a' * 32}.{'b' * 12}.tmp"
+    leftover = tmp_path / f".mmkd-{'a' * 16}.tmp"
     leftover.touch()
     used = shared_arrays(tmp_path, {"number": 0}, lambda: plans(small))["a"][1:]
     names = {}
@@ -390,6 +392,15 @@ def test_the_default_folder_is_the_nodes_own(tmp_path):
     assert default_copies_folder(folders) == tmp_path / own
     assert default_copies_folder(folders | {"TMPDIR": ""}) == Path("/cache/mmkd")
     assert default_copies_folder({}) == Path.home() / ".cache" / "mmkd"
+
+
+def test_a_user_without_an_entry_and_without_home_has_a_folder_in_the_temporary_one(monkeypatch):
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)  # as the system says of a container's user id
+    assert default_copies_folder({}) == Path(tempfile.gettempdir()) / f"mmkd-{os.getuid()}"
 
 
 def test_somebody_elses_folder_in_a_shared_temporary_one_is_refused(tmp_path, monkeypatch):
