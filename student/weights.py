@@ -5,6 +5,8 @@ torchvision's names for its own networks and the names of networks trained here.
 """
 
 import pickle
+import re
+import shlex
 from pathlib import Path
 
 import torch
@@ -17,6 +19,18 @@ from mmkd.data_manifests.errors import InputError
 CLASSIFIERS = ("head.", "fc.", "heads.")
 """Prefixes of the parameters that a file may hold in vain: its classifier is for other classes."""
 SHOWN = 3
+UNWRAPPED = ("state_dict", "model_state_dict", "model", "module")
+"""Keys under which training programs put the parameters, beside the optimiser and the like."""
+WRAPPERS = ("module.", "model.", "network.", "backbone.")
+"""What networks trained here, and wrappers such as DistributedDataParallel, put before every parameter's name."""
+COMPILED = "_orig_mod."
+"""What torch.compile puts into a parameter's name, at the compiled module's place."""
+TAKE_OUT = (
+    'import torch; d = torch.load({path!r}, "cpu", weights_only=False); '
+    'd = d if isinstance(d, dict) else d.state_dict(); d = d.get("state_dict", d.get("model", d)); '
+    "torch.save({{k: v for k, v in d.items() if torch.is_tensor(v)}}, {out!r})"
+)
+"""A program that keeps the tensors of a checkpoint which holds other objects, too."""
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -26,14 +40,29 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot read the weights {path}: {first_line}") from error
-    for key in ("state_dict", "model"):
+        raise InputError(
+            f"cannot read the weights {path}: {reason(path, str(error) or type(error).__name__)}"
+        ) from error
+    for key in UNWRAPPED:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise InputError(f"the weights {path} are not a dict of tensors; save the network's state_dict()")
     return dict(loaded)
+
+
+def reason(path: Path, text: str) -> str:
+    """Return in one line why torch did not read a file: of its several lines the one that says it."""
+    unsupported = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", text)
+    if unsupported is None:
+        _, found, detail = text.partition("WeightsUnpickler error: ")
+        return (detail if found else text).strip().splitlines()[0]
+    out = path.with_name(f"{path.stem}-weights.pth")
+    command = shlex.join(["python", "-c", TAKE_OUT.format(path=str(path), out=str(out))])
+    return (
+        f"it holds more than tensors ({unsupported[1]}), and reading that could run code. If you trust where it "
+        f"comes from, take the weights out and name {out} instead: {command}"
+    )
 
 
 def load_backbone(backbone: nn.Module, path: Path, *, first_conv: str) -> None:
@@ -42,8 +71,7 @@ def load_backbone(backbone: nn.Module, path: Path, *, first_conv: str) -> None:
     Where the backbone has another number of input channels than the file, the parameter `first_conv` takes
     the mean over the file's channels in each of its own (as in two-stream networks since TSN).
     """
-    state = {backbone_name(name): value for name, value in read_state(path).items()}
-    state = {name: value for name, value in state.items() if not name.startswith(CLASSIFIERS)}
+    state = backbone_state(read_state(path), path)
     wanted = backbone.state_dict()
     if first_conv in state and first_conv in wanted:
         state[first_conv] = adapt_channels(state[first_conv], wanted[first_conv].shape[1])
@@ -60,10 +88,29 @@ def load_backbone(backbone: nn.Module, path: Path, *, first_conv: str) -> None:
     backbone.load_state_dict(state)
 
 
+def backbone_state(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the parameters by their names in the backbone, without a classifier's.
+
+    Raises InputError when two parameters would have one name: the file holds two networks.
+    """
+    names: dict[str, str] = {}
+    for name in state:
+        own = backbone_name(name)
+        if own.startswith(CLASSIFIERS):
+            continue
+        if own in names:
+            raise InputError(
+                f"the weights {path} hold two networks: {names[own]} and {name} are the same parameter; keep one"
+            )
+        names[own] = name
+    return {own: state[name] for own, name in names.items()}
+
+
 def backbone_name(name: str) -> str:
-    """Strip what networks trained here, and data-parallel wrappers, put before a parameter's name."""
-    for prefix in ("module.", "network.", "backbone."):
-        name = name.removeprefix(prefix)
+    """Strip what networks trained here, torch.compile and data-parallel wrappers put into a parameter's name."""
+    name = name.replace(COMPILED, "")
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
     return name
 
 

@@ -1,5 +1,9 @@
 """Networks by name: shapes, determinism, weights from a file, and what is refused."""
 
+import argparse
+import re
+import shlex
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -120,6 +124,60 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(InputError, match=message):
         small(weights=tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "network._orig_mod.backbone.", "model."],
+)
+def test_the_prefixes_of_wrappers_are_dropped_in_any_order(tmp_path, prefix):
+    donor = small().backbone
+    torch.save({f"{prefix}{name}": value for name, value in donor.state_dict().items()}, tmp_path / "w.pth")
+    taker = small(weights=tmp_path / "w.pth")
+    for name, value in donor.state_dict().items():
+        assert torch.equal(taker.backbone.state_dict()[name], value)
+
+
+def test_weights_whose_parts_were_compiled_one_by_one_are_read(tmp_path):
+    donor = small().backbone
+    donor.layers[3] = torch.compile(donor.layers[3])
+    assert "layers.3._orig_mod.conv.weight" in donor.state_dict()
+    torch.save({"state_dict": donor.state_dict()}, tmp_path / "w.pth")
+    small(weights=tmp_path / "w.pth")
+
+
+def test_a_file_with_two_networks_is_refused(tmp_path):
+    state = small().backbone.state_dict()
+    torch.save(state | {f"module.{name}": value for name, value in state.items()}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"hold two networks: layers\.0\.0\.weight and module\.layers\.0"):
+        small(weights=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state, module: {"model": state, "args": argparse.Namespace(lr=0.1)},
+        lambda state, module: {**state, "args": argparse.Namespace(lr=0.1)},
+        lambda state, module: module,
+    ],
+    ids=["beside", "among", "module"],
+)
+def test_the_command_for_a_checkpoint_with_other_objects_takes_the_weights_out(tmp_path, wrap):
+    donor = small().backbone
+    path = tmp_path / "it's a checkpoint.pth"
+    torch.save(wrap(donor.state_dict(), donor), path)
+    with pytest.raises(InputError, match=r"it holds more than tensors \((argparse\.Namespace|mmkd\S+)\)") as caught:
+        small(weights=path)
+    message = str(caught.value)
+    assert "\n" not in message
+    arguments = shlex.split(message.partition(" instead: ")[2])
+    assert arguments[:2] == ["python", "-c"]
+    exec(arguments[2], {})  # as `python -c` does
+    named = re.search(r"name (.*) instead", message)[1]
+    taker = small(weights=Path(named))
+    assert torch.equal(
+        taker.backbone.state_dict()["layers.3.conv.weight"], donor.state_dict()["layers.3.conv.weight"]
+    )
 
 
 class Code:
