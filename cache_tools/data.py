@@ -12,6 +12,7 @@ from mmkd.cache_tools.frames import Limits, VideoFiles, clip_facts, frame_interv
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.recipes import Recipe
 from mmkd.cache_tools.records import ClipFacts, FactsTable, VideoFacts
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, VideoError
 from mmkd.data_manifests.records import Clip, Manifest, load_manifest
 
@@ -95,7 +96,7 @@ class ClipSet:
         errors = [video for video in result.videos if isinstance(video, VideoError)]
         if len(errors) == len(result):
             raise InputError(
-                f"none of {len(result)} clips can be read below {self.recipe.videos}; the first one, "
+                f"none of {counted(len(result), 'clip')} can be read below {self.recipe.videos}; the first one, "
                 f"{clips[0].clip_id!r}: {errors[0]}"
             )
         return result
@@ -118,6 +119,6 @@ def clip_videos(clips: Sequence[Clip], found: Mapping[str, VideoFacts | VideoErr
         except VideoError as error:
             outside.append(f"clip {clip.clip_id!r} of {clip.video}: {error}")
     if outside:
-        more = f" ({len(outside) - 1} more clips likewise)" if len(outside) > 1 else ""
+        more = f" ({counted(len(outside) - 1, 'more clip')} likewise)" if len(outside) > 1 else ""
         raise InputError(f"{outside[0]}{more}; mend start_seconds and end_seconds in the manifest")
     return items

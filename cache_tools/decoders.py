@@ -14,6 +14,7 @@ from av.video.reformatter import VideoReformatter
 
 from mmkd.cache_tools.packets import PacketIndex
 from mmkd.cache_tools.records import IntArray, UInt8Array
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import VideoError
 
 QUARTER_TURNS = {(1, 0, 0, 1): 0, (0, -1, 1, 0): 1, (-1, 0, 0, -1): 2, (0, 1, -1, 0): 3}
@@ -95,7 +96,8 @@ def check_count(container: Any, stream: Any, index: PacketIndex) -> None:
     count = sum(1 for _ in container.decode(stream))
     if count != len(index.pts):
         raise VideoError(
-            f"packed B-frames: {len(index.pts)} packets give {count} frames; unpack them: "
+            f"packed B-frames: {counted(len(index.pts), 'packet', ('gives', 'give'))} {counted(count, 'frame')}; "
+            "unpack them: "
             "ffmpeg -i IN.avi -c copy -bsf:v mpeg4_unpack_bframes OUT.avi"
         )
 
@@ -144,7 +146,7 @@ def read_decord(path: Path, *, index: PacketIndex, frame_indices: IntArray) -> U
     try:
         reader = decord.VideoReader(str(path), num_threads=1)  # 0 (automatic) aborts on some VP9 files
         if len(reader) != len(index.pts):
-            raise VideoError(f"decord sees {len(reader)} frames where there are {len(index.pts)}")
+            raise VideoError(f"decord sees {counted(len(reader), 'frame')} where there are {len(index.pts)}")
         frames: UInt8Array = reader.get_batch(frame_indices).asnumpy()
     except (decord.DECORDError, IndexError) as error:  # their texts hold addresses and paths
         raise VideoError("cannot be decoded: decord failed") from error

@@ -41,6 +41,7 @@ from mmkd.cache_tools.root_record import RootRecord
 from mmkd.cache_tools.start import require_free
 from mmkd.cache_tools.store import Store, open_store
 from mmkd.data_manifests.atomic import sync_directory
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, MmkdError, StorageError, VerificationError
 
 EXPORT_SCHEMA = "mmkd-cache-hdf5-1"
@@ -74,8 +75,11 @@ class ImportReport:
         """Return the report for people."""
         same = "byte for byte the exported cache"
         if self.reencoded:
-            same = f"the exported values; {self.reencoded} objects have other bytes, by another Zarr or Zstandard"
-        return [f"{cache}: {self.clips} clips, {self.objects} objects: {same}"]
+            same = (
+                f"the exported values; {counted(self.reencoded, 'object', ('has', 'have'))} "
+                f"other bytes, by another Zarr or Zstandard"
+            )
+        return [f"{cache}: {counted(self.clips, 'clip')}, {counted(self.objects, 'object')}: {same}"]
 
 
 def export_cache(location: Path | str | Store, path: Path) -> int:
@@ -111,7 +115,9 @@ def _write_file(reader: CacheReader, file: h5py.File) -> None:
         {"environment": reader.init.environment, "base": reader.init.manifest}
     )
     hashes: dict[str, str] = {}
-    with Progress("exporting", total=len(reader.objects), unit="object") as progress:
+    with Progress(
+        "exporting", total=sum(not key.endswith("zarr.json") for key in reader.objects), unit="object"
+    ) as progress:
         for name in reader.arrays:
             hashes |= _write_array(reader, file, name)
             progress.advance(len(hashes) - progress.done)

@@ -29,6 +29,7 @@ from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.start import require_free
 from mmkd.cache_tools.store import Store, open_store
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError
 from mmkd.data_manifests.records import Manifest
 
@@ -49,7 +50,9 @@ class MergeReport:
     def lines(self, cache: Path | str) -> list[str]:
         """Return the report for people."""
         splits = ", ".join(f"{name} {rows}" for name, rows in self.clips.items())
-        return [f"{cache}: {sum(self.clips.values())} clips ({splits}) in {self.shards} shards"]
+        return [
+            f"{cache}: {counted(sum(self.clips.values()), 'clip')} ({splits}) in {counted(self.shards, 'shard')}"
+        ]
 
 
 def merge(locations: Sequence[Path | str | Store], out: Path | str | Store, manifest: Manifest) -> MergeReport:

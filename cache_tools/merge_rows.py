@@ -10,6 +10,7 @@ from mmkd.cache_tools.layout import SplitLayout
 from mmkd.cache_tools.reader import CacheReader, SplitTable
 from mmkd.cache_tools.records import IntArray, View
 from mmkd.cache_tools.views import evaluation_views, random_views
+from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import Clip, Manifest
 
@@ -69,7 +70,8 @@ def match_split(split: str, parts: Sequence[tuple[CacheReader, SplitTable]], man
     missing = [clip_id for clip_id in clip_ids if clip_id not in owned]
     if missing:
         raise InputError(
-            f"{len(missing)} clips of the manifest's split {split!r} are in none of the caches, the first is "
+            f"{counted(len(missing), 'clip')} of the manifest's split {split!r} "
+            f"{ARE[len(missing) != 1]} in none of the caches, the first is "
             f"{missing[0]!r}; give the cache that has them, or a manifest without them"
         )
     first = parts[0][0].layout(split)

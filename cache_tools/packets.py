@@ -22,6 +22,7 @@ from av.stream import Disposition
 
 from mmkd.cache_tools.containers import is_cut_short
 from mmkd.cache_tools.records import Float64Array, IntArray
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import StorageError, VideoError
 
 CONTAINERS = "matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,asf,flv,ogg,mpegts"
@@ -211,7 +212,7 @@ def check_complete(container: Any, frames: int, end_seconds: float) -> None:
     tolerance = max(0.5, 2 * end_seconds / frames)
     if end_seconds < claimed - tolerance:
         raise VideoError(
-            f"truncated: the header says {claimed:.2f} s, {end_seconds:.2f} s ({frames} frames) arrived"
+            f"truncated: the header says {claimed:.2f} s, {end_seconds:.2f} s ({counted(frames, 'frame')}) arrived"
         )
 
 

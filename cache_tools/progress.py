@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from mmkd.data_manifests.counted import plural
+
 LINE_INTERVAL_SECONDS = 60.0
 
 
@@ -31,7 +33,7 @@ class Progress:
         """Name the work `what`; `done` units of it are there already; `stream` is stderr by default."""
         self.total = total
         self.what = what
-        self.unit = unit
+        self.units = unit if total == 1 else plural(unit)
         self.done = done
         self._before = done
         self._stream = (sys.stderr if stream is None else stream) if enabled else None
@@ -48,12 +50,12 @@ class Progress:
                 total=self.total,
                 initial=self.done,
                 desc=self.what,
-                unit=f" {self.unit}s",
+                unit=f" {self.units}",
                 file=self._stream,
                 dynamic_ncols=True,
             )
         else:
-            self._line(f"{self.what}: {self.done}/{self.total} {self.unit}s")
+            self._line(f"{self.what}: {self.done}/{self.total} {self.units}")
         return self
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
@@ -86,7 +88,7 @@ class Progress:
 
     def _state(self, *, left: bool = True) -> str:
         rate = self.units_per_second
-        parts = [f"{self.what}: {self.done}/{self.total} {self.unit}s", f"{rate:.1f}/s"]
+        parts = [f"{self.what}: {self.done}/{self.total} {self.units}", f"{rate:.1f}/s"]
         if left and rate > 0:
             parts.append(f"{duration((self.total - self.done) / rate)} left")
         if self._note:

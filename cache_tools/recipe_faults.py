@@ -44,7 +44,7 @@ def _allowed(model: type[BaseModel], path: Dotted, place: str | None, env_prefix
     names = sorted(_field_names(model, path[:-1]))
     written = path[-1]
     if place and place.startswith(env_prefix):
-        names = [env_prefix + "__".join(leaf).upper() for leaf in _leaf_paths(model)]
+        names = [env_prefix + "__".join(leaf).upper() for leaf in leaf_paths(model)]
         written = place
     close = difflib.get_close_matches(written, names, n=1)
     hint = f", did you mean {close[0]}?" if close else ""
@@ -72,13 +72,13 @@ def _field_names(model: type[BaseModel], path: Dotted) -> set[str]:
     return {name for here in models for name in _fields(here)}
 
 
-def _leaf_paths(model: type[BaseModel], prefix: Dotted = ()) -> Iterator[Dotted]:
+def leaf_paths(model: type[BaseModel], prefix: Dotted = ()) -> Iterator[Dotted]:
     """Yield the path of each value that text can set; lists of models are one value."""
     for name, annotation in _fields(model).items():
         kind = get_origin(annotation)
         inner = [] if kind in (tuple, list) else _models(annotation)
         path = (*prefix, name, "<name>") if inner and kind is dict else (*prefix, name)
         for found in inner:
-            yield from _leaf_paths(found, path)
+            yield from leaf_paths(found, path)
         if not inner:
             yield path

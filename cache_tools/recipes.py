@@ -1,7 +1,7 @@
 """Recipes: layered YAML configuration checked by frozen pydantic models, with every value's origin kept.
 
 Layers, weakest first: model defaults, files in the order given (deep merge: mappings join, anything else
-replaces), `MMKD_*` variables (`MMKD_FLOW__WARPS=5` sets flow.warps), `--set flow.warps=5`, named flags. All
+replaces), `MMKD_*` variables (`MMKD_FLOW__STEP=2` sets flow.step), `--set flow.step=2`, named flags. All
 faults are collected into one InputError, a line each, with the file and line (or variable, or option) of the
 value at fault. What it gives up: no includes, no anchors, no inheritance; a value is where it is written.
 """
@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 
 from mmkd.cache_tools.recipe_faults import describe_fault, fault_path, nearest_origin
 from mmkd.cache_tools.recipe_yaml import Dotted, parse_text, parse_yaml, read_recipe_file
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 
 DEFAULT_ORIGIN = "default"
@@ -51,11 +52,11 @@ class ResolvedValue:
     """One value of the resolved configuration, for `config show`."""
 
     path: str
-    """Dotted path, e.g. `flow.warps`."""
+    """Dotted path, e.g. `flow.step`."""
     value: Any
     """The validated value in its JSON form."""
     origin: str
-    """`default`, `FILE:LINE`, `MMKD_FLOW__WARPS`, `--set flow.warps` or the flag, e.g. `--seed`."""
+    """`default`, `FILE:LINE`, `MMKD_FLOW__STEP`, `--set flow.step` or the flag, e.g. `--seed`."""
 
 
 def load_recipe(
@@ -150,7 +151,7 @@ def _override_layer(text: str) -> Layer:
     key, equals, value = text.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
-        raise InputError(f"--set {text}: expected PATH=VALUE, e.g. --set flow.warps=5")
+        raise InputError(f"--set {text}: expected PATH=VALUE, e.g. --set flow.step=2")
     origin = f"--set {key.strip()}"
     values = _nested(path, parse_text(value, origin))
     return Layer(values, _leaf_origins(values, origin), {path: value})
@@ -194,7 +195,7 @@ def _validate(
         faults = _faults(model, values)
     if faults:
         lines = sorted({describe_fault(model, fault, origins=origins, env_prefix=env_prefix) for fault in faults})
-        title = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
+        title = counted(len(lines), "fault")
         raise InputError("\n  ".join([f"{title} in the configuration:", *lines]))
     given = {path: origin for path, origin in origins.items() if not isinstance(_at(values, path), dict)}
     return model.model_validate(values), given

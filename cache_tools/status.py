@@ -13,6 +13,7 @@ from mmkd.cache_tools.layout import GROUP, ROOT
 from mmkd.cache_tools.progress import duration
 from mmkd.cache_tools.store import open_store
 from mmkd.cache_tools.tasks import live_tasks
+from mmkd.data_manifests.counted import counted
 
 RATE_ENTRIES = 20
 """Latest shards of each running task from which its rate is taken."""
@@ -53,19 +54,21 @@ class CacheStatus:
         """Return the status for people."""
         state = "finished" if self.finished else "complete, not finalized" if not self.rows_left else "not finished"
         lines = [
-            f"{state}: {self.done} of {self.shards} shards done, {self.rows - self.rows_left} of {self.rows} rows; "
+            f"{state}: {self.done} of {counted(self.shards, 'shard')} done, "
+            f"{self.rows - self.rows_left} of {counted(self.rows, 'row')}; "
             f"{self.bytes / 2**20:.1f} MiB"
         ]
-        lines += [f"missing   {node}: {count} shards" for node, count in self.missing.items()]
+        lines += [f"missing   {node}: {counted(count, 'shard')}" for node, count in self.missing.items()]
         if self.tasks:
             left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
             lines.append(
-                f"running   {self.tasks} tasks, {len(self.running)} shards in work, "
+                f"running   {counted(self.tasks, 'task')}, {counted(len(self.running), 'shard')} in work, "
                 f"{self.rows_per_second:.1f} rows/s{left}"
             )
         if self.abandoned:
             lines.append(
-                f"abandoned {len(self.abandoned)} shards, by tasks that are gone; the next task computes them"
+                f"abandoned {counted(len(self.abandoned), 'shard')}, by tasks that are gone; the "
+                f"next task computes them"
             )
         lines += [f"failed    {shard}: {error}" for shard, error in self.failed.items()]
         return lines

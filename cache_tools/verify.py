@@ -29,6 +29,7 @@ from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.root_record import RootRecord
 from mmkd.cache_tools.store import TEMPORARY, MissingObjectError, Store, open_store
 from mmkd.cache_tools.tasks import Others, Task, live_tasks, new_task_id
+from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, VerificationError
 
 LISTED = 20
@@ -55,14 +56,17 @@ class VerifyReport:
 
     def lines(self, cache: Path | str) -> list[str]:
         """Return the report for people."""
-        lines = [f"{cache}: {self.objects} objects, {self.bytes / 2**20:.1f} MiB read; {len(self.damaged)} damaged"]
+        lines = [
+            f"{cache}: {counted(self.objects, 'object')}, {self.bytes / 2**20:.1f} MiB read; "
+            f"{len(self.damaged)} damaged"
+        ]
         lines += [f"damaged   {key}: {what}" for key, what in list(self.damaged.items())[:LISTED]]
         if len(self.damaged) > LISTED:
             lines.append(f"... {len(self.damaged) - LISTED} more; --json lists all")
         if self.leftovers:
             lines.append(f"leftovers {len(self.leftovers)}, e.g. {self.leftovers[0]}: no reader sees them")
         if self.incomplete:
-            lines.append(f"not finished: {self.incomplete} commit records are still to come")
+            lines.append(f"not finished: {counted(self.incomplete, 'commit record', ARE)} still to come")
         if self.repaired and self.shards:
             lines.append(f"removed; run the build again to compute {', '.join(self.shards[:LISTED])} anew")
         return lines
@@ -72,7 +76,8 @@ class VerifyReport:
         if self.damaged and not self.repaired:
             key, what = next(iter(self.damaged.items()))
             raise VerificationError(
-                f"{cache}: {len(self.damaged)} objects are damaged, the first is {key} ({what}); run `mmkd-cache "
+                f"{cache}: {counted(len(self.damaged), 'object', ARE)} damaged, the first is "
+                f"{key} ({what}); run `mmkd-cache "
                 "verify --repair`, then the build again"
             )
 

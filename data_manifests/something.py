@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.json_file import read_json
 from mmkd.data_manifests.records import Clip, Head, Manifest
@@ -91,7 +92,7 @@ def read_class_list(labels: Path) -> tuple[str, ...]:
         by_number[number] = name
     missing = next((number for number in range(len(by_number)) if number not in by_number), None)
     if missing is not None:
-        raise InputError(f"{labels}: {len(by_number)} classes, but none has number {missing}")
+        raise InputError(f"{labels}: {counted(len(by_number), 'class')}, but none has number {missing}")
     try:
         return Head("action", tuple(by_number[number] for number in range(len(by_number)))).classes
     except InputError as error:

@@ -33,6 +33,7 @@ from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.store import Store, open_store
 from mmkd.cache_tools.tasks import Others, Task, new_task_id
+from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import FingerprintError, InterruptedByUserError, StorageError, VideoError
 from mmkd.pipeline.build_plan import BuildPlan, ShardWork, committed_nodes, count_clips, pending_shards, plan_build
 from mmkd.pipeline.cache_init import initialise
@@ -68,9 +69,14 @@ class BuildReport:
         total = self.seconds["total"]
         stages = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items() if name != "total")
         rate = f"{self.clips / total:.1f} clips/s" if self.clips else "nothing left to do"
-        left = f"; {self.left_shards} shards are left to other tasks or experts" if self.left_shards else ""
+        left = (
+            f"; {counted(self.left_shards, 'shard', ARE)} left to other tasks or experts"
+            if self.left_shards
+            else ""
+        )
         return [
-            f"{out}: {self.shards} shards built, {self.skipped_shards} were there; {self.clips} clips in "
+            f"{out}: {counted(self.shards, 'shard')} built, {self.skipped_shards} were there; "
+            f"{counted(self.clips, 'clip')} in "
             f"{total:.1f} s, {rate}; {len(self.unusable)} unusable{left}",
             *([f"time: {stages} (decode and flow summed over processes)"] if stages else []),
         ]
@@ -120,7 +126,8 @@ def build(
         if report.failed:
             shard, reason = next(iter(report.failed.items()))
             raise StorageError(
-                f"{len(report.failed)} shards failed; the first is {shard}: {reason}. Nothing else was lost; run "
+                f"{counted(len(report.failed), 'shard')} failed; the first is {shard}: {reason}. "
+                f"Nothing else was lost; run "
                 "again"
             )
         # Read anew: the cache may have been given more views or experts meanwhile.

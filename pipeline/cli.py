@@ -19,6 +19,7 @@ from mmkd.cache_tools.command import (
 from mmkd.cache_tools.help_text import WholeHelpGroup, example
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
+from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, TooManyUnusableError
 from mmkd.pipeline.manifest_cli import manifest
 from mmkd.pipeline.options import (
@@ -70,7 +71,7 @@ def demo(directory: Path, workers: int, **options: int | None) -> None:
             progress=lambda done, _: progress.advance(done - progress.done),
         )
     write_recipes(directory)
-    click.echo(f"{directory}: {total} clips in {len(chosen.clips_per_split())} splits")
+    click.echo(f"{directory}: {counted(total, 'clip')} in {counted(len(chosen.clips_per_split()), 'split')}")
 
 
 cli.add_command(manifest)
@@ -107,7 +108,7 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
     card = report.card
     lines = [f"{options['out']}: expert {name!r} " + ("trained" if report.trained else "was there already")]
     for head, found in card.training.get("held_out", {}).items():
-        lines.append(f"held-out {head}: top-1 {100 * found['top1']:.1f} on {found['clips']} clips")
+        lines.append(f"held-out {head}: top-1 {100 * found['top1']:.1f} on {counted(found['clips'], 'clip')}")
     value = {"name": name, "trained": report.trained, "training": card.training}
     print_result(value, as_json=options["as_json"], lines=lines)
 
@@ -157,7 +158,8 @@ def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
     if len(report.unusable) > options["max_unusable"]:
         clip, reason = next(iter(report.unusable.items()))
         raise TooManyUnusableError(
-            f"{len(report.unusable)} clips are unusable, more than --max-unusable {options['max_unusable']}; the "
+            f"{counted(len(report.unusable), 'clip', ARE)} unusable, more than --max-unusable "
+            f"{options['max_unusable']}; the "
             f"first is {clip}: {reason}. The cache is complete without them; `mmkd-cache inspect` lists all"
         )
 
@@ -430,7 +432,8 @@ def flow(videos: tuple[str, ...], **options: Any) -> None:
         click.echo(f"{video}: {reason}", err=True)
     if len(report.failed) > options["max_unusable"]:
         raise TooManyUnusableError(
-            f"{len(report.failed)} videos have no flow, more than --max-unusable {options['max_unusable']}; "
+            f"{counted(len(report.failed), 'video', ('has', 'have'))} no flow, more than "
+            f"--max-unusable {options['max_unusable']}; "
             "the reasons are above, and the flow of the others is complete"
         )
 

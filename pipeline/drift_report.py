@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import VerificationError
 
 LISTED = 5
@@ -55,8 +56,8 @@ class DriftReport:
         """Return the report for people."""
         pixels = self.pixels
         lines = [
-            f"{cache}: {self.sample} views computed again, tolerance {self.max_kl_nats:.0e} nats",
-            f"pixels    {len(pixels.rounded)} of {pixels.views} views rounded differently, "
+            f"{cache}: {counted(self.sample, 'view')} computed again, tolerance {self.max_kl_nats:.0e} nats",
+            f"pixels    {len(pixels.rounded)} of {counted(pixels.views, 'view')} rounded differently, "
             f"{len(pixels.exchanged)} show another picture",
         ]
         lines += [f"  {name}" for name in (*pixels.exchanged, *pixels.rounded)[:LISTED]]
@@ -64,7 +65,7 @@ class DriftReport:
             for head, found in heads.items():
                 lines.append(
                     f"{expert:9} {head}: KL max {found.max_kl_nats:.1e}, mean {found.mean_kl_nats:.1e} nats over "
-                    f"{found.views} views ({found.same_pixels_max_kl_nats:.1e} where pixels are equal); "
+                    f"{counted(found.views, 'view')} ({found.same_pixels_max_kl_nats:.1e} where pixels are equal); "
                     f"{found.argmax_changes} argmax changes; worst {found.worst}"
                 )
         return lines
@@ -73,7 +74,8 @@ class DriftReport:
         """Raise VerificationError when a view shows another picture, or a head is above the tolerance."""
         if self.pixels.exchanged:
             raise VerificationError(
-                f"{cache}: {len(self.pixels.exchanged)} of {self.pixels.views} views show another frame or crop "
+                f"{cache}: {len(self.pixels.exchanged)} of {counted(self.pixels.views, 'view')} "
+                f"show another frame or crop "
                 f"than the teacher saw, first {self.pixels.exchanged[0]}; the videos have changed, or a decoder "
                 "errs"
             )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmkd.cache_tools.frames import VideoFiles
 from mmkd.cache_tools.records import Float32Array, IntArray, UInt8Array, VideoFacts
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, VideoError
 from mmkd.pipeline.flow_conventions import (
     I3D_BOUND_PX,
@@ -124,7 +125,7 @@ def plan_video(name: str, video: str, facts: VideoFacts, *, options: FlowOptions
     sequence = options.sequence(facts)
     pairs = Pairs(len(sequence), step=options.step, stride=options.stride)
     if not len(pairs):
-        raise VideoError(f"{len(sequence)} frames hold no pair at step {options.step}")
+        raise VideoError(f"{counted(len(sequence), 'frame', ('holds', 'hold'))} no pair at step {options.step}")
     size = options.size(facts.width, facts.height)
     if options.method.name == "dis" and min(size) < DIS_LEAST_SIDE:
         raise VideoError(f"frames of {size[0]} x {size[1]} pixels; DIS needs {DIS_LEAST_SIDE}")

@@ -26,6 +26,7 @@ from mmkd.cache_tools.interrupt import StopRequest, stop_on_signals
 from mmkd.cache_tools.pool import run_tasks
 from mmkd.cache_tools.progress import Progress
 from mmkd.data_manifests.atomic import write_atomically
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.flow_blocks import (
     BlockResult,
@@ -79,7 +80,8 @@ class FlowReport:
         rate = f"{self.fields / total:.1f} frames/s" if self.fields else "nothing left to do"
         stages = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items() if name != "total")
         return [
-            f"{out}: flow of {self.videos} videos written, {self.skipped} were there; {self.fields} frames in "
+            f"{out}: flow of {counted(self.videos, 'video')} written, {self.skipped} there "
+            f"already; {counted(self.fields, 'frame')} in "
             f"{total:.1f} s, {rate}; {len(self.failed)} failed",
             *([f"time: {stages} (summed over processes)"] if stages else []),
         ]

@@ -6,6 +6,7 @@ from typing import Any
 
 from mmkd.cache_tools.layout import Status
 from mmkd.cache_tools.reader import CacheReader
+from mmkd.data_manifests.counted import counted
 
 LISTED = 20
 """Unusable clips that are printed for each split and expert; --json has all."""
@@ -61,11 +62,12 @@ def describe(cache: Path | str) -> dict[str, Any]:
 def describe_lines(found: dict[str, Any]) -> list[str]:
     """Return the description as lines."""
     views = found["views"]
-    heads = ", ".join(f"{head} ({classes} classes)" for head, classes in found["heads"].items())
+    heads = ", ".join(f"{head} ({counted(classes, 'class')})" for head, classes in found["heads"].items())
     lines = [
         f"data set     {found['dataset']}: {heads}",
         f"fingerprint  {found['fingerprint'][:16]}",
-        f"views        {views['sampling']}, {views['frames']} frames of {views['size_px']} x {views['size_px']}, "
+        f"views        {views['sampling']}, {counted(views['frames'], 'frame')} of "
+        f"{views['size_px']} x {views['size_px']}, "
         f"seed {found['view_seed']}",
         f"stored       {found['bytes'] / 2**20:.1f} MiB, worst error {found['worst_kl_nats']:.1e} nats",
     ]
@@ -74,10 +76,11 @@ def describe_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"expert       {name}: {expert['modality']}, weights {weights}, {expert['precision']}")
     for name, split in found["splits"].items():
         lines.append(
-            f"split        {name}: {split['clips']} clips x {split['views']} views, {split['shards']} shards"
+            f"split        {name}: {counted(split['clips'], 'clip')} x "
+            f"{counted(split['views'], 'view')}, {counted(split['shards'], 'shard')}"
         )
         for expert, items in split["unusable"].items():
-            lines.append(f"  {len(items)} clips without {expert} logits:")
+            lines.append(f"  {counted(len(items), 'clip')} without {expert} logits:")
             lines += [f"    {item['clip_id']}: {item['status']}: {item['reason']}" for item in items[:LISTED]]
             if len(items) > LISTED:
                 lines.append(f"    ... {len(items) - LISTED} more; --json lists all")

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from mmkd.cache_tools.help_text import WholeHelpGroup, example
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import Manifest, save_manifest
 from mmkd.pipeline.options import FILE, FOLDER
@@ -98,10 +99,11 @@ def _write_manifest(made: Manifest, options: dict[str, Any]) -> None:
     if videos is not None:
         missing = [clip for clip in made.clips if not (videos / clip.video).is_file()]
         if len(missing) == len(made.clips):
-            raise InputError(f"none of the {len(made.clips)} videos is in {videos}, e.g. {missing[0].video}")
+            raise InputError(f"none of {counted(len(made.clips), 'video')} is in {videos}, e.g. {missing[0].video}")
         if missing:
             click.echo(
-                f"{len(missing)} of {len(made.clips)} videos are not in {videos}, e.g. {missing[0].video}",
+                f"{len(missing)} of {counted(len(made.clips), 'video')} not found in {videos}, "
+                f"e.g. {missing[0].video}",
                 err=True,
             )
     save_manifest(made, options["out"])

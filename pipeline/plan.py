@@ -21,6 +21,7 @@ from mmkd.cache_tools.layout import THUMBPRINT, Status
 from mmkd.cache_tools.sizes import node_size, unusable_bytes
 from mmkd.cache_tools.storage_formats import bytes_per_row, format_of
 from mmkd.cache_tools.store import LocalStore, Store, open_store
+from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.build_plan import BuildPlan, ShardWork, pending_shards, plan_build
 from mmkd.pipeline.cache_init import SplitPlan, plan_init
@@ -235,7 +236,7 @@ def advise(recipe: TeacherRecipe, splits: Mapping[str, SplitForecast], *, tasks:
     problem = (
         f"a shard takes {longest / 60:.0f} min, which a killed task loses"
         if longest > SHARD_SECONDS
-        else f"{shards} shards are few for {tasks} tasks: some end long before the others"
+        else f"{counted(shards, 'shard', ARE)} few for {counted(tasks, 'task')}: some end long before the others"
     )
     if fixed:
         return [f"{problem}; the layout of a cache that was started stays"]

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mmkd.cache_tools.progress import duration
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import StorageError
 
 
@@ -109,14 +110,16 @@ class PlanReport:
         for name, split in self.splits.items():
             done = split.shards - split.shards_left
             lines.append(
-                f"  {name}: {split.clips} clips x {split.views} views, {split.shards} shards, {done} done"
+                f"  {name}: {counted(split.clips, 'clip')} x {counted(split.views, 'view')}, "
+                f"{counted(split.shards, 'shard')}, {done} done"
                 + (f"; {split.shard_seconds:.1f} s a shard" if split.shards_left else "")
             )
         each = ", ".join(f"{name} {count} B" for name, count in self.sizes.bytes_per_view.items())
         lines.append(f"view      {each}, before compression")
         lines.append(
             f"size      arrays {size(self.sizes.raw_bytes)} before compression; cache at most "
-            f"{size(self.sizes.bytes)}; to write {size(self.sizes.bytes_left)} in {self.sizes.objects_left} objects"
+            f"{size(self.sizes.bytes)}; to write {size(self.sizes.bytes_left)} in "
+            f"{counted(self.sizes.objects_left, 'object')}"
         )
         if self.seconds:
             lines += self._time_lines()
@@ -140,7 +143,8 @@ class PlanReport:
         return [
             f"speed     {self.clips_per_second:.1f} clips/s on {self.device}: prepare {prepare:.0f} ms in each of "
             f"{self.workers} workers, device {device:.0f} ms",
-            f"time      {duration(self.seconds)} for {passes} clips by one task: {cost}{self.core_hours:.2g} "
+            f"time      {duration(self.seconds)} for {counted(passes, 'clip')} by one task: "
+            f"{cost}{self.core_hours:.2g} "
             "core-hours",
             f"tasks     {self.tasks} of {duration(self.seconds / self.tasks)} and {shards / self.tasks:.0f} shards "
             "each",

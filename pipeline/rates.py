@@ -18,6 +18,7 @@ import torch
 from mmkd.cache_tools.layout import THUMBPRINT, Shard, SplitLayout
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.store import LocalStore, Store
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.build import clip_job
 from mmkd.pipeline.build_plan import BuildPlan, ShardWork
@@ -78,7 +79,9 @@ def measure_clips(plan: BuildPlan, works: Sequence[ShardWork], count: int) -> Cl
                 reason = str(error)
             progress.advance()
     if not prepared:
-        raise InputError(f"none of {len(rows)} clips of {works[0].split.layout.name} can be decoded: {reason}")
+        raise InputError(
+            f"none of {counted(len(rows), 'clip')} of {works[0].split.layout.name} can be decoded: {reason}"
+        )
     device_seconds(plan, prepared[:1])
     return ClipCost(seconds / len(prepared), device_seconds(plan, prepared))
 

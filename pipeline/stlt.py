@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 
 CATEGORIES = 3
@@ -98,7 +99,7 @@ class STLT(nn.Module):
         """Return (B, T + 1, hidden): each frame given itself and earlier ones, then the clip's CLS token."""
         count = layouts.shape[1]
         if count > self.max_frames:
-            raise InputError(f"layout: {count} frames, but positions exist for {self.max_frames} only")
+            raise InputError(f"layout: {counted(count, 'frame')}, but positions exist for {self.max_frames} only")
         positions = self.position(torch.arange(count, device=layouts.device))
         tokens: Tensor = self.dropout(self.norm(layouts + positions))
         tokens = torch.cat([tokens, self.temporal_cls.expand(len(tokens), 1, -1)], dim=1)

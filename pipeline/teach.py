@@ -17,6 +17,7 @@ from mmkd.cache_tools.interrupt import stop_on_signals
 from mmkd.cache_tools.pool import run_tasks
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.view_streams import DrawnViews
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.data_manifests.records import Head
 from mmkd.pipeline.boxes import BoxesMissingError, BoxFile, boxes_at
@@ -177,7 +178,8 @@ def expert_data(
         reason = f"the first reason: {reasons[0]}" if reasons else "all are held out; lower held_out.fraction"
         raise InputError(f"no clip is left for a {expert.modality} expert; {reason}")
     if reasons:
-        log.warning("%d of %d clips are left out; the first reason: %s", len(reasons), len(items), reasons[0])
+        total = counted(len(items), "clip")
+        log.warning("%d of %s are left out; the first reason: %s", len(reasons), total, reasons[0])
     return ExpertData(view_dataset(recipe, expert, clip_set, clips=clips, boxes=boxes, device=device), len(reasons))
 
 

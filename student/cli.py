@@ -18,6 +18,7 @@ from mmkd.cache_tools.command import (
 )
 from mmkd.cache_tools.help_text import WholeHelpGroup, example
 from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import load_manifest
 from mmkd.student.run_files import EVALUATION_FILE, RUN_FILE, read_run
@@ -221,7 +222,7 @@ def metric_lines(metrics: dict[str, Any]) -> list[str]:
     """Return one line for each split, group and head."""
     return [
         f"{part} {head}: top-1 {100 * value['top1']:.1f}, top-5 {100 * value['top5']:.1f}, "
-        f"ECE {100 * value['ece']:.1f} ({value['count']} clips"
+        f"ECE {100 * value['ece']:.1f} ({counted(value['count'], 'clip')}"
         + (f", {value['left_out']} left out)" if value["left_out"] else ")")
         for part, heads in metrics.items()
         for head, value in heads.items()

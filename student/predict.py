@@ -43,12 +43,12 @@ def predict(
             torch.inference_mode(),
             reproducible(device),
             torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
-            Progress(what, total=len(padded) * batch_size, unit="view", enabled=progress) as bar,
+            Progress(what, total=len(pairs), unit="view", enabled=progress) as bar,
         ):
             for batch in read_batches(dataset, steps, threads=threads, ahead=4):
                 for head, logits in network(to_device(batch.inputs, device)).items():
                     outputs.setdefault(head, []).append(logits.float().cpu().numpy())
-                bar.advance(batch_size)
+                bar.advance(min(batch_size, len(pairs) - bar.done))  # padding is not a view
     finally:
         network.train(was_training)
     shape = (len(rows), len(views), -1)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mmkd.cache_tools.interrupt import stop_on_signals
 from mmkd.cache_tools.progress import Progress
 from mmkd.data_manifests.atomic import write_atomically
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.batches import Batch, Schedule, ViewDataset, read_batches
 from mmkd.student.checkpoint import (
@@ -109,7 +110,7 @@ def fit(
                     bar.advance(len(batch.rows), note=f"loss {run.step(batch):.4f}")
                     if stop.requested:
                         run.save()
-                        stop.check(f"{run.position.step} of {run.total_steps} steps are kept")
+                        stop.check(f"{run.position.step} of {counted(run.total_steps, 'step')} are kept")
             run.save()
         rate = bar.units_per_second
     network.eval()

@@ -26,6 +26,7 @@ from mmkd.cache_tools.reader import CacheReader, SplitTable
 from mmkd.cache_tools.records import Float32Array, IntArray
 from mmkd.cache_tools.storage_error import half_widths, mixture_kl_bound
 from mmkd.cache_tools.views import KeyedWords
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.calibration import fit_calibrated
 from mmkd.student.metrics import Metrics, evaluate
@@ -183,7 +184,8 @@ def weigh(
         left_out[head] = data.complete.size - views[head]
         if not views[head]:
             raise InputError(
-                f"head {head!r}: none of {len(clips)} clips of split {name!r} has a label and every expert"
+                f"head {head!r}: none of {counted(len(clips), 'clip')} of split {name!r} has a "
+                f"label and every expert"
             )
         scored = score(data, weights_temperature)
         bounded = {key: row.mixture for key, row in scored.items() if key in SCHEMES and row.how != "oracle"}

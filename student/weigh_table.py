@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from mmkd.cache_tools.mixing import Mixture
+from mmkd.data_manifests.counted import counted
 from mmkd.student.weigh import FITTED, Row, WeighReport
 
 NOTES = {
@@ -18,10 +19,10 @@ FEW_VIEWS = 200
 def report_lines(report: WeighReport) -> list[str]:
     """Return the report as lines."""
     part = f"held-out part of {report.split}" if report.held_out else f"split {report.split}"
-    lines = [f"fitted and scored on the {part}: {report.clips} clips; every view counts by itself"]
+    lines = [f"fitted and scored on the {part}: {counted(report.clips, 'clip')}; every view counts by itself"]
     for head, rows in report.rows.items():
         left_out = f", {report.left_out[head]} left out (no label, or an expert is missing)"
-        lines.append(f"{head}: {report.views[head]} views{left_out if report.left_out[head] else ''}")
+        lines.append(f"{head}: {counted(report.views[head], 'view')}{left_out if report.left_out[head] else ''}")
         lines += table_lines(rows)
         lines += storage_lines(report, head)
     return lines + caveats(report)
@@ -59,7 +60,7 @@ def storage_lines(report: WeighReport, head: str) -> list[str]:
     measured = ", ".join(f"{expert} {value:.1e}" for expert, value in report.stored_kl[head].items())
     return [
         f"  storage error of the teacher at T = {report.temperature:g}, nats, at most (bound over "
-        f"{report.bound_views[head]} views): {bounded}",
+        f"{counted(report.bound_views[head], 'view')}): {bounded}",
         f"  storage error of each expert, measured by the build: {measured}",
     ]
 

@@ -183,7 +183,7 @@ def test_any_flipped_bit_is_detected_and_mended_by_repair_and_build(tiny, tmp_pa
     )
     assert "shards built" in run_ok("mmkd-cache", "build", *tiny.stage_one, *tiny.experts, "-o", cache)
     assert "compute train/0-0 anew" in run_ok("mmkd-cache", "verify", cache, "--repair")
-    assert ": 1 shards built" in run_ok("mmkd-cache", "build", *tiny.stage_one, *tiny.experts, "-o", cache)
+    assert ": 1 shard built" in run_ok("mmkd-cache", "build", *tiny.stage_one, *tiny.experts, "-o", cache)
     assert files_of(cache) == files_of(tiny.root / "cache")
     run_ok("mmkd-cache", "verify", cache)
 

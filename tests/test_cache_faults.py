@@ -238,7 +238,7 @@ def test_an_io_error_fails_its_shard_alone_and_the_next_run_heals(quick, tmp_pat
     result = quick.build(out, "--workers", workers, faults=faulty(quick, tmp_path, fault="eio"))
     assert result.code == 74, result.err
     line = one_line(result.err)
-    assert re.search(r"1 shards failed; the first is train/0-0: clip '\d+': cannot read .*Input/output", line), line
+    assert re.search(r"1 shard failed; the first is train/0-0: clip '\d+': cannot read .*Input/output", line), line
     assert "run again" in line
     status = json.loads(quick.run("status", out, "--json").out)
     assert (status["done"], list(status["failed"]), status["finished"]) == (5, ["train/0-0"], False)
@@ -261,7 +261,7 @@ def test_a_fault_of_the_video_that_repeats_in_a_fresh_worker_becomes_a_status(qu
     faults = faulty(quick, tmp_path, fault="broken")
     result = quick.build(out, "--workers", 1, faults=faults)
     assert result.code == 3, result.err
-    assert re.search(r"1 clips are unusable, .* the first is train/\d+: a fault of the test", one_line(result.err))
+    assert re.search(r"1 clip is unusable, .* the first is train/\d+: a fault of the test", one_line(result.err))
     assert (tmp_path / "marks").stat().st_size == 2
     assert set(status_of_row(out, 2)) == {Status.DECODE_FAILED}
     assert (CacheReader(out).status("train", "rgb") == Status.OK).sum() == 2 * 13

@@ -101,7 +101,7 @@ def test_a_build_waits_until_a_task_killed_elsewhere_is_surely_dead_and_does_its
     os.utime(sign, (killed, killed))
     result = quick.start_build(out, "--json").wait()
     assert result.code == 0, result.err
-    assert "waiting for a sign of life of other tasks: 0/1 tasks" in result.err
+    assert "waiting for a sign of life of other tasks: 0/1 task" in result.err
     assert json.loads(result.out)["left_shards"] == 0
     assert contents(out) == contents(quick.cache)
 
@@ -166,7 +166,7 @@ def test_status_and_finalize_at_every_stage(quick, tmp_path):
     assert list(found["running"]) == ["train/1-0"]
     assert found["missing"] == {"boxes": 5, "rgb": 4, "thumbprint": 4}
     assert found["rows_left"] == 22
-    assert "running   1 tasks, 1 shards in work" in quick.run("status", out).out
+    assert "running   1 task, 1 shard in work" in quick.run("status", out).out
     refused = quick.run("finalize", out)
     assert refused.code == 4
     assert "lacks boxes of train/1-0, thumbprint of train/2-0" in refused.err
@@ -175,7 +175,7 @@ def test_status_and_finalize_at_every_stage(quick, tmp_path):
     assert child.wait().code == -9
     found = status_of(quick, out)
     assert (found["running"], found["abandoned"], found["tasks"]) == ({}, ["train/1-0"], 0)
-    assert "abandoned 1 shards" in quick.run("status", out).out
+    assert "abandoned 1 shard" in quick.run("status", out).out
     killed = quick.build(out, faults={"acts": [{"match": r"opened root\.json", "do": "kill"}]})
     assert killed.code == -9
     found = status_of(quick, out)

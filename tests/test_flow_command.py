@@ -278,13 +278,13 @@ def test_a_video_that_is_done_is_left_alone_and_a_changed_one_done_again(tmp_pat
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.jpg")}
     shutil.copy(videos / "one.webm", source / "one.webm")  # a copy: another time, the same packets
     write_texture(source / "more" / "two.webm", 4, size=(50, 66), shift=(-1, 2), seed=3)
-    assert "flow of 1 videos written, 1 were there" in flow(source, "-o", tmp_path / "out")
+    assert "flow of 1 video written, 1 were there" in flow(source, "-o", tmp_path / "out")
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "one").rglob("*.jpg")}
     assert after.items() <= times.items()
     assert jpeg_pairs(tmp_path / "out" / "more" / "two", layout="denseflow").tolist() == [0, 1, 2]
     assert "flow of 0 videos written, 2 were there" in flow(source, "-o", tmp_path / "out")
     (tmp_path / "out" / "one" / "flow_y_00007.jpg").unlink()
-    assert "flow of 1 videos written, 1 were there" in flow(source, "-o", tmp_path / "out")
+    assert "flow of 1 video written, 1 were there" in flow(source, "-o", tmp_path / "out")
     ours = {name: data for name, data in flow_files(tmp_path / "out").items() if name.startswith("one/")}
     assert ours.items() <= before.items()
 
@@ -371,7 +371,7 @@ def test_videos_that_fail_are_named_and_the_others_finished(tmp_path, videos):
     for name, reason in (
         ("bad.mp4", "not a video file"),
         ("cut.webm", "truncated"),
-        ("short.webm", "1 frames hold no"),
+        ("short.webm", "1 frame holds no"),
     ):
         assert sum(f"{source / name}: " in line and reason in line for line in lines) == 1
     assert lines[-1].startswith("error: 3 videos have no flow, more than --max-unusable 0")
@@ -399,7 +399,7 @@ def test_a_video_that_breaks_half_way_leaves_nothing(tmp_path, videos, monkeypat
         result = call("mmkd-cache", "flow", *QUICK, source, "-o", out)
         assert result.code == 3
         assert result.err.count("one.webm: frame 4 is damaged") == 1
-        assert "flow of 1 videos written" in result.out
+        assert "flow of 1 video written" in result.out
     assert not (tmp_path / "out" / "one").exists()
     assert not (tmp_path / "out" / ".part").exists()
     with h5py.File(tmp_path / "out.h5") as file:

@@ -57,7 +57,7 @@ def test_stderr_is_the_default_stdout_stays_free_and_disabled_is_silent(capsys):
         progress.advance()
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "a: 1/1 clips" in captured.err
+    assert "a: 1/1 clip" in captured.err
     assert "silent" not in captured.err
 
 

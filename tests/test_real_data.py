@@ -180,7 +180,7 @@ def test_real_flow_carries_one_frame_to_the_next(real):
 def test_inspect_says_what_is_in_the_cache(real):
     assert "data set     something-something-v2: action (174 classes)" in real.said
     assert "split        train: 3 clips x 4 views, 2 shards" in real.said
-    assert "split        validation: 2 clips x 1 views, 1 shards" in real.said
+    assert "split        validation: 2 clips x 1 view, 1 shard" in real.said
     assert "without" not in real.said
 
 
