@@ -6,7 +6,7 @@ expert can be added or replaced without invalidating the others. Contents go in,
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,13 @@ def differences(stored: Fields, current: Fields, prefix: str = "") -> Iterator[s
 
 def require_same(stored: Fields, current: Fields, *, what: str, advice: str) -> None:
     """Raise FingerprintError with a field-by-field difference unless both are equal."""
-    lines = list(differences(stored, current))
-    if lines:
-        raise FingerprintError(f"{what} differs: {'; '.join(lines)}. {advice}")
+    refuse_differences(differences(stored, current), what=what, advice=advice)
+
+
+def refuse_differences(lines: Iterable[str], *, what: str, advice: str) -> None:
+    """Raise FingerprintError with these lines, where there is one."""
+    if text := "; ".join(lines):
+        raise FingerprintError(f"{what} differs: {text}. {advice}")
 
 
 def _short(value: Any) -> str:

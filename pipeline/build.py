@@ -36,7 +36,7 @@ from mmkd.cache_tools.tasks import Others, Task, new_task_id
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import FingerprintError, InterruptedByUserError, StorageError, VideoError
 from mmkd.pipeline.build_plan import BuildPlan, ShardWork, committed_nodes, count_clips, pending_shards, plan_build
-from mmkd.pipeline.cache_init import initialise
+from mmkd.pipeline.cache_init import initialise, stored_layouts
 from mmkd.pipeline.experts import Expert
 from mmkd.pipeline.flow_store import FlowStore
 from mmkd.pipeline.prepare import ClipJob, FlowJob, PreparedClip, prepare_clip, with_flow
@@ -97,9 +97,9 @@ def build(
     """
     began = time.perf_counter()
     report = BuildReport()
-    plan = plan_build(recipe, experts)
     task_id = new_task_id()
     store = open_store(out, writer=task_id) if isinstance(out, (Path, str)) else out
+    plan = plan_build(recipe, experts, stored_layouts(store))
     with stop_on_signals() as stop, Task(store, task_id) as own:
         others = Others(own)
         others.sweep()

@@ -1,6 +1,8 @@
 """What a build computes: rows, views, experts and fingerprints, all known before the first clip is decoded."""
 
-from collections.abc import Collection, Sequence
+import difflib
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +24,17 @@ from mmkd.cache_tools.layout import (
 from mmkd.cache_tools.records import View
 from mmkd.cache_tools.storage_formats import FORMATS, format_of
 from mmkd.cache_tools.store import Store
+from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import Manifest
 from mmkd.pipeline.boxes import BoxFile
 from mmkd.pipeline.cache_init import ExpertNode, SplitPlan, base_fields, draw_views
 from mmkd.pipeline.experts import Expert
-from mmkd.pipeline.recipe import TeacherRecipe
+from mmkd.pipeline.recipe import BuildRecipe, TeacherRecipe
 from mmkd.pipeline.teacher import boxes_fields, check_teacher, open_boxes
+
+log = logging.getLogger("mmkd")
+LIKE = 0.75
+"""From this similarity of two names on (difflib's ratio), one is taken for the other mistyped."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +84,18 @@ class ShardWork:
         return self.split.views(row, self.shard.views)
 
 
-def plan_build(recipe: TeacherRecipe, experts: tuple[Expert, ...]) -> BuildPlan:
-    """Fix rows, views and fingerprints; raise InputError for what cannot be built."""
+def plan_build(
+    recipe: TeacherRecipe, experts: tuple[Expert, ...], there: Mapping[str, SplitLayout] | None = None
+) -> BuildPlan:
+    """Fix rows, views and fingerprints; raise InputError for what cannot be built.
+
+    `there` are the layouts of the cache that is to grow: its views come in the blocks that it has.
+    """
     clip_set = ClipSet(recipe.data)
     manifest = clip_set.manifest
     check_teacher([expert.card for expert in experts], manifest, recipe)
-    splits = tuple(plan_split(name, clip_set, recipe) for name in cached_splits(manifest, recipe))
+    names = cached_splits(manifest, recipe)
+    splits = tuple(plan_split(name, clip_set, recipe, (there or {}).get(name)) for name in names)
     boxes = None
     if any(expert.modality == "boxes" for expert in experts):
         boxes = open_boxes(recipe.boxes, {clip.video for split in splits for clip in split.clips})
@@ -99,21 +112,48 @@ def expert_node(expert: Expert, boxes: dict[str, Any] | None, recipe: TeacherRec
 
 
 def cached_splits(manifest: Manifest, recipe: TeacherRecipe) -> tuple[str, ...]:
-    """Return the splits to cache: those asked for, or all in which some clip has a label."""
-    for name in (recipe.train_split, *(recipe.build.splits or ())):
-        manifest.split(name)
-    if recipe.build.splits is not None:
-        return recipe.build.splits
+    """Return the splits to cache: those asked for, or all in which some clip has a label.
+
+    Without the training split among them the cache is for evaluation alone, which is said.
+    """
+    check_train_split(manifest, recipe.train_split)
     labelled = {clip.split for clip in manifest.clips if any(v is not None for v in clip.labels.values())}
-    return tuple(name for name in manifest.splits if name in labelled)
+    names = recipe.build.splits
+    if names is None:
+        names = tuple(name for name in manifest.splits if name in labelled)
+    if not names:
+        raise InputError(
+            "no clip of the manifest has a label; name the splits to cache, e.g. --set build.splits=[test]"
+        )
+    for name in names:
+        manifest.split(name)
+    if recipe.train_split not in names:
+        log.info(
+            "no training split %r among %s: a cache for evaluation alone", recipe.train_split, ", ".join(names)
+        )
+    return names
 
 
-def plan_split(name: str, clip_set: ClipSet, recipe: TeacherRecipe) -> SplitPlan:
-    """Probe a split's videos and draw its views: random ones for training, fixed ones for evaluation."""
+def check_train_split(manifest: Manifest, train_split: str) -> None:
+    """Raise InputError for a training split that is not in the manifest, but under another name seems to be."""
+    if train_split not in manifest.splits:
+        like = difflib.get_close_matches(train_split, manifest.splits, n=1, cutoff=LIKE)
+        if like:
+            raise InputError(
+                f"the manifest has no split {train_split!r}, but {like[0]!r}: give --set train_split={like[0]} when "
+                "that is for training, and --set train_split=none when all splits are for evaluation"
+            )
+
+
+def plan_split(name: str, clip_set: ClipSet, recipe: TeacherRecipe, there: SplitLayout | None = None) -> SplitPlan:
+    """Probe a split's videos and draw its views: random ones for training, fixed ones for evaluation.
+
+    A split that is `there` already, with fewer views, grows by blocks of the size that it has.
+    """
     clips = clip_set.manifest.split(name)
     training = recipe.build.views if name == recipe.train_split else None
     views = training or recipe.views.evaluation_views
-    shard_views = recipe.build.shard_views if training and recipe.build.shard_views else views
+    shard_views = view_block(recipe.build, there) if training else views
     layout = SplitLayout(name, len(clips), views, recipe.build.shard_rows, shard_views)
     items = clip_set.probe(clips)
     drawn = draw_views(
@@ -124,6 +164,25 @@ def plan_split(name: str, clip_set: ClipSet, recipe: TeacherRecipe) -> SplitPlan
         training_views=training,
     )
     return SplitPlan(layout, items, drawn)
+
+
+def view_block(build: BuildRecipe, there: SplitLayout | None) -> int:
+    """Return how many training views a shard holds: as many as asked for, as the cache's shards, or all.
+
+    Raises InputError, with the numbers of views that are possible, when the cache cannot grow to as many.
+    """
+    if build.shard_views is not None:
+        return build.shard_views
+    if there is None or build.views < there.views:
+        return build.views
+    if build.views % there.shard_views:
+        below = build.views // there.shard_views * there.shard_views
+        possible = [number for number in (below, below + there.shard_views) if number > there.views]
+        raise InputError(
+            f"--views {build.views}: the cache has {there.views} views in blocks of {there.shard_views}, and grows "
+            f"by whole blocks; give {' or '.join(map(str, possible))}"
+        )
+    return there.shard_views
 
 
 def committed_nodes(store: Store, init: CacheInit) -> set[tuple[str, str]]:

@@ -13,9 +13,10 @@ import numpy as np
 
 from mmkd.cache_tools.arrays import Objects, encode_group, split_arrays, static_arrays
 from mmkd.cache_tools.canonical import CANONICAL_RULES, THUMBNAIL_SIZE
+from mmkd.cache_tools.clip_rows import base_differences
 from mmkd.cache_tools.commits import hash_objects
 from mmkd.cache_tools.data import ClipVideos
-from mmkd.cache_tools.fingerprints import require_same
+from mmkd.cache_tools.fingerprints import refuse_differences, require_same
 from mmkd.cache_tools.frames import DECODER_RULES
 from mmkd.cache_tools.heldout import HeldOut
 from mmkd.cache_tools.init_record import CacheInit, read_init
@@ -167,9 +168,14 @@ def plan_init(
     fields = {name: node.fields for name, node in experts.items()}
     held_out = {name: HeldOut(**node.held_out) for name, node in experts.items()}
     layouts = tuple(plan.layout for plan in plans)
-    there = _stored_init(store)
+    there = stored_init(store)
     if there is not None:
-        check_same(store.locate(), there, base=base, layouts=layouts, experts=fields, replace=replace)
+        refuse_differences(
+            base_differences(store, there, base, manifest),
+            what=f"{store.locate()}: the data or its views",
+            advice=NEW_PLACE,
+        )
+        check_same(store.locate(), there, layouts=layouts, experts=fields, replace=replace)
         fields = {**there.experts, **fields}
         held_out = {**there.held_out, **held_out}
     objects = static_objects(plans, manifest, fields)
@@ -225,7 +231,8 @@ def refuse_late(store: Store, still_ours: Callable[[], bool]) -> None:
         raise StorageError(f"{store.locate()}: another task went on while this one slept; run it again")
 
 
-def _stored_init(store: Store) -> CacheInit | None:
+def stored_init(store: Store) -> CacheInit | None:
+    """Return the init record of the cache that was started there, or None."""
     try:
         store.read(INIT)
     except MissingObjectError:
@@ -233,22 +240,29 @@ def _stored_init(store: Store) -> CacheInit | None:
     return read_init(store)
 
 
+def stored_layouts(store: Store) -> dict[str, SplitLayout]:
+    """Return the layouts of the cache that was started there; none where there is no cache."""
+    there = stored_init(store)
+    return {} if there is None else there.layouts()
+
+
 def check_same(
     where: str,
     stored: CacheInit,
     *,
-    base: Mapping[str, Any],
     layouts: Sequence[SplitLayout],
     experts: Mapping[str, Mapping[str, Any]],
     replace: Collection[str],
 ) -> None:
-    """Raise FingerprintError unless the build would add to what is stored and change nothing of it."""
-    require_same({"base": stored.base}, {"base": base}, what=f"{where}: the data or its views", advice=NEW_PLACE)
+    """Raise FingerprintError unless the build would add to the layout and teacher that are stored, and change none.
+
+    Raises InputError for an expert to replace that is not given.
+    """
     old, new = ({item.name: asdict(item) for item in items} for items in (stored.splits, layouts))
     for name in old.keys() & new.keys():
         if new[name]["views"] > old[name]["views"]:
             new[name]["views"] = old[name]["views"]
-    require_same(old, new, what=f"{where}: the layout", advice=f"Views can only be added. {NEW_PLACE}")
+    require_same(old, new, what=f"{where}: the layout", advice=layout_advice(old, new))
     if unknown := set(replace) - set(experts):
         raise InputError(f"--replace {sorted(unknown)[0]}: give that expert with --expert, too")
     kept = {name: fields for name, fields in stored.experts.items() if name in experts and name not in replace}
@@ -258,6 +272,19 @@ def check_same(
         what=f"{where}: the teacher",
         advice="Give --replace NAME to compute that expert anew, or build into another directory",
     )
+
+
+def layout_advice(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return how to keep the layout (split -> fields) of the cache that is there."""
+    if old.keys() != new.keys():
+        return f"Give --set build.splits=[{','.join(old)}], the cache's. {NEW_PLACE}"
+    changed = {key: old[name][key] for name in old for key in old[name] if old[name][key] != new[name][key]}
+    if "views" in changed:
+        return f"Views can only be added. {NEW_PLACE}"
+    options = " ".join(
+        f"--set build.{key}={changed[key]}" for key in ("shard_rows", "shard_views") if key in changed
+    )
+    return f"Blocks stay as they are: give {options}. {NEW_PLACE}" if options else NEW_PLACE
 
 
 def environment() -> dict[str, str]:

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mmkd.cache_tools.clip_rows import base_differences
 from mmkd.cache_tools.data import ClipSet, ClipVideo
-from mmkd.cache_tools.fingerprints import require_same
+from mmkd.cache_tools.fingerprints import differences, refuse_differences
 from mmkd.cache_tools.pool import run_tasks
 from mmkd.cache_tools.precision import kl_divergence
 from mmkd.cache_tools.progress import Progress
@@ -84,12 +85,11 @@ def check_node_fields(
     boxes = boxes_fields(recipe.boxes) if any(expert.modality == "boxes" for expert in experts) else None
     fields = {expert.name: dict(expert_node(expert, boxes, recipe).fields) for expert in experts}
     stored = {name: reader.init.experts[name] for name in fields if name in reader.experts}
-    require_same(
-        {"base": reader.init.base, "experts": stored},
-        {"base": base, "experts": fields},
-        what=f"{reader.store.locate()}: data or teacher",
-        advice=SAME_TEACHER,
-    )
+    lines = [
+        *base_differences(reader.store, reader.init, base, manifest),
+        *differences({"experts": stored}, {"experts": fields}),
+    ]
+    refuse_differences(lines, what=f"{reader.store.locate()}: data or teacher", advice=SAME_TEACHER)
 
 
 def probed(clip_set: ClipSet, reader: CacheReader, drawn: Sequence[Sampled]) -> dict[tuple[str, int], ClipVideo]:

@@ -24,7 +24,7 @@ from mmkd.cache_tools.store import LocalStore, Store, open_store
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.build_plan import BuildPlan, ShardWork, pending_shards, plan_build
-from mmkd.pipeline.cache_init import SplitPlan, plan_init
+from mmkd.pipeline.cache_init import SplitPlan, plan_init, stored_layouts
 from mmkd.pipeline.experts import Expert
 from mmkd.pipeline.plan_report import Disk, PlanReport, Sizes, SplitForecast
 from mmkd.pipeline.rates import WriteRate, measure_clips, measure_folder, measure_writes
@@ -58,8 +58,8 @@ def plan(
     Raises what the build raises before it starts: InputError, FingerprintError. StorageError where nothing can be
     written; the report's `check` raises it when the disk is too small.
     """
-    build_plan = plan_build(recipe, experts)
     store = open_store(out)
+    build_plan = plan_build(recipe, experts, stored_layouts(store))
     there, init, objects = plan_init(
         store,
         build_plan.splits,

@@ -71,7 +71,9 @@ class BuildRecipe(Recipe):
     splits: tuple[str, ...] | None = Field(None, description="splits to cache; null: all that hold a label")
     views: int = Field(8, ge=1, le=1024, description="random views of each training clip")
     shard_rows: int = Field(512, ge=1, le=2048, description="clips in a shard")
-    shard_views: int | None = Field(None, ge=1, description="views in a shard; divides views; null: all")
+    shard_views: int | None = Field(
+        None, ge=1, description="views in a shard; divides views; null: all, or those of the cache that grows"
+    )
     batch_views: int = Field(32, ge=1, le=1024, description="views that an expert sees at once")
     precision: Literal["fp16", "12-bit", "9-bit", "8-bit"] = Field(
         "fp16", description="how logits are stored: 2, 1.5, 1.125 or 1 byte a class; see `max_kl`"
@@ -86,7 +88,11 @@ class BuildRecipe(Recipe):
     @model_validator(mode="after")
     def _views_divide(self) -> Self:
         if self.shard_views is not None and self.views % self.shard_views:
-            raise ValueError(f"shard_views {self.shard_views} must divide views {self.views}")
+            below = self.views // self.shard_views * self.shard_views
+            possible = " or ".join(str(number) for number in (below, below + self.shard_views) if number)
+            raise ValueError(
+                f"shard_views {self.shard_views} must divide views {self.views}; with it, give {possible} views"
+            )
         return self
 
 

@@ -49,6 +49,55 @@ def test_more_views_later_give_the_bytes_of_all_at_once_and_touch_no_old_shard(q
     assert contents(out) == wide
 
 
+def test_views_grow_by_the_block_of_the_cache_when_none_is_named(quick, tmp_path):
+    whole_block = "--set", "build.shard_views=null"
+    out = tmp_path / "cache"
+    assert quick.build(out, *whole_block, "--views", 2).code == 0
+    refused = quick.build(out, *whole_block, "--views", 5)
+    assert refused.code == 2
+    assert "the cache has 2 views in blocks of 2, and grows by whole blocks; give 4 or 6" in refused.err
+    assert "give 4 or" not in quick.build(out, *whole_block, "--views", 3).err, "one answer is enough there"
+    for views in (4, 6):
+        explicit = quick.copy(tmp_path / f"explicit-{views}")
+        assert quick.build(explicit, "--set", "build.shard_views=2", "--views", views).code == 0
+        grown = quick.build(out, *whole_block, "--views", views)
+        assert grown.code == 0, grown.err
+        assert contents(out) == contents(explicit)
+    fewer = quick.build(out, *whole_block, "--views", 4)
+    assert (fewer.code, "Views can only be added" in fewer.err) == (5, True)
+    plan = quick.run("plan", *quick.options(), "-o", out, *whole_block, "--views", 7)
+    assert "give 8" in plan.err
+
+
+def test_another_layout_is_refused_with_the_options_that_keep_the_cache_s_own(quick):
+    refused = quick.build(quick.cache, "--set", "build.shard_rows=7", "--set", "build.shard_views=1")
+    assert refused.code == 5
+    advice = "give --set build.shard_rows=6 --set build.shard_views=2"
+    assert advice in refused.err
+    assert quick.build(quick.cache, *advice.removeprefix("give ").split()).code == 0
+    fewer = quick.build(quick.cache, "--set", "build.splits=[train]")
+    assert "Give --set build.splits=[train,standard], the cache's" in fewer.err
+
+
+def test_another_manifest_is_refused_with_the_names_of_its_clips(quick, tmp_path):
+    lines = (quick.root / "manifest.jsonl").read_text().splitlines()
+    ids = [json.loads(line)["clip_id"] for line in lines[1:]]
+
+    def refused(name: str, *changed: str) -> str:
+        (tmp_path / name).write_text("\n".join((lines[0], *changed)) + "\n")
+        done = quick.build(quick.cache, "--manifest", tmp_path / name, "--facts", tmp_path / "facts")
+        assert done.code == 5, done.err
+        return done.err
+
+    fewer = refused("fewer.jsonl", *lines[2:])
+    assert f"differs: the manifest: the manifest's split 'train' lacks clip '{ids[0]}'" in fewer
+    relabelled = [re.sub(r'"action": (\d+)', lambda m: f'"action": {int(m[1]) ^ 1}', line) for line in lines[1:6]]
+    assert "the cache has other labels for 5 clips" in refused("labels.jsonl", *relabelled, *lines[6:])
+    swapped = refused("swapped.jsonl", lines[2], lines[1], *lines[3:])
+    assert "the clips of split 'train' stand in another order" in swapped
+    assert "of the manifest differ" in refused("groups.jsonl", lines[1].replace("[]", '["tail"]'), *lines[2:])
+
+
 def test_one_more_expert_later_gives_the_bytes_of_all_at_once_and_computes_nothing_else(quick, tmp_path):
     out = tmp_path / "cache"
     assert quick.build(out, experts=("rgb",)).code == 0
