@@ -140,8 +140,8 @@ def check_train_split(manifest: Manifest, train_split: str) -> None:
         like = difflib.get_close_matches(train_split, manifest.splits, n=1, cutoff=LIKE)
         if like:
             raise InputError(
-                f"the manifest has no split {train_split!r}, but {like[0]!r}: give --set train_split={like[0]} when "
-                "that is for training, and --set train_split=none when all splits are for evaluation"
+                f"the manifest has no split {train_split!r}, but {like[0]!r}: give --set train_split={like[0]} if "
+                "that is for training, or --set train_split=none if all splits are for evaluation"
             )
 
 
