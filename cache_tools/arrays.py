@@ -5,16 +5,15 @@ what is decoded is exactly what was verified. Inner chunks carry zstd's checksum
 an absent chunk would have none.
 """
 
-from collections.abc import Iterable, Mapping
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
-from zarr.codecs import ZstdCodec
-from zarr.core.buffer import Buffer, default_buffer_prototype
-from zarr.storage import MemoryStore
 
 from mmkd.cache_tools.layout import (
     RESERVED_NAMES,
@@ -25,6 +24,7 @@ from mmkd.cache_tools.layout import (
     status_array,
     thumbprint_arrays,
 )
+from mmkd.cache_tools.plain_zarr import Buffer, MemoryStore, ZstdCodec, default_buffer_prototype, zarr
 from mmkd.cache_tools.shard_codec import encode_shard
 from mmkd.cache_tools.storage_formats import StorageFormat
 from mmkd.data_manifests.errors import InputError
@@ -32,6 +32,18 @@ from mmkd.data_manifests.errors import InputError
 Objects = dict[str, bytes]
 """Object key within the Zarr group -> its bytes."""
 
+CODECS = (
+    [
+        "bytes",
+        "bytes",
+        "crc32c",
+        "sharding_indexed",
+        "zstd",
+    ],  # bytes and zstd inside, bytes and crc32c of the index
+    ["bytes", "zstd"],
+    ["vlen-utf8", "zstd"],
+)
+"""The codecs of a cache's arrays, by name; no other is ever run over stored bytes."""
 INNER_ROWS = 64
 STATIC_ROWS = 16384
 
@@ -159,9 +171,42 @@ def encode_object(name: str, metadata: bytes, key: str, *, values: npt.NDArray[A
 
 
 def array_form(name: str, metadata: bytes) -> "ArrayForm":
-    """Return what an array's metadata object says."""
-    array, _ = _open(name, {f"{name}/zarr.json": metadata})
-    return ArrayForm(name, array.shape, array.shards or array.chunks, array.dtype, array.fill_value)
+    """Return what an array's metadata object says; raise ValueError for one that a cache would not write."""
+    with _readable():
+        require_known_codecs(metadata)
+        array, _ = _open(name, {f"{name}/zarr.json": metadata})
+        return ArrayForm(name, array.shape, array.shards or array.chunks, array.dtype, array.fill_value)
+
+
+def require_known_codecs(metadata: bytes) -> None:
+    """Raise ValueError for metadata that names other codecs than a cache's arrays have."""
+    names = sorted(codec_names(json.loads(metadata)["codecs"]))
+    if names not in CODECS:
+        raise ValueError(f"its codecs are {', '.join(names) or 'none'}, which no array of a cache has")
+
+
+def codec_names(codecs: Iterable[Any]) -> Iterator[str]:
+    """Yield the name of each codec of a list, and of those inside it."""
+    for codec in codecs:
+        yield str(codec["name"])
+        for inner in codec.get("configuration", {}).values():
+            if isinstance(inner, list) and any(isinstance(item, dict) for item in inner):
+                yield from codec_names(inner)
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turn whatever Zarr and its codecs raise for bytes that are not what they should be into a ValueError.
+
+    Only calls of that library stand inside, so that no fault of ours is taken for one of a file.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}") from error
 
 
 @dataclass(frozen=True)
@@ -185,6 +230,12 @@ class ArrayForm:
         parts = zip(numbers, self.block, self.shape, strict=True)
         return tuple(slice(n * length, min((n + 1) * length, whole)) for n, length, whole in parts)
 
+    def keys(self) -> Iterator[str]:
+        """Yield the keys of its objects, without that of its metadata."""
+        counts = (range(-(-whole // length)) for whole, length in zip(self.shape, self.block, strict=True))
+        for numbers in itertools.product(*counts):
+            yield f"{self.name}/c/{'/'.join(map(str, numbers))}"
+
 
 def array_of(key: str) -> str:
     """Return the name of the array that an object, or a metadata object, of the group belongs to."""
@@ -192,25 +243,24 @@ def array_of(key: str) -> str:
 
 
 def decode_array(name: str, objects: Mapping[str, bytes]) -> npt.NDArray[Any]:
-    """Decode a whole array from its metadata object and all its blocks."""
-    array, _ = _open(name, objects)
-    value: npt.NDArray[Any] = np.asarray(array[...])
+    """Decode a whole array from its metadata object and all its blocks; raise ValueError when they are damaged."""
+    with _readable():
+        array, _ = _open(name, objects)
+        value: npt.NDArray[Any] = np.asarray(array[...])
     return value
 
 
 def decode_block(
     name: str, metadata: bytes, key: str, *, data: bytes, region: tuple[slice, ...]
 ) -> npt.NDArray[Any]:
-    """Decode one object of an array; `region` is its rows and views."""
-    array, _ = _open(name, {f"{name}/zarr.json": metadata, key: data})
-    value: npt.NDArray[Any] = np.asarray(array[region])
+    """Decode one object of an array; `region` is its rows and views. Raises ValueError when it is damaged."""
+    with _readable():
+        array, _ = _open(name, {f"{name}/zarr.json": metadata, key: data})
+        value: npt.NDArray[Any] = np.asarray(array[region])
     return value
 
 
 def _open(name: str, objects: Mapping[str, bytes]) -> tuple[zarr.Array[Any], dict[str, Buffer]]:
     make = default_buffer_prototype().buffer.from_bytes
     buffers = {key: make(value) for key, value in objects.items() if key.startswith(f"{name}/")}
-    # Opening an array takes no `config` of its own (zarr 3.1 ignores it in silence), only the library's.
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        array = zarr.open_array(MemoryStore(buffers), path=name, mode="r+", zarr_format=3)
-    return array, buffers
+    return zarr.open_array(MemoryStore(buffers), path=name, mode="r+", zarr_format=3), buffers

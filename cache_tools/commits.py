@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from mmkd.cache_tools.arrays import Objects
 from mmkd.cache_tools.fingerprints import canonical_json
-from mmkd.cache_tools.layout import SCHEMA, Shard, commit_key, group_key
+from mmkd.cache_tools.layout import SCHEMA, Shard, Status, commit_key, group_key, require_safe_keys
 from mmkd.cache_tools.sealed import damaged, open_seal, seal
 from mmkd.cache_tools.store import MissingObjectError, Store
 from mmkd.cache_tools.typed_json import STRICT, typed
@@ -34,6 +34,12 @@ class Unusable:
     reason: str
     """Why, without paths, times or hosts."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a row or a status that there is not."""
+        Status(self.status)
+        if self.row < 0:
+            raise ValueError(f"row {self.row} is negative")
+
 
 @dataclass(frozen=True)
 class CommitRecord:
@@ -54,6 +60,10 @@ class CommitRecord:
     """Head -> largest KL divergence (nats, T from 1 to 10) of the stored from the computed logits."""
     schema: str = SCHEMA
     """Schema of the cache."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an object's key that is none."""
+        require_safe_keys(self.objects)
 
     def to_bytes(self) -> bytes:
         """Return the record's one JSON text, closed by the hash of all that it says."""

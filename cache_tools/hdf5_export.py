@@ -133,7 +133,7 @@ def _write_file(reader: CacheReader, file: h5py.File) -> None:
 
 def _write_array(reader: CacheReader, file: h5py.File, name: str) -> dict[str, str]:
     """Write one array without its padding, an object at a time; return object key -> hash of its values."""
-    form = array_form(name, reader.metadata(name))
+    form = reader.form(name)
     rows = reader.layout(name.partition("/")[0]).rows
     shape = (rows, *form.shape[1:])
     dtype: Any = form.dtype

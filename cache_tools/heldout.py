@@ -20,6 +20,11 @@ class HeldOut:
     seed: int
     """Seed of the draw."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a share that is none."""
+        if not 0 <= self.fraction <= 1:
+            raise ValueError(f"a share of {self.fraction} is not between 0 and 1")
+
     def mask(self, dataset: str, clip_ids: Sequence[str]) -> npt.NDArray[np.bool_]:
         """Return (rows,) whether each clip is held out."""
         draws = [KeyedWords("held-out", dataset, clip_id, self.seed).unit() for clip_id in clip_ids]

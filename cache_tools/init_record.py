@@ -8,9 +8,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mmkd.cache_tools.array_forms import split_forms, static_keys
+from mmkd.cache_tools.arrays import ArrayForm
 from mmkd.cache_tools.fingerprints import fingerprint
 from mmkd.cache_tools.heldout import HeldOut
-from mmkd.cache_tools.layout import COMMITS, INIT, SCHEMA, THUMBPRINT, Shard, SplitLayout, commit_key
+from mmkd.cache_tools.layout import (
+    COMMITS,
+    INIT,
+    RESERVED_NAMES,
+    SCHEMA,
+    THUMBPRINT,
+    Shard,
+    SplitLayout,
+    commit_key,
+    require_safe_keys,
+)
 from mmkd.cache_tools.sealed import SEAL, damaged, open_seal, seal
 from mmkd.cache_tools.storage_formats import format_of
 from mmkd.cache_tools.store import MissingObjectError, Store
@@ -73,6 +85,8 @@ class CacheInit:
         if not base.heads:
             raise ValueError("base.heads: there is none")
         for name, fields in self.experts.items():
+            if name in RESERVED_NAMES or not name.isidentifier():
+                raise ValueError(f"experts: {name!r} cannot name one")
             try:
                 format_of(typed(_Expert, dict(fields)).precision)
             except (ValueError, InputError) as error:
@@ -81,6 +95,7 @@ class CacheInit:
             raise ValueError("held_out: its experts are not those of `experts`")
         if not self.splits or len({split.name for split in self.splits}) < len(self.splits):
             raise ValueError("splits: there is none, or one is there twice")
+        require_safe_keys(self.objects)
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "CacheInit":
@@ -92,10 +107,25 @@ class CacheInit:
         check_schema(data, where)
         try:
             fields = open_seal(data)
-            fields.pop("schema", None)
-            return typed(cls, fields)
+            if "schema" not in fields:
+                raise ValueError("it has no schema")
+            del fields["schema"]
+            init = typed(cls, fields)
+            init.require_static_objects()
         except ValueError as error:
             raise damaged(where, error) from error
+        return init
+
+    def require_static_objects(self) -> None:
+        """Raise ValueError unless every object that is written when a cache starts is named.
+
+        This bounds the rows and views that a record can claim by its own size.
+        """
+        heads = [head.name for head in self.heads]
+        for split in self.splits:
+            keys = static_keys(split, heads, frames=self.policy.frames)
+            if absent := next((key for key in keys if key not in self.objects), None):
+                raise ValueError(f"objects: {absent} is not there")
 
     def to_bytes(self) -> bytes:
         """Return the contents of `init.json`."""
@@ -143,6 +173,15 @@ class CacheInit:
     def layouts(self) -> dict[str, SplitLayout]:
         """Return split -> its rows, views and blocks."""
         return {layout.name: layout for layout in self.splits}
+
+    def forms(self) -> dict[str, ArrayForm]:
+        """Return array name -> shape, blocks and type, of all arrays."""
+        experts = {name: format_of(fields["precision"]) for name, fields in self.experts.items()}
+        heads = {head.name: len(head.classes) for head in self.heads}
+        forms: dict[str, ArrayForm] = {}
+        for split in self.splits:
+            forms |= split_forms(split, experts, heads, frames=self.policy.frames)
+        return forms
 
     def fingerprints(self) -> dict[str, str]:
         """Return node (thumbprint or expert) -> fingerprint."""

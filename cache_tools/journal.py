@@ -6,13 +6,29 @@ Nothing that is computed ever depends on it; `mmkd-cache status` reads it.
 import json
 import socket
 import time
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from mmkd.cache_tools.layout import JOURNAL
 from mmkd.cache_tools.store import MissingObjectError, Store
+from mmkd.cache_tools.typed_json import PART, typed
 
 PART_ENTRIES = 256
 """Entries of one file: it is written anew with each of them, since an object store cannot append."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Those fields of an entry that `mmkd-cache status` reads."""
+
+    __pydantic_config__ = PART
+    task: str
+    unix_seconds: float
+    shard: str
+    rows: int = 0
+    seconds: float = 0.0
+    error: str = ""
 
 
 class Journal:
@@ -39,16 +55,16 @@ class Journal:
 
 
 def read_journal(store: Store) -> list[dict[str, Any]]:
-    """Return all entries in the order of their times; lines that cannot be read are left out."""
-    entries = []
+    """Return all entries in the order of their times; lines that are none of ours are left out."""
+    entries: list[dict[str, Any]] = []
     for key in store.list(JOURNAL):
         try:
             lines = store.read(key).splitlines()
         except MissingObjectError:
             continue
         for line in lines:
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                continue
-    return sorted(entries, key=lambda entry: float(entry.get("unix_seconds", 0)))
+            with suppress(ValueError, RecursionError):
+                entry = json.loads(line)
+                typed(_Entry, entry)
+                entries.append(entry)
+    return sorted(entries, key=lambda entry: float(entry["unix_seconds"]))

@@ -23,7 +23,8 @@ CACHE/
   tasks/, claims/, .tmp/         who is at work on what; gone when the build is finished
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -35,6 +36,8 @@ INIT, ROOT, INDEX = "init.json", "root.json", "index.jsonl"
 GROUP, COMMITS, CLAIMS, TASKS, JOURNAL = "targets.zarr", "commits", "claims", "tasks", "journal"
 RESERVED_NAMES = {THUMBPRINT, "clip_id", "label", "video_identity", "facts", "frame_index", "crop_xywh", "flip"}
 """Names beside the experts' within a split: no expert may have one."""
+OBJECT_KEY = re.compile(r"(?:\w+/)*(?:zarr\.json|c(?:/\d+)+)")
+"""What a key within the group looks like; names of splits, experts and heads are identifiers."""
 VIEW_ARRAYS = {"frame_index", "crop_xywh", "flip"}
 """The static arrays whose second axis is the view."""
 
@@ -67,7 +70,9 @@ class SplitLayout:
     """Views of a shard; divides `views`."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an empty split, or blocks that do not tile the views."""
+        """Raise ValueError for no identifier as name, an empty split, or blocks that do not tile the views."""
+        if not self.name.isidentifier():
+            raise ValueError(f"{self.name!r} cannot name a split")
         if min(self.rows, self.views, self.shard_rows, self.shard_views) < 1 or self.views % self.shard_views:
             raise ValueError(
                 f"split {self.name!r}: {self.shard_rows} rows x {self.shard_views} views do not tile "
@@ -113,6 +118,12 @@ class Shard:
     def name(self) -> str:
         """Name in commit records and messages, e.g. `train/3-0`."""
         return f"{self.split.name}/{self.row_block}-{self.view_block}"
+
+
+def require_safe_keys(keys: Iterable[str]) -> None:
+    """Raise ValueError for a key within the group that could name anything else than one of its objects."""
+    if bad := next((key for key in keys if not OBJECT_KEY.fullmatch(key)), None):
+        raise ValueError(f"objects: {bad[:100]!r} is not the key of an object")
 
 
 def group_key(key: str) -> str:

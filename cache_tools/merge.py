@@ -182,7 +182,7 @@ def static_values(rows: SplitRows) -> dict[str, Any]:
 def node_specs(rows: SplitRows, node: str) -> list[ArraySpec]:
     """Return the sharded arrays of a node, as the caches have them, for the merged rows."""
     prefix, reader = f"{rows.layout.name}/{node}/", rows.sources[0].reader
-    forms = [array_form(name, reader.metadata(name)) for name in reader.arrays if name.startswith(prefix)]
+    forms = [reader.form(name) for name in reader.arrays if name.startswith(prefix)]
     shape = (rows.layout.padded_rows, rows.layout.views)
     return [ArraySpec(form.name, (*shape, *form.shape[2:]), form.dtype.name, form.fill) for form in forms]
 

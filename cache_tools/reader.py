@@ -4,7 +4,7 @@ Arrays are read whole, once, in order; random access is the caller's, in memory.
 finished has no root record and is refused.
 """
 
-import json
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.arrays import array_form, array_of, decode_array, decode_block
-from mmkd.cache_tools.commits import CommitRecord, Unusable, read_verified
+from mmkd.cache_tools.array_forms import require_form
+from mmkd.cache_tools.arrays import ArrayForm, array_form, decode_array, decode_block
+from mmkd.cache_tools.commits import REPAIR, CommitRecord, Unusable, read_verified
 from mmkd.cache_tools.heldout import HeldOut, common_held_out
 from mmkd.cache_tools.init_record import CacheInit, read_init
 from mmkd.cache_tools.layout import (
@@ -34,6 +35,7 @@ from mmkd.cache_tools.layout import (
 )
 from mmkd.cache_tools.records import ClipFacts, Float32Array, IntArray, UInt8Array, View, ViewTable
 from mmkd.cache_tools.root_record import RootRecord
+from mmkd.cache_tools.sealed import damaged
 from mmkd.cache_tools.storage_formats import StorageFormat, format_of
 from mmkd.cache_tools.store import MissingObjectError, Store, open_store
 from mmkd.data_manifests.errors import InputError, VerificationError
@@ -92,6 +94,7 @@ class CacheReader:
         init = read_verified(self.store, INIT, root.objects[INIT])
         self.init = CacheInit.from_bytes(init, self.store.locate(INIT))
         self.records: list[CommitRecord] = []
+        """Those of all shards and nodes, in the order of `CacheInit.wanted`."""
         self.objects: dict[str, str] = dict(self.init.objects)
         """Object key within the group -> SHA-256, over init and all commit records."""
         index = read_verified(self.store, INDEX, root.objects[INDEX])
@@ -99,6 +102,10 @@ class CacheReader:
             record = CommitRecord.from_bytes(line, self.store.locate(INDEX))
             self.records.append(record)
             self.objects.update(record.objects)
+        found = ((record.shard, record.node, record.fingerprint) for record in self.records)
+        wanted = ((shard.name, node, own) for shard, node, own in self.init.wanted())
+        if any(one != other for one, other in itertools.zip_longest(found, wanted)):
+            raise damaged(self.store.locate(INDEX), "its records are not those that init.json asks for")
 
     def _root(self) -> RootRecord:
         try:
@@ -144,13 +151,28 @@ class CacheReader:
     def split(self, name: str) -> SplitTable:
         """Read ids, labels and views of one split."""
         self.layout(name)
-        return SplitTable(
+        table = SplitTable(
             name=name,
             clip_ids=tuple(str(clip_id) for clip_id in self.array(f"{name}/clip_id")),
             labels={head.name: self.array(label_array(name, head.name)) for head in self.heads},
             facts=self.array(f"{name}/facts"),
             drawn=ViewTable(*(self.array(f"{name}/{part}") for part in ("frame_index", "crop_xywh", "flip"))),
         )
+        self._check(table)
+        return table
+
+    def _check(self, table: SplitTable) -> None:
+        """Raise VerificationError for labels and numbers that no build writes, whoever sealed them."""
+        for head in self.heads:
+            labels = table.labels[head.name]
+            if labels.min() < -1 or labels.max() >= len(head.classes):
+                raise self._damaged(label_array(table.name, head.name), "it has labels of no class")
+        for part, values in (("facts", table.facts), ("frame_index", table.drawn.frame_index)):
+            if values.min() < 0:
+                raise self._damaged(f"{table.name}/{part}", "it has negative numbers")
+
+    def _damaged(self, array: str, what: object) -> VerificationError:
+        return damaged(self.store.locate(group_key(array)), what, advice=REPAIR)
 
     def logits(self, split: str, expert: str, chosen: IntArray | None = None) -> dict[str, Float32Array]:
         """Return head -> `head_logits`."""
@@ -213,53 +235,62 @@ class CacheReader:
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """Read one array whole, each object checked against its hash."""
-        keys = self._keys(name)
-        return decode_array(name, {key: self.object(key) for key in keys})
+        keys = [f"{name}/zarr.json", *self.form(name).keys()]
+        objects = {key: self.object(key) for key in keys}
+        try:
+            return decode_array(name, objects)
+        except ValueError as error:
+            raise self._damaged(name, error) from error
 
     def blocks(self, split: str, name: str) -> Iterator[tuple[slice, slice, npt.NDArray[Any]]]:
         """Yield (rows, views, values) of a sharded array, one verified shard at a time, without the padding."""
-        metadata, keys = self.metadata(name), set(self._keys(name))
-        dimensions = len(json.loads(metadata)["shape"])
+        form, metadata = self.form(name), self.metadata(name)
         for shard in self.layout(split).shards():
-            key = block_key(name, shard, dimensions)
-            if key not in keys:
-                raise VerificationError(f"{self.store.locate()}: {name} lacks {shard.name}")
+            key = block_key(name, shard, len(form.shape))
             rows = slice(shard.rows.start, shard.rows.stop)
             views = slice(shard.views.start, shard.views.stop)
-            yield rows, views, decode_block(name, metadata, key, data=self.object(key), region=(rows, views))
+            yield rows, views, self._decoded(name, metadata, key, (rows, views))
 
     def objects_of(self, name: str) -> Iterator[tuple[str, tuple[slice, ...], npt.NDArray[Any]]]:
         """Yield (key, region, values) of each object of any array, verified, padding included."""
-        metadata = self.metadata(name)
-        form = array_form(name, metadata)
-        for key in sorted(self._keys(name)):
-            if not key.endswith("/zarr.json"):
-                region = form.region(key)
-                yield key, region, decode_block(name, metadata, key, data=self.object(key), region=region)
+        form, metadata = self.form(name), self.metadata(name)
+        for key in sorted(form.keys()):
+            region = form.region(key)
+            yield key, region, self._decoded(name, metadata, key, region)
+
+    def _decoded(self, name: str, metadata: bytes, key: str, region: tuple[slice, ...]) -> npt.NDArray[Any]:
+        try:
+            return decode_block(name, metadata, key, data=self.object(key), region=region)
+        except ValueError as error:
+            raise self._damaged(key, error) from error
+
+    def form(self, name: str) -> ArrayForm:
+        """Return shape, blocks and type of an array; raise VerificationError unless init.json gives it the same."""
+        expected = self._forms.get(name)
+        if expected is None:
+            raise VerificationError(f"{self.store.locate()} holds no array {name!r}")
+        try:
+            found = array_form(name, self.metadata(name))
+            require_form(found, expected)
+        except ValueError as error:
+            raise self._damaged(name, error) from error
+        return found
 
     def metadata(self, name: str) -> bytes:
         """Return the metadata object of an array, verified."""
-        self._keys(name)
         return self.object(f"{name}/zarr.json")
 
     def object(self, key: str) -> bytes:
         """Return an object of the group, verified."""
+        if key not in self.objects:
+            raise VerificationError(f"{self.store.locate(group_key(key))} has no commit record; {REPAIR}")
         return read_verified(self.store, group_key(key), self.objects[key])
 
     @property
     def arrays(self) -> tuple[str, ...]:
         """Names of all arrays."""
-        return tuple(sorted(self._by_array))
-
-    def _keys(self, name: str) -> list[str]:
-        keys = self._by_array.get(name)
-        if not keys:
-            raise VerificationError(f"{self.store.locate()} holds no array {name!r}")
-        return keys
+        return tuple(sorted(self._forms))
 
     @cached_property
-    def _by_array(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for key in self.objects:
-            found.setdefault(array_of(key), []).append(key)
-        return {name: keys for name, keys in found.items() if len(keys) > 1}  # a group has its metadata alone
+    def _forms(self) -> dict[str, ArrayForm]:
+        return self.init.forms()

@@ -30,7 +30,10 @@ class RootRecord:
         """Parse `root.json`; raise InputError for another schema, VerificationError, with `where`, when damaged."""
         check_schema(data, where)
         try:
-            return typed(cls, open_seal(data))
+            fields = open_seal(data)
+            if "schema" not in fields:
+                raise ValueError("it has no schema")
+            return typed(cls, fields)
         except ValueError as error:
             raise damaged(where, error) from error
 

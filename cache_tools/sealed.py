@@ -37,6 +37,6 @@ def open_seal(data: bytes) -> dict[str, Any]:
     return value
 
 
-def damaged(where: str, error: Exception, *, advice: str = BUILD_AGAIN) -> VerificationError:
+def damaged(where: str, what: object, *, advice: str = BUILD_AGAIN) -> VerificationError:
     """Return the error for stored bytes that are not what was written."""
-    return VerificationError(f"{where} is damaged ({error}); {advice}")
+    return VerificationError(f"{where} is damaged ({what}); {advice}")

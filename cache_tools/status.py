@@ -111,7 +111,7 @@ def summarise(entries: list[dict[str, Any]], live: set[str]) -> tuple[float, dic
             errors[str(entry["shard"])] = str(entry["error"])
     for task in live:
         latest = [entry for entry in entries if entry.get("task") == task and "rows" in entry][-RATE_ENTRIES:]
-        seconds = sum(float(entry["seconds"]) for entry in latest)
+        seconds = sum(float(entry.get("seconds", 0)) for entry in latest)
         if seconds > 0 and latest[-1]["unix_seconds"] > time.time() - 3600:
             rate += sum(int(entry["rows"]) for entry in latest) / seconds
     return rate, errors

@@ -22,7 +22,7 @@ def typed(kind: type[T], value: Any) -> T:
     """
     try:
         # Through text, since only there pydantic takes lists for tuples and is strict about all the rest.
-        found: T = _adapter(cast(Hashable, kind)).validate_json(json.dumps(value))
+        found: T = _adapter(cast(Hashable, kind)).validate_json(json.dumps(value, allow_nan=False))
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(str(part) for part in fault["loc"])
