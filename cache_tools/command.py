@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import click
 
 from mmkd.data_manifests.errors import EXIT_INTERRUPTED, InputError, MmkdError, StorageError
+from mmkd.data_manifests.kinds import what_is
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 log = logging.getLogger("mmkd")
@@ -99,7 +100,9 @@ def cache_location(text: str) -> Path | str:
         return text
     path = Path(text.removeprefix("file://"))
     if path.is_file():
-        raise click.BadParameter(f"{path} is a file; name the folder or the URL of a cache")
+        kind = what_is(path)
+        told = f"it is {kind}" if kind else "name the folder or the URL of a cache"
+        raise click.BadParameter(f"{path} is a file, not a cache; {told}")
     return path
 
 

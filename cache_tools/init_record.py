@@ -6,6 +6,7 @@ It is written once when a cache starts, and again when it grows; every reader an
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from mmkd.cache_tools.array_forms import split_forms, static_keys
@@ -29,6 +30,7 @@ from mmkd.cache_tools.store import MissingObjectError, Store
 from mmkd.cache_tools.typed_json import PART, STRICT, typed
 from mmkd.cache_tools.views import ViewPolicy
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.kinds import it_is
 from mmkd.data_manifests.records import Head
 
 
@@ -208,7 +210,9 @@ def read_init(store: Store) -> CacheInit:
     try:
         data = store.read(INIT)
     except MissingObjectError:
-        raise InputError(f"{store.locate()} is not a cache; make one with `mmkd-cache build`") from None
+        place = store.locate()
+        told = it_is(Path(place)) or "; make one with `mmkd-cache build`"
+        raise InputError(f"{place} is not a cache{told}") from None
     return CacheInit.from_bytes(data, store.locate(INIT))
 
 

@@ -5,6 +5,7 @@ cross-entropy on held-out training clips over a weights temperature, or the same
 per head and sum to 1. Beyond the authors': a temperature per expert, which divides its logits before the sum.
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from mmkd.cache_tools.precision import log_softmax
 from mmkd.cache_tools.records import Float32Array, Float64Array, IntArray
 from mmkd.data_manifests.errors import InputError
 
+SCHEMES = ("uniform", "heldout", "per-sample")
+"""Weights by name, without a file."""
 Missing = Literal["renormalise", "drop", "label-only"]
 Mask = npt.NDArray[np.bool_]
 Weights = dict[str, float]
@@ -104,7 +107,12 @@ def parse_weights(text: str, experts: tuple[str, ...]) -> Weights:
         try:
             value = float(number)
         except ValueError:
-            raise InputError(f"--weights {text!r}: {part!r} is not expert=number") from None
+            close = difflib.get_close_matches(part, SCHEMES, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise InputError(
+                f"--weights {text!r}: {part!r} is not expert=number{hint} (schemes: {', '.join(SCHEMES)}, or "
+                f"FILE.json[:SCHEME] of `mmkd-cache weigh`; experts: {', '.join(experts)})"
+            ) from None
         if name not in experts or name in weights:
             raise InputError(f"--weights {text!r}: {name!r} is unknown or repeated; experts: {', '.join(experts)}")
         if not (np.isfinite(value) and value >= 0):

@@ -1,7 +1,7 @@
 """What is wrong with a recipe, a line per fault: where it was written, its dotted path, what is allowed."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -21,7 +21,12 @@ def nearest_origin(origins: Mapping[Dotted, str], path: Dotted) -> str | None:
 
 
 def describe_fault(
-    model: type[BaseModel], fault: ErrorDetails, *, origins: Mapping[Dotted, str], env_prefix: str
+    model: type[BaseModel],
+    fault: ErrorDetails,
+    *,
+    origins: Mapping[Dotted, str],
+    env_prefix: str,
+    flags: Collection[str] = (),
 ) -> str:
     """Return the line that names place, path and remedy of one pydantic fault."""
     path = fault_path(fault)
@@ -33,6 +38,8 @@ def describe_fault(
     if fault["type"] == "extra_forbidden":
         return f"{where}{name}: unknown key{_allowed(model, path, place, env_prefix)}"
     if fault["type"] == "missing":
+        if name in flags:
+            return f"{where}{name}: missing; give --{path[-1].replace('_', '-')}, or set it in a recipe (-c FILE)"
         return f"{where}{name}: missing, and it has no default"
     given = repr(fault["input"])
     message = fault["msg"][:1].lower() + fault["msg"][1:]
@@ -41,14 +48,19 @@ def describe_fault(
 
 
 def _allowed(model: type[BaseModel], path: Dotted, place: str | None, env_prefix: str) -> str:
-    names = sorted(_field_names(model, path[:-1]))
-    written = path[-1]
     if place and place.startswith(env_prefix):
-        names = [env_prefix + "__".join(leaf).upper() for leaf in leaf_paths(model)]
-        written = place
-    close = difflib.get_close_matches(written, names, n=1)
+        return _nearest_variable(model, place, env_prefix)
+    names = sorted(_field_names(model, path[:-1]))
+    close = difflib.get_close_matches(path[-1], names, n=1)
     hint = f", did you mean {close[0]}?" if close else ""
     return f"{hint} (allowed: {', '.join(names) or 'none'})"
+
+
+def _nearest_variable(model: type[BaseModel], written: str, env_prefix: str) -> str:
+    """Return what follows an unknown variable; all the names are too many to read."""
+    names = [env_prefix + "__".join(leaf).upper() for leaf in leaf_paths(model)]
+    close = difflib.get_close_matches(written, names, n=1, cutoff=0)
+    return f", did you mean {close[0]}? (`config show` lists all keys, e.g. flow.step for {env_prefix}FLOW__STEP)"
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -51,7 +51,7 @@ def read_recipe_file(path: Path) -> str:
     """Return the text of a recipe file (UTF-8, byte order mark allowed)."""
     try:
         if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise InputError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes, so it is no recipe")
+            raise InputError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes, so it is not a recipe")
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"

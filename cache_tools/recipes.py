@@ -7,8 +7,9 @@ value at fault. What it gives up: no includes, no anchors, no inheritance; a val
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -19,6 +20,7 @@ from mmkd.cache_tools.recipe_faults import describe_fault, fault_path, nearest_o
 from mmkd.cache_tools.recipe_yaml import Dotted, parse_text, parse_yaml, read_recipe_file
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.kinds import RECIPES, what_is
 
 DEFAULT_ORIGIN = "default"
 
@@ -28,6 +30,8 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    command: ClassVar[str] = ""
+    """The program that takes it, `mmkd-cache` or `mmkd-student`."""
     of_other_commands: ClassVar[frozenset[str]] = frozenset()
     """First parts of `MMKD_*` variables that are meant for another command, and passed over by this one."""
 
@@ -75,11 +79,11 @@ def load_recipe(
     (where it is from, values) below all other layers, such as the recipe of a run that is there.
     """
     environ = _own_variables(model, env_prefix, os.environ if environ is None else environ)
-    layers = _layers(files, env_prefix, overrides=overrides, named=named, environ=environ)
+    layers = _layers(model, files, env_prefix, overrides=overrides, named=named, environ=environ)
     if base is not None:
         origin, values = base
         layers.insert(0, Layer(dict(values), _leaf_origins(values, origin), {}))
-    return _validate(model, layers, env_prefix)[0]
+    return _validate(model, layers, env_prefix, named or {})[0]
 
 
 def resolved_with_origins(
@@ -93,8 +97,8 @@ def resolved_with_origins(
 ) -> tuple[AnyRecipe, tuple[ResolvedValue, ...]]:
     """Return the recipe as `load_recipe` does, and each of its values with the place it came from."""
     environ = _own_variables(model, env_prefix, os.environ if environ is None else environ)
-    layers = _layers(files, env_prefix, overrides=overrides, named=named, environ=environ)
-    recipe, origins = _validate(model, layers, env_prefix)
+    layers = _layers(model, files, env_prefix, overrides=overrides, named=named, environ=environ)
+    recipe, origins = _validate(model, layers, env_prefix, named or {})
     values = tuple(
         ResolvedValue(".".join(path), value, nearest_origin(origins, path) or DEFAULT_ORIGIN)
         for path, value in _leaves(recipe.model_dump(mode="json", by_alias=True))
@@ -112,6 +116,7 @@ def _own_variables(model: type[BaseModel], prefix: str, environ: Mapping[str, st
 
 
 def _layers(
+    model: type[BaseModel],
     files: Sequence[Path],
     env_prefix: str,
     *,
@@ -119,7 +124,7 @@ def _layers(
     named: Mapping[str, Any] | None,
     environ: Mapping[str, str],
 ) -> list[Layer]:
-    layers = [_file_layer(path) for path in files]
+    layers = [_file_layer(path, model) for path in files]
     layers.append(_environment_layer(environ, env_prefix))
     layers.extend(_override_layer(text) for text in overrides)
     given = {path: value for path, value in (named or {}).items() if value is not None}
@@ -130,8 +135,17 @@ def _layers(
     return layers
 
 
-def _file_layer(path: Path) -> Layer:
-    values, lines = parse_yaml(read_recipe_file(path), str(path))
+def _file_layer(path: Path, model: type[BaseModel]) -> Layer:
+    text, kind = read_recipe_file(path), what_is(path)
+    if kind is not None and kind not in RECIPES.values():
+        raise InputError(f"{path} is not a recipe; it is {kind}")
+    values, lines = parse_yaml(text, str(path))
+    if issubclass(model, Recipe) and (foreign := [key for key in values if key in model.of_other_commands]):
+        own = f"`{model.command} config example something-something`"
+        raise InputError(
+            f"{path}:{lines[foreign[0],]}: {foreign[0]} belongs to the other program's recipe; {own} prints one "
+            "for this command"
+        )
     return Layer(values, {where: f"{path}:{line}" for where, line in lines.items()}, {})
 
 
@@ -181,10 +195,13 @@ def _copied(value: Any) -> Any:
 
 
 def _validate(
-    model: type[AnyRecipe], layers: Sequence[Layer], env_prefix: str
+    model: type[AnyRecipe], layers: Sequence[Layer], env_prefix: str, flags: Collection[str]
 ) -> tuple[AnyRecipe, dict[Dotted, str]]:
     """Return the recipe and the origin of each value that some layer gave."""
     values, origins, texts = _merged(layers)
+    for name, field in model.model_fields.items():
+        if field.is_required() and any(flag.startswith(f"{name}.") for flag in flags):
+            values.setdefault(name, {})  # each of its values is then missing by itself, and named with its flag
     faults = _faults(model, values)
     for fault in faults:
         path = fault_path(fault)
@@ -194,7 +211,8 @@ def _validate(
     if faults:
         faults = _faults(model, values)
     if faults:
-        lines = sorted({describe_fault(model, fault, origins=origins, env_prefix=env_prefix) for fault in faults})
+        describe = partial(describe_fault, model, origins=origins, env_prefix=env_prefix, flags=flags)
+        lines = sorted(set(map(describe, faults)))
         title = counted(len(lines), "fault")
         raise InputError("\n  ".join([f"{title} in the configuration:", *lines]))
     given = {path: origin for path, origin in origins.items() if not isinstance(_at(values, path), dict)}

@@ -15,6 +15,7 @@ from mmkd.cache_tools.mixing import HeadMixtures, Mixture
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.data_manifests.errors import FingerprintError, InputError
 from mmkd.data_manifests.json_file import read_json
+from mmkd.data_manifests.kinds import it_is
 
 SCHEMA = "mmkd-weights-1"
 DEFAULT_SCHEME = "calibrated"
@@ -57,7 +58,9 @@ def load_weights(path: Path) -> WeightsFile:
     """Read a weights file; raise InputError, naming it, when it is none or damaged."""
     value = read_json(path)
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-        raise InputError(f"{path} is no weights file; make one with `mmkd-cache weigh CACHE -o FILE`")
+        raise InputError(
+            f"{path} is not a weights file{it_is(path)}; make one with `mmkd-cache weigh CACHE -o FILE`"
+        )
     try:
         schemes = {
             scheme: {head: Mixture.from_json(mixture) for head, mixture in heads.items()}

@@ -19,6 +19,7 @@ from typing import Any
 from mmkd.data_manifests.atomic import atomic_path
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.json_file import unique_keys
+from mmkd.data_manifests.kinds import MANIFEST, it_is, what_is
 
 SCHEMA = "mmkd-manifest-1"
 HEADER_KEYS = frozenset({"schema", "dataset", "flip_allowed", "heads"})
@@ -219,6 +220,9 @@ def load_manifest(path: Path) -> Manifest:
     try:
         dataset, heads, flip_allowed = _header(_object(first[1]))
     except InputError as error:
+        kind = what_is(path)
+        if kind is not None and kind != MANIFEST:
+            raise InputError(f"{path} is not a manifest; it is {kind}") from error
         raise InputError(f"{path}:{first[0]}: {error}") from error
     clips = _clips(lines, heads, path)
     try:
@@ -233,7 +237,8 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         with path.open(encoding="utf-8-sig", newline="\n") as file:  # JSON strings may hold other line breaks
             yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the manifest {path}: {error}") from error
+        reason = f"{error.strerror}" if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"cannot read the manifest {path}: {reason}{it_is(path)}") from error
 
 
 Labels = Mapping[str, int | None]

@@ -31,6 +31,7 @@ from mmkd.pipeline.options import (
     cache_argument,
     cache_options,
     device_option,
+    has_experts,
     named_options,
     out_option,
     scratch_option,
@@ -98,7 +99,7 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
     named = named_options(options)
     known = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named).experts
     if name not in known:  # --seed would begin a new expert, and the error be about its missing modality
-        raise InputError(f"NAME: the recipe has no expert {name!r}; it has: {', '.join(known) or 'none'}")
+        raise InputError(f"NAME: the recipe has no expert {name!r}; {has_experts(known, files)}")
     named |= {f"experts.{name}.train.seed": options["seed"]}
     recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
     from mmkd.pipeline.teach import teach as teach_expert

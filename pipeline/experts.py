@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,8 +20,10 @@ from torch import Tensor, nn
 from mmkd.cache_tools.fingerprints import file_sha256
 from mmkd.cache_tools.records import Float32Array
 from mmkd.cache_tools.sealed import SEAL, seal, unsealed
+from mmkd.cache_tools.typed_json import STRICT, typed
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError, VerificationError
+from mmkd.data_manifests.kinds import it_is
 from mmkd.pipeline.recipe import ExpertRecipe
 from mmkd.pipeline.stlt import STLT
 from mmkd.student.devices import reproducible
@@ -40,6 +41,8 @@ log = logging.getLogger("mmkd")
 @dataclass(frozen=True)
 class ExpertCard:
     """What expert.json says."""
+
+    __pydantic_config__ = STRICT
 
     name: str
     """Name of the expert; an identifier."""
@@ -77,7 +80,6 @@ class ExpertCard:
         }
 
 
-_CARDS = TypeAdapter(ExpertCard)
 REPAIR = "delete it and run the same `mmkd-cache teach` again, which goes on from what training left"
 
 
@@ -138,8 +140,11 @@ def read_card(directory: Path) -> ExpertCard:
     path = directory / CARD_FILE
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{directory} holds no expert; train one with `mmkd-cache teach`") from None
+    except OSError as error:
+        told = it_is(directory) or f": {path.name}: {error.strerror}"
+        raise InputError(
+            f"{directory} is not an expert{told}; `mmkd-cache teach NAME -o {directory}` trains one"
+        ) from error
     value = _unsealed_card(data)
     if value is None:
         value = unsealed(data, str(path), advice=REPAIR)
@@ -152,12 +157,10 @@ def read_card(directory: Path) -> ExpertCard:
             path,
         )
     try:
-        card = _CARDS.validate_json(json.dumps({**value, "schema": SCHEMA}), strict=True, extra="forbid")
+        card = typed(ExpertCard, {**value, "schema": SCHEMA})
         recipe = ExpertRecipe.model_validate(card.recipe).model_dump(mode="json")  # with fields newer than the file
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise InputError(f"{path} does not describe an expert: {place}: {fault['msg']}") from error
+    except ValueError as error:
+        raise InputError(f"{path} does not describe an expert: {_short(error)}") from error
     return replace(card, recipe=recipe)
 
 

@@ -1,6 +1,6 @@
 """Options that several commands of `mmkd-cache` share, and the recipe that they make."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,14 @@ def build_recipe(files: tuple[Path, ...], overrides: tuple[str, ...], options: d
     """Return the recipe of `cache_options`."""
     named = named_options(options) | {f"build.{name}": options[name] for name in ("views", "precision", "max_kl")}
     return load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
+
+
+def has_experts(known: Collection[str], files: Collection[Path]) -> str:
+    """Return which experts a recipe has, for the end of an error, and what to do where it has none."""
+    if known:
+        return f"it has: {', '.join(known)}"
+    where = "the files given with -c have no `experts`" if files else "no recipe is given; give one with -c FILE"
+    return f"{where}. `mmkd-cache config example something-something` prints one to start from"
 
 
 def named_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class BuildRecipe(Recipe):
 class TeacherRecipe(Recipe):
     """Everything of stage one."""
 
+    command = "mmkd-cache"
     of_other_commands = frozenset({"train", "loss", "teacher", "node_copies", "thumbprint_sample"})
 
     data: DataRecipe

@@ -6,6 +6,7 @@ from typing import Any
 
 from mmkd.cache_tools.mixing import HeadMixtures, Mixture
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.kinds import it_is
 
 RUN_FILE = "run.json"
 EVALUATION_FILE = "evaluation.json"
@@ -18,7 +19,8 @@ def read_run(directory: Path) -> dict[str, Any]:
         run: dict[str, Any] = json.loads(path.read_bytes())
         run["recipe"].items(), run["cache"], run["heads"], run["weights"]
     except OSError as error:
-        raise InputError(f"{directory} is no run of `mmkd-student train`: {path.name}: {error.strerror}") from error
+        told = it_is(directory) or f": {path.name}: {error.strerror}"
+        raise InputError(f"{directory} is not a run of `mmkd-student train`{told}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error!r}); train the run again") from error
     return run

@@ -28,6 +28,7 @@ class TeacherMix(Recipe):
 class StudentRecipe(Recipe):
     """Everything of stage two."""
 
+    command = "mmkd-student"
     of_other_commands = frozenset(
         {"views", "view_seed", "held_out", "flow", "flow_scratch", "boxes", "experts", "build"}
     )

@@ -119,16 +119,19 @@ REFUSED = {
         lambda tiny, tmp: build(*expert(tiny, "rgb"))(tiny, tmp),
         "two experts have the same name: boxes, rgb, rgb",
     ),
-    "no expert there": (build("--expert", "here"), "here holds no expert; train one with `mmkd-cache teach`"),
+    "no expert there": (build("--expert", "here"), "here is not an expert: expert.json: No such file or directory"),
     "no cache": (train("--cache", "here"), "here is not a cache; make one with `mmkd-cache build`"),
     "wrong weights": (train("--weights", "rgb=1,sound=2"), "--weights 'rgb=1,sound=2': 'sound' is unknown"),
-    "weights that are none": (train("--weights", "best"), "--weights 'best': 'best' is not expert=number"),
+    "weights that are none": (
+        train("--weights", "best"),
+        "'best' is not expert=number (schemes: uniform, heldout, per-sample, or FILE.json",
+    ),
     "negative weight": (train("--weights", "rgb=-1"), "the weight of rgb must be a finite number, 0 or more"),
     "fresh views of a cache": (train("--fresh-views"), "--fresh-views needs --labels-only"),
     "no such training split": (train("--set", "train_split=tarin"), "no split 'tarin'; it has: train"),
     "no run": (
         lambda tiny, tmp: ("mmkd-student", "evaluate", *tiny.stage_two, tmp / "none"),
-        "none is no run of `mmkd-student train`: run.json: No such file or directory",
+        "none is not a run of `mmkd-student train`: run.json: No such file or directory",
     ),
     "nothing to compare": (
         lambda tiny, tmp: ("mmkd-student", "compare"),

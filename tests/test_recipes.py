@@ -126,11 +126,10 @@ def test_allowed_keys_are_listed_inside_optional_and_listed_models(tmp_path, tex
     assert "unknown key, did you mean name? (allowed: name, network)" in fault(tmp_path, text)
 
 
-def test_unknown_variable_lists_the_allowed_ones(tmp_path):
+def test_an_unknown_variable_prints_the_nearest_name_and_not_all_of_them(tmp_path):
     message = fault(tmp_path, environ={"MMKD_FLOW__WARP": "1", "MMKD_": "2"})
-    assert "MMKD_FLOW__WARP: flow.warp: unknown key, did you mean MMKD_FLOW__WARPS? (allowed: " in message
-    assert "MMKD_SEED, " in message.replace("MMKD_FLIP", "")
-    assert "MMKD_STUDENT__NETWORK" in message
+    assert "MMKD_FLOW__WARP: flow.warp: unknown key, did you mean MMKD_FLOW__WARPS? (`config show` lists" in message
+    assert len(message) < 400
 
 
 def test_value_below_an_unknown_section_is_traced_to_where_it_was_written(tmp_path):
@@ -144,8 +143,8 @@ def test_allowed_variables_reach_into_named_sections(tmp_path):
         experts: dict[str, Expert] = Field(default_factory=dict)
         listed: tuple[Expert, ...] = ()
 
-    message = fault(tmp_path, model=Named, environ={"MMKD_X": "1"})
-    assert message.endswith("(allowed: MMKD_EXPERTS__<NAME>__NAME, MMKD_EXPERTS__<NAME>__NETWORK, MMKD_LISTED)")
+    message = fault(tmp_path, model=Named, environ={"MMKD_EXPERTS__RGB__NETWORKS": "1"})
+    assert "did you mean name? (allowed: name, network)" in message or "MMKD_EXPERTS__<NAME>__NETWORK?" in message
 
 
 @pytest.mark.parametrize(
