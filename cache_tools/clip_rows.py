@@ -18,6 +18,7 @@ from mmkd.cache_tools.init_record import CacheInit
 from mmkd.cache_tools.layout import group_key, label_array
 from mmkd.cache_tools.records import IntArray
 from mmkd.cache_tools.store import Store
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.records import Clip, Manifest
 
 NAMED_CLIPS = 3
@@ -107,4 +108,4 @@ def named(clip_ids: Sequence[str]) -> str:
     if len(clip_ids) == 1:
         return f"clip {clip_ids[0]!r}"
     names = ", ".join(map(repr, clip_ids[:NAMED_CLIPS]))
-    return f"{len(clip_ids)} clips ({names}{', ...' if len(clip_ids) > NAMED_CLIPS else ''})"
+    return f"{counted(len(clip_ids), 'clip')} ({names}{', ...' if len(clip_ids) > NAMED_CLIPS else ''})"

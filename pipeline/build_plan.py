@@ -24,6 +24,7 @@ from mmkd.cache_tools.layout import (
 from mmkd.cache_tools.records import View
 from mmkd.cache_tools.storage_formats import FORMATS, format_of
 from mmkd.cache_tools.store import Store
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import Manifest
 from mmkd.pipeline.boxes import BoxFile
@@ -179,7 +180,8 @@ def view_block(build: BuildRecipe, there: SplitLayout | None) -> int:
         below = build.views // there.shard_views * there.shard_views
         possible = [number for number in (below, below + there.shard_views) if number > there.views]
         raise InputError(
-            f"--views {build.views}: the cache has {there.views} views in blocks of {there.shard_views}, and grows "
+            f"--views {build.views}: the cache has {counted(there.views, 'view')} in blocks of "
+            f"{there.shard_views}, and grows "
             f"by whole blocks; give {' or '.join(map(str, possible))}"
         )
     return there.shard_views
