@@ -1,20 +1,23 @@
 """Exclusive claims on shards: of several tasks one computes a shard, and a dead task's claim can be taken over.
 
 The claims on a shard are numbered, `claims/<split>/<shard>/<generation>.json`, and the highest number holds. A
-claim of a dead task is taken over by creating the next number, which exactly one task can; nothing is ever deleted
-to take over, so a slow task cannot remove a fast one's claim. A task that was taken for dead and wakes up finds a
-higher number before it publishes; should it be asleep just then, it publishes the same bytes.
+claim of a dead task is taken over by burying it (from then on it can write nothing) and creating the next number,
+which exactly one task can; no claim is ever deleted to take over, so a slow task cannot remove a fast one's.
 """
 
 import json
+import logging
 import time
 from pathlib import Path
 
-from mmkd.cache_tools.layout import CLAIMS, Shard
+from mmkd.cache_tools.layout import CLAIMS, Shard, own_keys
 from mmkd.cache_tools.store import MissingObjectError, Store
 from mmkd.cache_tools.tasks import Others, Task
 
+log = logging.getLogger("mmkd")
 WAIT_SECONDS = 0.2
+SAY_SECONDS = 5.0
+"""Seconds of waiting after which it is said."""
 CACHE = f"{CLAIMS}/init"
 """Folder of the claims on the cache as a whole."""
 
@@ -47,14 +50,19 @@ class Claims:
 
     def clear(self) -> None:
         """Remove every claim on a shard, when all shards are done; the cache as a whole must be claimed."""
-        for key in self._store.list(CLAIMS):
-            if not key.startswith(f"{CACHE}/"):
-                self._store.delete(key)
+        for folder, numbers in claims_in(self._store, CLAIMS).items():
+            for number in numbers if folder != CACHE else ():
+                self._store.delete(claim_key(folder, number))
 
     def __enter__(self) -> "Claims":
         """Claim the cache as a whole, waiting for it: only for the short time of starting or changing it."""
+        waited = 0.0
         while not self._take(CACHE):
             time.sleep(WAIT_SECONDS)
+            waited += WAIT_SECONDS
+            if waited >= SAY_SECONDS:
+                log.info("%s: waiting for another task that works on the whole cache", self._store.locate())
+                waited = -float("inf")  # once
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,25 +76,23 @@ class Claims:
         generation, owner = newest
         if owner == self._task.id:
             return True
-        return not self._others.alive(owner) and self._create(folder, generation + 1)
+        if self._others.alive(owner):
+            return False
+        self._others.bury(owner)
+        return self._create(folder, generation + 1)
 
     def _create(self, folder: str, generation: int) -> bool:
-        return self._store.create(f"{folder}/{generation}.json", json.dumps({"task": self._task.id}).encode())
+        return self._store.create(claim_key(folder, generation), json.dumps({"task": self._task.id}).encode())
 
     def _newest(self, folder: str) -> tuple[int, str] | None:
-        generation = max((int(Path(key).stem) for key in self._store.list(folder)), default=None)
-        if generation is None:
-            return None
-        try:
-            return generation, json.loads(self._store.read(f"{folder}/{generation}.json"))["task"]
-        except (MissingObjectError, ValueError):  # released meanwhile, or half written where there are no links
-            return generation, ""
+        numbers = claims_in(self._store, folder).get(folder)
+        return (numbers[-1], owner_of(self._store, folder, numbers[-1])) if numbers else None
 
     def _release(self, folder: str) -> None:
-        newest = self._newest(folder)
-        if newest is not None and newest[1] == self._task.id:
-            for generation in range(newest[0] + 1):  # the holding one last
-                self._store.delete(f"{folder}/{generation}.json")
+        numbers = claims_in(self._store, folder).get(folder, [])
+        if numbers and owner_of(self._store, folder, numbers[-1]) == self._task.id:
+            for number in numbers:  # the holding one last
+                self._store.delete(claim_key(folder, number))
 
 
 def claim_folder(shard: Shard) -> str:
@@ -94,17 +100,31 @@ def claim_folder(shard: Shard) -> str:
     return f"{CLAIMS}/{shard.name}"
 
 
+def claim_key(folder: str, generation: int) -> str:
+    """Return the key of a claim."""
+    return f"{folder}/{generation}.json"
+
+
+def claims_in(store: Store, prefix: str) -> dict[str, list[int]]:
+    """Return folder of claims -> their numbers in order, of all below `prefix`; what is no claim is passed over."""
+    found: dict[str, list[int]] = {}
+    for key in own_keys(store.list(prefix), CLAIMS):
+        folder, _, name = key.rpartition("/")
+        found.setdefault(folder, []).append(int(Path(name).stem))
+    return {folder: sorted(numbers) for folder, numbers in found.items()}
+
+
+def owner_of(store: Store, folder: str, generation: int) -> str:
+    """Return the id of the task that made a claim; empty if it is gone meanwhile, or says nothing sensible."""
+    try:
+        owner = json.loads(store.read(claim_key(folder, generation)))["task"]
+    except (MissingObjectError, ValueError, KeyError, TypeError):
+        return ""
+    return owner if isinstance(owner, str) else ""
+
+
 def claimed_shards(store: Store) -> dict[str, str]:
     """Return shard name -> id of the task that holds it, dead or alive."""
-    newest: dict[str, int] = {}
-    for key in store.list(CLAIMS):
-        folder, _, file = key.removeprefix(f"{CLAIMS}/").rpartition("/")
-        newest[folder] = max(newest.get(folder, 0), int(Path(file).stem))
-    found = {}
-    for folder, generation in newest.items():
-        if f"{CLAIMS}/{folder}" != CACHE:
-            try:
-                found[folder] = str(json.loads(store.read(f"{CLAIMS}/{folder}/{generation}.json"))["task"])
-            except (MissingObjectError, ValueError):
-                continue
-    return found
+    claims = claims_in(store, CLAIMS)
+    owners = {folder: owner_of(store, folder, claims[folder][-1]) for folder in claims if folder != CACHE}
+    return {folder.removeprefix(f"{CLAIMS}/"): owner for folder, owner in owners.items() if owner}

@@ -6,12 +6,21 @@ records of two equal builds are equal. Without its record a shard does not exist
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
 from mmkd.cache_tools.arrays import Objects
 from mmkd.cache_tools.fingerprints import canonical_json
-from mmkd.cache_tools.layout import SCHEMA, Shard, Status, commit_key, group_key, require_safe_keys
+from mmkd.cache_tools.layout import (
+    COMMITS,
+    SCHEMA,
+    Shard,
+    Status,
+    commit_key,
+    group_key,
+    own_keys,
+    require_safe_keys,
+)
 from mmkd.cache_tools.sealed import damaged, open_seal, seal
 from mmkd.cache_tools.store import MissingObjectError, Store
 from mmkd.cache_tools.typed_json import STRICT, typed
@@ -108,6 +117,13 @@ def read_commit(store: Store, shard: Shard, node: str, fingerprint: str) -> Comm
             f"{record.fingerprint[:16]}); {REPAIR}"
         )
     return record
+
+
+def drop_all(store: Store, nodes: Collection[str] | None = None) -> None:
+    """Remove all commit records, or those of some nodes, of whatever fingerprint."""
+    for key in own_keys(store.list(COMMITS), COMMITS):
+        if nodes is None or key.split("/")[2] in nodes:
+            store.delete(key)
 
 
 def read_verified(store: Store, key: str, sha256: str) -> bytes:

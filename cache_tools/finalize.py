@@ -5,11 +5,11 @@ import hashlib
 from mmkd.cache_tools.claims import Claims
 from mmkd.cache_tools.commits import CommitRecord, read_commit
 from mmkd.cache_tools.init_record import CacheInit, read_init
-from mmkd.cache_tools.layout import COMMITS, INDEX, INIT, ROOT, Shard, commit_key
+from mmkd.cache_tools.layout import COMMITS, INDEX, INIT, ROOT, Shard, commit_key, own_keys
 from mmkd.cache_tools.root_record import RootRecord
-from mmkd.cache_tools.store import Store
+from mmkd.cache_tools.store import Store, TakenOverError
 from mmkd.cache_tools.tasks import Others, Task, new_task_id
-from mmkd.data_manifests.errors import StorageError, VerificationError
+from mmkd.data_manifests.errors import VerificationError
 
 NAMED_HOLES = 5
 
@@ -29,19 +29,24 @@ def finish(store: Store, claims: Claims, others: Others) -> None:
     a record, and StorageError when this task slept and another one went on in its place.
     """
     with claims:
-        init = read_init(store)
-        refuse_holes(store, init)
-        wanted = list(init.wanted())
-        index = b"".join(_record(store, *node).to_bytes() for node in wanted)
-        store.write(INDEX, index)
-        hashes = {INIT: _sha256(store.read(INIT)), INDEX: _sha256(index)}
-        if not claims.holds_cache():
-            raise StorageError(f"{store.locate()}: another task went on while this one slept; run it again")
-        store.write(ROOT, RootRecord(hashes).to_bytes())
-        for key in store.list(COMMITS).keys() - {commit_key(*node) for node in wanted}:
-            store.delete(key)  # of an expert that was replaced
-        claims.clear()
-        others.sweep()
+        finish_claimed(store, claims, others)
+
+
+def finish_claimed(store: Store, claims: Claims, others: Others) -> None:
+    """Finish a cache that is claimed as a whole; see `finish`."""
+    others.sweep()  # first: what a dead task has begun must not come after
+    init = read_init(store)
+    refuse_holes(store, init)
+    wanted = list(init.wanted())
+    index = b"".join(_record(store, *node).to_bytes() for node in wanted)
+    store.write(INDEX, index)
+    hashes = {INIT: _sha256(store.read(INIT)), INDEX: _sha256(index)}
+    if not claims.holds_cache():
+        raise TakenOverError(store.locate())
+    store.write(ROOT, RootRecord(hashes).to_bytes())
+    for key in set(own_keys(store.list(COMMITS), COMMITS)) - {commit_key(*node) for node in wanted}:
+        store.delete(key)  # of an expert that was replaced
+    claims.clear()
 
 
 def refuse_holes(store: Store, init: CacheInit) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.data_manifests.errors import FingerprintError
+from mmkd.data_manifests.regular_file import open_regular
 
 Fields = Mapping[str, Any]
 
@@ -27,7 +28,7 @@ def fingerprint(fields: Fields) -> str:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

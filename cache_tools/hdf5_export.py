@@ -31,15 +31,14 @@ import numpy.typing as npt
 
 from mmkd.cache_tools.arrays import array_form, array_of, encode_object
 from mmkd.cache_tools.commits import CommitRecord, hash_objects, publish
-from mmkd.cache_tools.finalize import finalize
 from mmkd.cache_tools.fingerprints import canonical_json
 from mmkd.cache_tools.init_record import CacheInit
-from mmkd.cache_tools.layout import INDEX, INIT, Shard, Status, group_key, label_array, status_array
+from mmkd.cache_tools.layout import INDEX, INIT, ROOT, Shard, Status, group_key, label_array, status_array
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.root_record import RootRecord
-from mmkd.cache_tools.start import require_free
-from mmkd.cache_tools.store import Store, open_store
+from mmkd.cache_tools.start import writing_whole
+from mmkd.cache_tools.store import MissingObjectError, Store, open_store
 from mmkd.data_manifests.atomic import sync_directory
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, MmkdError, StorageError, VerificationError
@@ -191,7 +190,8 @@ class Importer:
         init, index, objects = (file[f"{ABOUT}/{key}"][()].tobytes() for key in (INIT, INDEX, OBJECTS))
         self._init_bytes, self._init = init, CacheInit.from_bytes(init, f"{path}: {INIT}")
         hashes = {INIT: hashlib.sha256(init).hexdigest(), INDEX: hashlib.sha256(index).hexdigest()}
-        if RootRecord(hashes).fingerprint != file.attrs["fingerprint"]:
+        self._root = RootRecord(hashes)
+        if self._root.fingerprint != file.attrs["fingerprint"]:
             raise damaged(path, "its fingerprint is not that of its records")
         self._records = [CommitRecord.from_bytes(line, f"{path}: {INDEX}") for line in index.splitlines()]
         about = json.loads(objects)
@@ -202,9 +202,14 @@ class Importer:
 
     def run(self) -> ImportReport:
         """Write static objects, init.json, then each node of each shard; finish the cache."""
-        require_free(self._store, self._init, what=f"{self._path} is an export of another one")
         total = len(self._values) + len(self._metadata)
-        with Progress("importing", total=total, unit="object") as progress:
+        report = ImportReport(sum(layout.rows for layout in self._layouts.values()), total, 0)
+        if self._is_there():
+            return report
+        with (
+            writing_whole(self._store, self._init, what=f"{self._path} is an export of another one"),
+            Progress("importing", total=total, unit="object") as progress,
+        ):
             self._write_init()
             progress.advance(len(self._init.objects))
             shards = {shard.name: shard for layout in self._layouts.values() for shard in layout.shards()}
@@ -214,9 +219,15 @@ class Importer:
                     raise damaged(self._path, f"its record of {record.node} of {record.shard} belongs elsewhere")
                 self._publish(shards[record.shard], record)
                 progress.advance(len(record.objects))
-        finalize(self._store)
-        clips = sum(layout.rows for layout in self._layouts.values())
-        return ImportReport(clips, total, self._reencoded)
+        return replace(report, reencoded=self._reencoded)
+
+    def _is_there(self) -> bool:
+        """Return whether this very cache was imported before."""
+        try:
+            root = RootRecord.from_bytes(self._store.read(ROOT), self._store.locate(ROOT))
+        except MissingObjectError:
+            return False
+        return root == self._root
 
     def _write_init(self) -> None:
         """Write metadata and static arrays, then init.json, as an interrupted build would leave them."""

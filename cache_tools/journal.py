@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from mmkd.cache_tools.layout import JOURNAL
+from mmkd.cache_tools.layout import JOURNAL, own_keys
 from mmkd.cache_tools.store import MissingObjectError, Store
 from mmkd.cache_tools.typed_json import PART, typed
 
@@ -57,7 +57,7 @@ class Journal:
 def read_journal(store: Store) -> list[dict[str, Any]]:
     """Return all entries in the order of their times; lines that are none of ours are left out."""
     entries: list[dict[str, Any]] = []
-    for key in store.list(JOURNAL):
+    for key in own_keys(store.list(JOURNAL), JOURNAL):
         try:
             lines = store.read(key).splitlines()
         except MissingObjectError:

@@ -40,6 +40,25 @@ OBJECT_KEY = re.compile(r"(?:\w+/)*(?:zarr\.json|c(?:/\d+)+)")
 """What a key within the group looks like; names of splits, experts and heads are identifiers."""
 VIEW_ARRAYS = {"frame_index", "crop_xywh", "flip"}
 """The static arrays whose second axis is the view."""
+TASK_ID = r"[0-9a-f]*-[0-9]+-[0-9]*-[0-9a-f]{8}"
+"""Pattern of the id of a task, see mmkd.cache_tools.tasks."""
+TEMPORARY = ".tmp"
+"""Folder of what is being written; below it, one for each writer."""
+WRITER = re.compile(rf"{TASK_ID}|[0-9a-f]{{16}}")
+"""Names of writers: tasks, and others that write a little."""
+_ARRAY = (
+    r"\w+/(clip_id|video_identity|facts|frame_index|crop_xywh|flip|label/\w+|thumbprint/(hash|thumbnail)"
+    r"|\w+/status|\w+/(logits|maximum|range)/\w+)"
+)
+_OWN_KEYS = re.compile(
+    rf"{INIT}|{ROOT}|{INDEX}"
+    rf"|{GROUP}/(\w+/){{0,3}}zarr\.json"  # of the group, a split, and what is within
+    rf"|{GROUP}/{_ARRAY}/(zarr\.json|c(/[0-9]+)+)"
+    rf"|{COMMITS}/\w+/\w+/[0-9a-f]{{16}}/[0-9]+-[0-9]+\.json"
+    rf"|{CLAIMS}/(init|\w+/[0-9]+-[0-9]+)/[0-9]{{1,18}}\.json"
+    rf"|{TASKS}/{TASK_ID}\.json"
+    rf"|{JOURNAL}/{TASK_ID}-[0-9]+\.jsonl"
+)
 
 
 class Status(IntEnum):
@@ -124,6 +143,24 @@ def require_safe_keys(keys: Iterable[str]) -> None:
     """Raise ValueError for a key within the group that could name anything else than one of its objects."""
     if bad := next((key for key in keys if not OBJECT_KEY.fullmatch(key)), None):
         raise ValueError(f"objects: {bad[:100]!r} is not the key of an object")
+
+
+def is_own_key(key: str) -> bool:
+    """Return whether a cache of this schema can have an object of that key; what it cannot have is somebody else's.
+
+    Names of splits, experts and heads are identifiers, so that nothing else looks like an array.
+    """
+    return _OWN_KEYS.fullmatch(key) is not None
+
+
+def is_own_name(name: str) -> bool:
+    """Return whether a cache has a file or folder of that name at its top."""
+    return name in (INIT, ROOT, INDEX, GROUP, COMMITS, CLAIMS, TASKS, JOURNAL, TEMPORARY)
+
+
+def own_keys(keys: Iterable[str], folder: str) -> list[str]:
+    """Return those of `keys` that a cache can have in one of its folders; strangers are passed over."""
+    return [key for key in keys if key.startswith(f"{folder}/") and is_own_key(key)]
 
 
 def group_key(key: str) -> str:

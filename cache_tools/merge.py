@@ -21,14 +21,13 @@ import numpy.typing as npt
 
 from mmkd.cache_tools.arrays import ArraySpec, Objects, array_form, array_of, encode_block, encode_group
 from mmkd.cache_tools.commits import CommitRecord, Unusable, hash_objects, publish
-from mmkd.cache_tools.finalize import finalize
 from mmkd.cache_tools.fingerprints import require_same
 from mmkd.cache_tools.layout import INIT, THUMBPRINT, Shard, SplitLayout, Status, group_key, status_array
 from mmkd.cache_tools.merge_rows import Source, SplitRows, match_rows
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.start import require_free
-from mmkd.cache_tools.store import Store, open_store
+from mmkd.cache_tools.start import writing_whole
+from mmkd.cache_tools.store import Store, open_store, same_place
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError
 from mmkd.data_manifests.records import Manifest
@@ -64,21 +63,22 @@ def merge(locations: Sequence[Path | str | Store], out: Path | str | Store, mani
     """
     readers = [CacheReader(location) for location in locations]
     store = open_store(out) if isinstance(out, (Path, str)) else out
-    if store.locate() in [reader.store.locate() for reader in readers]:
+    if any(same_place(store, reader.store) for reader in readers):
         raise InputError(f"{store.locate()} is one of the caches to merge; name another place with -o")
     check_alike(readers, manifest)
     splits = match_rows(readers, manifest)
     merger = Merger(readers[0], splits, manifest)
-    require_free(store, merger.init, what="this merge gives another one")
-    for key, data in merger.objects.items():
-        store.write(group_key(key), data)
-    store.write(INIT, merger.init.to_bytes())
     works = [(rows, node) for rows in splits for node in merger.nodes]
-    with Progress("merging", total=len(works), unit="node") as progress:
+    with (
+        writing_whole(store, merger.init, what="this merge gives another one"),
+        Progress("merging", total=len(works), unit="node") as progress,
+    ):
+        for key, data in merger.objects.items():
+            store.write(group_key(key), data)
+        store.write(INIT, merger.init.to_bytes())
         for rows, node in works:
             merger.write_node(store, rows, node)
             progress.advance()
-    finalize(store)
     layouts = [rows.layout for rows in splits]
     return MergeReport(
         {layout.name: layout.rows for layout in layouts},

@@ -5,10 +5,15 @@ which the server lets one win; times are the server's. Credentials and endpoints
 store look (for S3: AWS_* variables, AWS_ENDPOINT_URL, ~/.aws, the machine's role); none is taken from an URL and
 none is ever written. Nothing is kept in between: every listing is fresh.
 
-What it gives up: requests cost time (a shard is some dozen of them), an upload that was killed may leave invisible
-parts of a large object (give the bucket a rule that aborts incomplete uploads), and a server that ignores
-conditions cannot keep tasks apart: there `create` warns, and one task at a time should build. fsspec runs a thread,
-so a store is used by the process that opened it and never after a fork; decoding workers see no store.
+A task's right to write is an object of its own, `.tmp/<task>/alive`, made once: who takes the task for dead deletes
+it, and each write asks for it first.
+
+What it gives up: a request that is on its way when its task is taken for dead still arrives; what it changed is
+found by its hash, by readers and by `verify`. Requests cost time (a shard is some dozen of them, and a write is
+two), an upload that was killed may leave invisible parts of a large object (give the bucket a rule that aborts
+incomplete uploads), and a server that ignores conditions cannot keep tasks apart: there `create` warns, and one
+task at a time should build. fsspec runs a thread, so a store is used by the process that opened it and never after
+a fork; decoding workers see no store.
 """
 
 import inspect
@@ -21,7 +26,8 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from mmkd.cache_tools.store import MissingObjectError, Stored
+from mmkd.cache_tools.layout import TEMPORARY, WRITER
+from mmkd.cache_tools.store import MissingObjectError, Stored, TakenOverError
 from mmkd.data_manifests.errors import InputError, MmkdError, StorageError, VerificationError
 
 log = logging.getLogger("mmkd")
@@ -45,6 +51,7 @@ class ObjectStore:
         self._files, self._root = open_file_system(self.url)
         self._conditions: bool | None = None if has_conditional_put(self._files) else False
         """Whether the server honours conditional puts; None as long as nobody knows."""
+        self._writer = ""
 
     def locate(self, key: str = "") -> str:
         """Return the object's URL."""
@@ -60,14 +67,18 @@ class ObjectStore:
 
     def write(self, key: str, data: bytes) -> None:
         """Put an object."""
+        path = self._path(key)
+        self._refuse_swept()
         with self._errors("write", key):
-            self._files.pipe_file(self._path(key), data)
+            self._files.pipe_file(path, data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Put an object on the condition that there is none.
 
         An object of the same bytes counts as this call's own: the client sends a put again whose answer was lost.
         """
+        self._path(key)
+        self._refuse_swept()
         if self._conditions is False:
             return self._create_unguarded(key, data)
         if not self._put_new(key, data):
@@ -88,6 +99,7 @@ class ObjectStore:
 
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""
+        self._refuse_swept()
         with self._errors("delete", key), suppress(FileNotFoundError):
             self._files.rm_file(self._path(key))
 
@@ -103,14 +115,41 @@ class ObjectStore:
                 name.removeprefix(f"{self._root}/"): Stored(int(info["size"]), modified_seconds(info))
                 for name, info in sorted(found.items())
                 if info["type"] == "file" and name.startswith(f"{top}/")
+                if prefix or not name.startswith(f"{top}/{TEMPORARY}/")
             }
 
-    def writers(self) -> set[str]:
-        """Return nothing: an object is never half written."""
-        return set()
+    def top(self) -> set[str]:
+        """Ask for the names directly below the URL."""
+        with self._errors("list", ""):
+            try:
+                names = self._files.ls(self._root, detail=False)
+            except FileNotFoundError:
+                return set()
+        start = f"{self._root}/"
+        return {str(name).removeprefix(start).partition("/")[0] for name in names if str(name).startswith(start)}
+
+    def begin(self, writer: str) -> None:
+        """Make the object that lets a writer write."""
+        self._writer = ""
+        self.write(alive_key(writer), b"")
+        self._writer = writer
+
+    def end(self) -> None:
+        """Remove it."""
+        if writer := self._writer:
+            self._writer = ""
+            self.delete(alive_key(writer))
+
+    def writers(self) -> dict[str, float]:
+        """Ask for these objects."""
+        listed = self.list(TEMPORARY)
+        writers = {key.split("/")[1]: stored.modified_seconds for key, stored in listed.items()}
+        return {writer: seconds for writer, seconds in writers.items() if WRITER.fullmatch(writer)}
 
     def sweep(self, writer: str) -> None:
-        """Do nothing: there is nothing half written."""
+        """Remove another writer's."""
+        if WRITER.fullmatch(writer) and writer != self._writer:
+            self.delete(alive_key(writer))
 
     def tidy(self) -> None:
         """Do nothing: there are no folders."""
@@ -120,6 +159,11 @@ class ObjectStore:
         if not parts or ".." in parts or parts[0] == "/":
             raise VerificationError(f"{self.url}: an object named {key!r} lies outside of it")
         return f"{self._root}/{key}"
+
+    def _refuse_swept(self) -> None:
+        """Raise TakenOverError when this writer was taken for dead."""
+        if self._writer and not self.exists(alive_key(self._writer)):
+            raise TakenOverError(self.url)
 
     def _put_new(self, key: str, data: bytes) -> bool:
         """Send one conditional put; return whether it was taken."""
@@ -162,6 +206,11 @@ class ObjectStore:
             raise
         except Exception as error:  # each file system brings exceptions of its own, of no common base
             raise StorageError(f"cannot {what} {self.locate(key)}: {reason(error)}") from error
+
+
+def alive_key(writer: str) -> str:
+    """Return the key of the object that lets a writer write."""
+    return f"{TEMPORARY}/{writer}/alive"
 
 
 def open_file_system(url: str) -> tuple[Any, str]:

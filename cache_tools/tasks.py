@@ -3,11 +3,15 @@
 A task is one process of a build. It rewrites `tasks/<id>.json` every few seconds. Its id names machine, process
 and the time when that started, so that on the same machine a killed task is known for dead at once. Ages are
 differences of modification times of one store: the hosts' clocks do not matter.
+
+Who takes a task for dead buries it before going on: from then on the store lets it change nothing, not even its
+sign of life, however late it wakes up (see mmkd.cache_tools.store).
 """
 
 import hashlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -18,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmkd.cache_tools.interrupt import StopRequest
-from mmkd.cache_tools.layout import TASKS
+from mmkd.cache_tools.layout import TASK_ID, TASKS, own_keys
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.store import Store
 from mmkd.data_manifests.errors import StorageError
@@ -45,10 +49,10 @@ class TaskId:
     @classmethod
     def parse(cls, text: str) -> "TaskId | None":
         """Return the parts, or None for a text that is no task id."""
-        parts = text.split("-")
-        if len(parts) != 4 or not parts[1].isdigit():
+        if not re.fullmatch(TASK_ID, text):
             return None
-        return cls(parts[0], int(parts[1]), parts[2])
+        machine, pid, started, _ = text.split("-")
+        return cls(machine, int(pid), started)
 
 
 def new_task_id() -> str:
@@ -81,7 +85,8 @@ class Task:
         self._thread = threading.Thread(target=self._live, name="mmkd-heartbeat", daemon=True)
 
     def __enter__(self) -> "Task":
-        """Give the first sign of life."""
+        """Write in this task's name, and give the first sign of life."""
+        self.store.begin(self.id)
         self.beat()
         self._thread.start()
         return self
@@ -92,7 +97,8 @@ class Task:
         self._thread.join()
         with suppress(StorageError):  # the error that ended the block matters more
             self.store.delete(task_key(self.id))
-            self.store.sweep(self.id)
+        with suppress(StorageError):
+            self.store.end()
 
     def beat(self) -> None:
         """Give a sign of life."""
@@ -137,7 +143,7 @@ class Others:
         `BEAT_SECONDS`, or is taken for dead: a job that was killed, and restarted elsewhere, waits for that.
         """
         store = self._own.store
-        first = {Path(key).stem: stored.modified_seconds for key, stored in store.list(TASKS).items()}
+        first = signs_of_life(store)
         waiting = {task_id for task_id in task_ids if task_id in first and not ran_here(task_id)}
         if not waiting:
             return
@@ -145,18 +151,34 @@ class Others:
             while waiting:
                 stop.check("finished shards are kept")
                 time.sleep(LOOK_SECONDS)
-                now = {Path(key).stem: stored.modified_seconds for key, stored in store.list(TASKS).items()}
+                now = signs_of_life(store)
                 silent = {task_id for task_id in waiting & self.living() if now.get(task_id) == first[task_id]}
                 progress.advance(len(waiting) - len(silent))
                 waiting = silent
 
     def sweep(self) -> None:
-        """Remove what dead tasks left behind, but for their claims, which are taken over."""
+        """Bury all dead tasks; their claims stay, to be taken over."""
         store = self._own.store
-        for task_id in {*(Path(key).stem for key in store.list(TASKS)), *store.writers()}:
-            if not self.alive(task_id):
-                store.sweep(task_id)
-                store.delete(task_key(task_id))
+        writers = store.writers()
+        signs = signs_of_life(store)
+        now = signs.get(self._own.id, 0.0)
+        for task_id in {*signs, *writers}:
+            # A task makes its folder, and then its first sign of life: between the two it is not dead.
+            begins = task_id not in signs and now - writers[task_id] <= self._stale_seconds
+            if surely_dead(task_id) or not (self.alive(task_id) or (begins and TaskId.parse(task_id))):
+                self.bury(task_id)
+
+    def bury(self, task_id: str) -> None:
+        """Make sure that a task that was found dead changes nothing any more; whoever goes on in its place must."""
+        if TaskId.parse(task_id) is not None or task_id in self._own.store.writers():
+            self._own.store.sweep(task_id)
+            self._own.store.delete(task_key(task_id))
+
+
+def signs_of_life(store: Store) -> dict[str, float]:
+    """Return task -> when it last gave a sign of life, by the store's clock."""
+    listed = store.list(TASKS)
+    return {Path(key).stem: listed[key].modified_seconds for key in own_keys(listed, TASKS)}
 
 
 def live_tasks(store: Store, *, own: str | None = None, stale_seconds: float = STALE_SECONDS) -> set[str]:
@@ -165,7 +187,7 @@ def live_tasks(store: Store, *, own: str | None = None, stale_seconds: float = S
     The time is that of `own`'s latest sign of life. Without one (for who only looks) it is this host's, or the
     latest sign of life if that is later: right as long as the host's clock is not ahead by `stale_seconds`.
     """
-    listed = {Path(key).stem: stored.modified_seconds for key, stored in store.list(TASKS).items()}
+    listed = signs_of_life(store)
     now = max([time.time(), *listed.values()]) if own is None else listed.get(own)
     return {
         task_id

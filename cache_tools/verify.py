@@ -21,13 +21,16 @@ from mmkd.cache_tools.layout import (
     JOURNAL,
     ROOT,
     TASKS,
+    TEMPORARY,
     Shard,
     commit_key,
     group_key,
+    is_own_key,
+    own_keys,
 )
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.root_record import RootRecord
-from mmkd.cache_tools.store import TEMPORARY, MissingObjectError, Store, open_store
+from mmkd.cache_tools.store import MissingObjectError, Store, open_store
 from mmkd.cache_tools.tasks import Others, Task, live_tasks, new_task_id
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, VerificationError
@@ -46,7 +49,9 @@ class VerifyReport:
     damaged: dict[str, str] = field(default_factory=dict)
     """Key -> what is wrong, with the rows and views that it holds."""
     leftovers: list[str] = field(default_factory=list)
-    """Keys that belong to nothing."""
+    """Keys of this cache's kind that belong to nothing."""
+    foreign: list[str] = field(default_factory=list)
+    """Files in its folder that are not a cache's at all: they are let be."""
     incomplete: int = 0
     """Nodes of shards that have no commit record (yet)."""
     repaired: bool = False
@@ -64,7 +69,12 @@ class VerifyReport:
         if len(self.damaged) > LISTED:
             lines.append(f"... {len(self.damaged) - LISTED} more; --json lists all")
         if self.leftovers:
-            lines.append(f"leftovers {len(self.leftovers)}, e.g. {self.leftovers[0]}: no reader sees them")
+            fate = "removed" if self.repaired else "no reader sees them"
+            lines.append(f"leftovers {len(self.leftovers)}, e.g. {self.leftovers[0]}: {fate}")
+        if self.foreign:
+            lines.append(
+                f"foreign   {len(self.foreign)} files, e.g. {self.foreign[0]}: not the cache's, left alone"
+            )
         if self.incomplete:
             lines.append(f"not finished: {counted(self.incomplete, 'commit record', ARE)} still to come")
         if self.repaired and self.shards:
@@ -97,8 +107,8 @@ def verify(location: Path | str | Store, *, repair: bool = False) -> VerifyRepor
         with Claims(own, others) as claims:
             if others.living():
                 raise InputError(f"{store.locate()} is being built; repair it when no task is at work")
-            claims.clear()
             others.sweep()
+            claims.clear()
             report = check(store, {own.id})
             if report.damaged or report.leftovers:
                 remove(store, report)
@@ -110,21 +120,25 @@ def check(store: Store, living: set[str]) -> VerifyReport:
     """Read all of a cache, on which the tasks `living` are at work."""
     report = VerifyReport()
     expected = Verifier(store, report).run()
+    there = store.list()
+    report.foreign = sorted(key for key in there if not is_own_key(key))
     traces = (f"{JOURNAL}/", f"{TASKS}/", f"{CLAIMS}/")
-    report.leftovers = sorted(key for key in store.list() if key not in expected and not key.startswith(traces))
+    known = (key for key in there if is_own_key(key) and not key.startswith(traces))
+    report.leftovers = sorted(key for key in known if key not in expected)
     if not living:
-        traces_left = [key for folder in (TASKS, CLAIMS) for key in store.list(folder)]
-        report.leftovers += [*traces_left, *(f"{TEMPORARY}/{writer}" for writer in sorted(store.writers()))]
+        report.leftovers += [key for folder in (TASKS, CLAIMS) for key in own_keys(there, folder)]
+        report.leftovers += [f"{TEMPORARY}/{writer}" for writer in sorted(store.writers())]
     return report
 
 
 def remove(store: Store, report: VerifyReport) -> None:
-    """Remove damaged objects, the records and roots that vouch for them, and leftovers."""
+    """Remove damaged objects, the records and roots that vouch for them, and leftovers; nobody else's files."""
     if report.damaged:
         for key in (ROOT, INDEX):  # from here on readers are told that the cache is not finished
             store.delete(key)
     for key in (*report.damaged, *report.leftovers):
-        store.delete(key)
+        if is_own_key(key):
+            store.delete(key)
     report.repaired = True
 
 
@@ -159,11 +173,10 @@ class Verifier:
         """Check root record, index and init against each other, where the cache is finished."""
         try:
             data = self._store.read(ROOT)
+            root = RootRecord.from_bytes(data, self._store.locate(ROOT))
         except MissingObjectError:
             self._expected -= {ROOT, INDEX}
             return
-        try:
-            root = RootRecord.from_bytes(data, self._store.locate(ROOT))
         except VerificationError as error:
             self._report.damaged[ROOT] = str(error)
             return
@@ -206,6 +219,9 @@ class Verifier:
             data = self._store.read(key)
         except MissingObjectError:
             self._report.damaged[key] = f"missing ({what})"
+            return False
+        except VerificationError as error:
+            self._report.damaged[key] = f"{error} ({what})"
             return False
         self._report.objects += 1
         self._report.bytes += len(data)

@@ -31,6 +31,7 @@ from mmkd.cache_tools.layout import THUMBPRINT, commit_key
 from mmkd.cache_tools.pool import run_tasks
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.start import require_own_place
 from mmkd.cache_tools.store import Store, open_store
 from mmkd.cache_tools.tasks import Others, Task, new_task_id
 from mmkd.data_manifests.counted import ARE, counted
@@ -97,9 +98,10 @@ def build(
     """
     began = time.perf_counter()
     report = BuildReport()
-    task_id = new_task_id()
-    store = open_store(out, writer=task_id) if isinstance(out, (Path, str)) else out
+    store = open_store(out) if isinstance(out, (Path, str)) else out
+    require_own_place(store)
     plan = plan_build(recipe, experts, stored_layouts(store))
+    task_id = new_task_id()
     with stop_on_signals() as stop, Task(store, task_id) as own:
         others = Others(own)
         others.sweep()
@@ -115,12 +117,12 @@ def build(
                 still_ours=claims.holds_cache,
             )
         report.seconds["start"] = time.perf_counter() - began
-        pending, report.skipped_shards = pending_shards(plan, committed_nodes(store, init), task=task)
+        pending, report.skipped_shards = pending_shards(plan, committed_nodes(store, init, claims), task=task)
         journal = Journal(store, task_id)
         while pending:
             line = ShardLine(plan, store, claims=claims, metadata=metadata, pending=pending)
             line.run(report, journal, stop)
-            left, _ = pending_shards(plan, committed_nodes(store, init), task=task)
+            left, _ = pending_shards(plan, committed_nodes(store, init, claims), task=task)
             left = [work for work in left if work.shard.name not in report.failed]
             pending = abandoned(left, store, others, stop)
         if report.failed:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmkd.cache_tools.claims import Claims
 from mmkd.cache_tools.data import ClipSet
 from mmkd.cache_tools.fingerprints import fingerprint
 from mmkd.cache_tools.init_record import CacheInit, expert_fingerprint
@@ -187,10 +188,11 @@ def view_block(build: BuildRecipe, there: SplitLayout | None) -> int:
     return there.shard_views
 
 
-def committed_nodes(store: Store, init: CacheInit) -> set[tuple[str, str]]:
+def committed_nodes(store: Store, init: CacheInit, claims: Claims) -> set[tuple[str, str]]:
     """Return (shard, node) of everything that has its commit record; two listings, whatever the cache's size.
 
-    A record whose objects are gone is removed, so that its shard is computed anew.
+    A record whose objects are gone is removed, so that its shard is computed again: under the claim on it, since
+    another task may be about to do so.
     """
     missing = {(shard.name, node) for shard, node in init.missing(store)}
     objects = store.list(GROUP)
@@ -198,10 +200,13 @@ def committed_nodes(store: Store, init: CacheInit) -> set[tuple[str, str]]:
     for shard, node, node_fingerprint in init.wanted():
         if (shard.name, node) in missing:
             continue
-        if all(group_key(key) in objects for key in node_objects(shard, node, init)):
+        keys = [group_key(key) for key in node_objects(shard, node, init)]
+        if all(key in objects for key in keys):
             there.add((shard.name, node))
-        else:
-            store.delete(commit_key(shard, node, node_fingerprint))
+        elif claims.take(shard):
+            if not all(map(store.exists, keys)):
+                store.delete(commit_key(shard, node, node_fingerprint))
+            claims.release(shard)
     return there
 
 

@@ -11,21 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from mmkd.cache_tools.arrays import Objects, encode_group, split_arrays, static_arrays
+from mmkd.cache_tools.arrays import Objects, array_of, encode_group, split_arrays, static_arrays
 from mmkd.cache_tools.canonical import CANONICAL_RULES, THUMBNAIL_SIZE
 from mmkd.cache_tools.clip_rows import base_differences
-from mmkd.cache_tools.commits import hash_objects
+from mmkd.cache_tools.commits import drop_all, hash_objects
 from mmkd.cache_tools.data import ClipVideos
 from mmkd.cache_tools.fingerprints import refuse_differences, require_same
 from mmkd.cache_tools.frames import DECODER_RULES
 from mmkd.cache_tools.heldout import HeldOut
 from mmkd.cache_tools.init_record import CacheInit, read_init
-from mmkd.cache_tools.layout import COMMITS, GROUP, INDEX, INIT, ROOT, SCHEMA, SplitLayout, group_key
+from mmkd.cache_tools.layout import GROUP, INDEX, INIT, ROOT, SCHEMA, SplitLayout, group_key
 from mmkd.cache_tools.records import View, ViewTable
 from mmkd.cache_tools.storage_formats import format_of
-from mmkd.cache_tools.store import MissingObjectError, Store
+from mmkd.cache_tools.store import MissingObjectError, Store, TakenOverError
 from mmkd.cache_tools.views import VIEW_RULES, ViewPolicy, evaluation_view_table, random_view_table
-from mmkd.data_manifests.errors import FingerprintError, InputError, StorageError, VideoError
+from mmkd.data_manifests.errors import FingerprintError, InputError, VideoError
 from mmkd.data_manifests.records import Clip, Manifest
 
 NEW_PLACE = "Build into another directory, or restore what changed"
@@ -140,9 +140,13 @@ def initialise(
     if there != init:
         for key in (ROOT, INDEX):  # from here on the cache is unfinished
             store.delete(key)
-    if there is not None:
+    if there is None:
+        drop_unproven(store, objects)
+    else:
+        # The new logits take the place of the old ones, so no older record may ever vouch for them again.
         old, new = there.experts, init.experts
-        drop_records(store, {name for name in old if old[name] != new[name]})
+        if replaced := {name for name in old if old[name] != new[name]}:
+            drop_all(store, replaced)
     write_missing(store, objects, still_ours)
     if there != init:
         refuse_late(store, still_ours)
@@ -205,14 +209,18 @@ def static_objects(
     return encode_group(static, specs, {plan.layout.name: plan.layout.shard_views for plan in plans})
 
 
-def drop_records(store: Store, experts: Collection[str]) -> None:
-    """Remove all records of experts that are replaced, of whatever fingerprint.
+def drop_unproven(store: Store, objects: Objects) -> None:
+    """Remove all commit records of a cache whose init.json is gone, unless they are of these same static objects.
 
-    The new logits take the place of the old ones, so no older record may ever vouch for them again.
+    Fingerprints do not cover the videos and the blocks, init.json does: without it a shard may be one of other
+    videos. An array of which nothing is there yet is a new expert's.
     """
-    for key in store.list(COMMITS) if experts else ():
-        if key.split("/")[2] in experts:
-            store.delete(key)
+    there = store.list(GROUP)
+    started = {array_of(key.removeprefix(f"{GROUP}/")) for key in there}
+    wanted = {key: data for key, data in objects.items() if array_of(key) in started}
+    whole = all(key in there for key in (group_key(key) for key in wanted))
+    if not whole or any(store.read(group_key(key)) != data for key, data in wanted.items()):
+        drop_all(store)
 
 
 def write_missing(store: Store, objects: Objects, still_ours: Callable[[], bool]) -> None:
@@ -228,7 +236,7 @@ def write_missing(store: Store, objects: Objects, still_ours: Callable[[], bool]
 def refuse_late(store: Store, still_ours: Callable[[], bool]) -> None:
     """Raise StorageError when this task slept and another one started or changed the cache in its place."""
     if not still_ours():
-        raise StorageError(f"{store.locate()}: another task went on while this one slept; run it again")
+        raise TakenOverError(store.locate())
 
 
 def stored_init(store: Store) -> CacheInit | None:

@@ -73,7 +73,11 @@ def test_a_missing_shard_or_record_is_found_and_computed_anew(quick, tmp_path, k
 
 def test_leftovers_are_named_by_verify_and_gone_after_repair_or_build(quick, tmp_path):
     out = quick.copy(tmp_path / "cache")
-    leftovers = (".tmp/gone/half", "targets.zarr/train/rgb/logits/action/c/9/0/0", "claims/train/0-0/0.json")
+    leftovers = (
+        ".tmp/0123456789abcdef/half",
+        "targets.zarr/train/rgb/logits/action/c/9/0/0",
+        "claims/train/0-0/0.json",
+    )
     for mend in ("repair", "build"):
         for key in leftovers:
             (out / key).parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +165,7 @@ def test_a_place_where_nothing_may_be_written_is_refused_and_read_all_the_same(q
     for out in (cache, empty / "cache"):
         refused = quick.build(out, faults=ORDINARY)
         assert refused.code == 74, refused.err
-        assert re.search(r"Permission denied; .*allow writing there", one_line(refused.err))
+        assert re.search(r"Permission denied; .*allow it there", one_line(refused.err))
     for command in ("finalize", "verify --repair"):
         name, *options = command.split()
         assert quick.run(name, cache, *options, faults=ORDINARY).code == 74
@@ -178,7 +182,7 @@ def test_a_folder_that_cannot_be_read_does_not_pass_for_an_empty_one(quick, tmp_
     refused = quick.build(out, faults=ORDINARY)
     hidden.chmod(0o755)
     assert refused.code == 74, refused.err
-    assert re.search(r"cannot read .*targets.zarr/train.*: Permission denied; mend that", one_line(refused.err))
+    assert re.search(r"cannot read .*targets.zarr/train.*: Permission denied; fix that", one_line(refused.err))
     records = {key: data for key, data in contents(quick.cache).items() if key.startswith("commits/")}
     assert records.items() <= contents(out).items(), "no record was taken for one without objects"
     heal(quick, out)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmkd.cache_tools.claims import Claims
 from mmkd.cache_tools.commits import publish
 from mmkd.cache_tools.data import clip_videos
 from mmkd.cache_tools.finalize import finalize
@@ -27,6 +28,7 @@ from mmkd.cache_tools.records import VideoFacts
 from mmkd.cache_tools.status import read_status
 from mmkd.cache_tools.storage_formats import FORMATS
 from mmkd.cache_tools.store import LocalStore, Store
+from mmkd.cache_tools.tasks import Others, Task, new_task_id
 from mmkd.cache_tools.views import ViewPolicy
 from mmkd.data_manifests.records import Clip, Head, Manifest, load_manifest, save_manifest
 from mmkd.pipeline.build_plan import committed_nodes
@@ -118,8 +120,8 @@ def measure(what: str, root: Path) -> dict[str, float]:
         start(LocalStore(root.with_name("another")), root.with_name(MANIFEST))
     elif what == "plan":
         store = LocalStore(root)
-        init = read_init(store)
-        committed_nodes(store, init)
+        own = Task(store, new_task_id())
+        committed_nodes(store, read_init(store), Claims(own, Others(own)))
     elif what == "status":
         read_status(root)
     elif what == "open":
