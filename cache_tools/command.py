@@ -18,19 +18,13 @@ import click
 
 from mmkd.data_manifests.errors import EXIT_INTERRUPTED, InputError, MmkdError, StorageError
 from mmkd.data_manifests.kinds import what_is
+from mmkd.data_manifests.system_errors import MACHINE_FAULTS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 log = logging.getLogger("mmkd")
 
 WRONG_PATH = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP})
 """The path that the user named cannot be what the command needs: usage."""
-STORAGE = frozenset(
-    {
-        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
-        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOLCK, errno.EMFILE, errno.ENFILE),
-    }
-)
-"""The machine refuses: mend it and run the command again."""
 
 
 def run_command(group: click.Group) -> None:
@@ -51,8 +45,8 @@ def run_command(group: click.Group) -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        if error.errno in STORAGE:
-            click.echo(f"error: {where}{error.strerror}; mend that and run the same command again", err=True)
+        if error.errno in MACHINE_FAULTS:
+            click.echo(f"error: {where}{error.strerror}; fix that and run the same command again", err=True)
             sys.exit(StorageError.exit_code)
         if error.errno not in WRONG_PATH or not where:
             raise

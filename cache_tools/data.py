@@ -1,6 +1,8 @@
 """Opening a data set: manifest, videos and the facts of every clip, before any long work starts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +10,11 @@ import numpy as np
 from pydantic import Field
 
 from mmkd.cache_tools.facts import probe_all
-from mmkd.cache_tools.frames import Limits, VideoFiles, clip_facts, frame_interval_seconds
+from mmkd.cache_tools.frames import DEFAULT_LIMITS, Limits, VideoFiles, clip_facts, frame_interval_seconds
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.recipes import Recipe
 from mmkd.cache_tools.records import ClipFacts, FactsTable, VideoFacts
+from mmkd.cache_tools.video_paths import Links
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, VideoError
 from mmkd.data_manifests.records import Clip, Manifest, load_manifest
@@ -24,9 +27,31 @@ class DataRecipe(Recipe):
     videos: Path = Field(description="folder that the manifest's video paths are relative to")
     facts: Path | None = Field(None, description="folder for what the probe found; default: MANIFEST.facts")
     workers: int = Field(2, ge=0, le=512, description="decoding processes; 0 decodes in this process")
-    max_pixels: int = Field(4096 * 2304, ge=64, description="largest frame accepted, width times height")
-    max_duration_seconds: float = Field(4 * 3600, gt=0, description="longest video accepted")
-    clip_timeout_seconds: float = Field(120, gt=0, description="longest time that one clip may take")
+    max_pixels: int = Field(
+        DEFAULT_LIMITS.max_pixels, ge=64, description="largest frame accepted, width times height"
+    )
+    max_duration_seconds: float = Field(
+        DEFAULT_LIMITS.max_duration_seconds, gt=0, description="longest video accepted"
+    )
+    clip_timeout_seconds: float = Field(
+        DEFAULT_LIMITS.clip_timeout_seconds, gt=0, description="longest time that one clip may take"
+    )
+    clip_segments: bool = Field(
+        False, description="a segment that ends after its video ends with it; else unusable"
+    )
+    links: Links = Field(
+        "own",
+        description="links that lead out of the video folder: own follows those made by you, by root or by the "
+        "file's owner; allow all; refuse none",
+    )
+
+    def limits(self) -> Limits:
+        """Return what a video may cost at most."""
+        return Limits(
+            max_pixels=self.max_pixels,
+            max_duration_seconds=self.max_duration_seconds,
+            clip_timeout_seconds=self.clip_timeout_seconds,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +98,12 @@ class ClipSet:
         self.manifest: Manifest = load_manifest(recipe.manifest)
         if not recipe.videos.is_dir():
             raise InputError(f"the video folder {recipe.videos} does not exist; give it with --videos")
-        limits = Limits(
-            max_pixels=recipe.max_pixels,
-            max_duration_seconds=recipe.max_duration_seconds,
-            clip_timeout_seconds=recipe.clip_timeout_seconds,
-        )
-        self.source = VideoFiles(recipe.videos, limits)
+        self.source = VideoFiles(recipe.videos, recipe.limits(), links=recipe.links)
 
     def probe(self, clips: Sequence[Clip]) -> ClipVideos:
         """Return the facts of each clip, or why it is unusable.
 
-        Raises InputError when none can be read, or when a clip's segment is not inside its (readable) video: then
-        the manifest is wrong, not the video.
+        Raises InputError when none can be read, StorageError when the machine cannot tell.
         """
         store = self.recipe.facts or self.recipe.manifest.with_name(self.recipe.manifest.name + ".facts")
         videos = list(dict.fromkeys(clip.video for clip in clips))
@@ -92,7 +111,7 @@ class ClipSet:
             found = probe_all(
                 self.source, videos, store=store, workers=self.recipe.workers, progress=progress.advance
             )
-        result = clip_videos(clips, found)
+        result = clip_videos(clips, found, clip_segments=self.recipe.clip_segments)
         errors = [video for video in result.videos if isinstance(video, VideoError)]
         if len(errors) == len(result):
             raise InputError(
@@ -102,23 +121,52 @@ class ClipSet:
         return result
 
 
-def clip_videos(clips: Sequence[Clip], found: Mapping[str, VideoFacts | VideoError]) -> ClipVideos:
-    """Join clips with their videos' facts; raise InputError, naming the first, for segments outside their video."""
-    items = ClipVideos(clips, [found[clip.video] for clip in clips], np.zeros((len(clips), 4), np.int32))
-    outside: list[str] = []
+def clip_videos(
+    clips: Sequence[Clip], found: Mapping[str, VideoFacts | VideoError], *, clip_segments: bool = False
+) -> ClipVideos:
+    """Join clips with their videos' facts; a segment outside its video is a fault of that clip alone."""
+    videos: list[VideoFacts | VideoError] = [found[clip.video] for clip in clips]
+    items = ClipVideos(clips, videos, np.zeros((len(clips), 4), np.int32))
     intervals: dict[str, float] = {}
-    for row, (clip, video) in enumerate(zip(clips, items.videos, strict=True)):
+    for row, (clip, video) in enumerate(zip(clips, videos, strict=True)):
         if isinstance(video, VideoError):
             continue
         interval = intervals.get(clip.video)
         if interval is None and clip.end_seconds is not None:  # milliseconds in an hour's video of many clips
             interval = intervals[clip.video] = frame_interval_seconds(video)
         try:
-            facts = clip_facts(clip, video, interval)
+            facts = clip_facts(clip, video, interval, clip_end=clip_segments)
             items.facts[row] = facts.width, facts.height, facts.first_frame, facts.frame_count
         except VideoError as error:
-            outside.append(f"clip {clip.clip_id!r} of {clip.video}: {error}")
-    if outside:
-        more = f" ({counted(len(outside) - 1, 'more clip')} likewise)" if len(outside) > 1 else ""
-        raise InputError(f"{outside[0]}{more}; mend start_seconds and end_seconds in the manifest")
+            videos[row] = error
     return items
+
+
+NUMBERS = re.compile(r"\d[\d.]*")
+
+
+def unusable_line(splits: Iterable[ClipVideos]) -> str | None:
+    """Return one line that counts the clips of all splits that cannot be used, by reason; None when all can."""
+    reasons: Counter[str] = Counter()
+    videos: dict[str, set[str]] = {}
+    every, clips = set[str](), 0
+    for items in splits:
+        clips += len(items)
+        for clip, video in zip(items.clips, items.videos, strict=True):
+            every.add(clip.video)
+            if isinstance(video, VideoError):
+                # "frames of 9 x 9 pixels; the limit ...", "video not found: NAME": what comes before is the kind
+                kind = NUMBERS.sub("N", re.split("[:;]", str(video))[0])
+                reasons[kind] += 1
+                videos.setdefault(kind, set()).add(clip.video)
+    if not reasons:
+        return None
+    kinds = "; ".join(
+        f"{kind}: {counted(count, 'clip')} of {counted(len(videos[kind]), 'video')}"
+        for kind, count in reasons.most_common()
+    )
+    lost = len(set().union(*videos.values()))
+    return (
+        f"{reasons.total()} of {counted(clips, 'clip')}, in {lost} of {counted(len(every), 'video')}, "
+        f"cannot be used ({kinds})"
+    )

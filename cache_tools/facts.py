@@ -9,22 +9,25 @@ also packed into one file, so that the next start asks the file system for stamp
 
 import hashlib
 import json
-import os
+import logging
 import struct
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from mmkd.cache_tools.frames import FrameSource
+from mmkd.cache_tools.frames import FrameSource, VideoFiles
 from mmkd.cache_tools.pool import run_tasks
 from mmkd.cache_tools.records import Float64Array, VideoFacts
+from mmkd.cache_tools.video_paths import NOT_FOUND, is_lost
+from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import StorageError, VideoError
+
+log = logging.getLogger("mmkd")
 
 SCHEMA = "mmkd-facts-2"
 BATCH = 256
@@ -37,6 +40,20 @@ PROBE_SECONDS = 120.0
 """Time limit for one probe where the source states none."""
 
 
+Found = dict[str, VideoFacts | VideoError]
+"""Video -> its facts, or why it cannot be used."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What probing one video gave."""
+
+    facts: VideoFacts
+    """Its facts."""
+    not_kept: str = ""
+    """Why they could not be kept; empty when they were."""
+
+
 def probe_all(
     source: FrameSource,
     videos: Sequence[str],
@@ -44,44 +61,93 @@ def probe_all(
     store: Path | None,
     workers: int,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, VideoFacts | VideoError]:
+    faults: dict[str, StorageError] | None = None,
+) -> Found:
     """Return the facts of each video, or why it cannot be used, in the order of `videos` without repeats.
 
-    `store` keeps facts between runs; None keeps nothing. `progress(count)` hears of videos as they are done.
+    `store` keeps facts between runs; None keeps nothing, and one that cannot be written costs a warning: facts are
+    work saved, not a result. `progress(count)` hears of videos as they are done. Raises StorageError when the
+    machine cannot read a video (with `faults` it goes there instead, and the others go on), or when a folder whose
+    videos' facts are known has lost them all.
     """
     found: dict[str, VideoFacts | VideoError | None] = dict.fromkeys(videos)
     advance = progress or (lambda count: None)
-    if store is not None:
-        for video, facts in _kept(source, list(found), store):
-            found[video] = facts
-            if facts is not None:
-                advance(1)
+    for video, facts in _kept(source, list(found), store):
+        found[video] = facts
+        if facts is not None:
+            advance(1)
     missing = [video for video, facts in found.items() if facts is None]
-    probe = partial(probe_and_keep, source, store)
+    for video, result in _probe(source, missing, store=store, workers=workers):
+        if not isinstance(result, StorageError):
+            found[video] = result
+        elif faults is None:
+            raise result
+        else:
+            faults[video] = result
+        advance(1)
+    whole = {video: facts for video, facts in found.items() if facts is not None}
+    if isinstance(source, VideoFiles):
+        refuse_lost_folders(source, whole, store)
+    if store is not None:
+        pack = pack_path(store, whole)
+        known = [video for video, facts in whole.items() if isinstance(facts, VideoFacts)]
+        if known and (not set(missing).isdisjoint(known) or not _exists(pack)):
+            with suppress(StorageError, FileExistsError):  # it only saves time, and what is kept may be read-only
+                write_atomically(pack, _packed(store, known), sync=False)
+    return whole
+
+
+def _probe(
+    source: FrameSource, videos: Sequence[str], *, store: Path | None, workers: int
+) -> Iterator[tuple[str, VideoFacts | VideoError | StorageError]]:
     limits = getattr(source, "limits", None)
     timeout_seconds = PROBE_SECONDS if limits is None else limits.clip_timeout_seconds
-    probed = run_tasks(probe, missing, workers=min(workers, len(missing)), timeout_seconds=timeout_seconds)
-    for position, result in probed:
-        if isinstance(result, StorageError):
-            raise result
-        found[missing[position]] = result
-        advance(1)
-    if store is not None:
-        pack = pack_path(store, found)
-        known = [video for video, facts in found.items() if isinstance(facts, VideoFacts)]
-        if known and (not pack.exists() or not set(missing).isdisjoint(known)):
-            with suppress(StorageError):  # it only saves time, and what is kept may be read-only
-                _write(pack, _packed(store, known))
-    return {video: facts for video, facts in found.items() if facts is not None}
+    probe = partial(probe_and_keep, source, store)
+    warned = False
+    for position, result in run_tasks(
+        probe, videos, workers=min(workers, len(videos)), timeout_seconds=timeout_seconds
+    ):
+        if isinstance(result, Probed) and result.not_kept and not warned:
+            log.warning("%s, so the next start probes again; another folder: --facts FOLDER", result.not_kept)
+            warned = True
+        yield videos[position], result.facts if isinstance(result, Probed) else result
 
 
-def probe_and_keep(source: FrameSource, store: Path | None, video: str) -> VideoFacts:
-    """Probe one video and keep its facts; VideoError if it cannot be used."""
+def probe_and_keep(source: FrameSource, store: Path | None, video: str) -> Probed:
+    """Probe one video and keep its facts if that is possible; VideoError if it cannot be used."""
     stamp = source.stamp(video)  # before the probe: a change while it runs makes the kept facts stale
-    facts = source.probe(video)
-    if store is not None:
-        _write(facts_path(store, video), [encode_facts(facts, video=video, stamp=stamp)])
-    return facts
+    try:
+        facts = source.probe(video)
+    except VideoError:
+        facts = source.probe(video)  # a fault of the video repeats, one of the machine may not
+    try:
+        if store is not None:
+            path = facts_path(store, video)
+            # Not synced: a torn file fails its hash, and is only probed again.
+            write_atomically(path, encode_facts(facts, video=video, stamp=stamp), sync=False)
+    except (StorageError, FileExistsError) as error:
+        return Probed(facts, f"video facts are not kept: {str(error).split(';')[0]}")
+    return Probed(facts)
+
+
+def refuse_lost_folders(source: VideoFiles, found: Found, store: Path | None) -> None:
+    """Raise StorageError for a folder that held videos, by their facts, and is empty or gone: a lost disk."""
+    absent = [video for video, error in found.items() if str(error).startswith(NOT_FOUND)]
+    held = {Path(video).parent for video, facts in found.items() if isinstance(facts, VideoFacts)}
+    held |= {Path(video).parent for video in absent if store and _exists(facts_path(store, video))}
+    for folder in sorted({Path(video).parent for video in absent} & held):
+        if is_lost(source.root / folder):
+            raise StorageError(
+                f"{source.root / folder} is empty or gone, and it held videos before: is its disk mounted, "
+                f"and --videos right? Nothing was recorded. If they are gone for good, delete their facts, {store}"
+            )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a folder that may not be read holds nothing for us
+        return False
 
 
 def facts_path(store: Path, video: str) -> Path:
@@ -130,16 +196,14 @@ def _hash(header: Mapping[str, object], times: bytes) -> str:
 
 
 def _kept(
-    source: FrameSource, videos: Sequence[str], store: Path
+    source: FrameSource, videos: Sequence[str], store: Path | None
 ) -> Iterator[tuple[str, VideoFacts | VideoError | None]]:
     """Yield each video with its kept facts, its VideoError when it is missing, or None to be probed.
 
     Equal frame times are one array: most videos of a data set have one rate and a usual length.
     """
-    if not store.is_dir():
-        return
     times: dict[bytes, Float64Array] = {}
-    packed = read_pack(pack_path(store, videos))
+    packed = {} if store is None else read_pack(pack_path(store, videos))
     look_up = partial(_look_up, source, store, packed)
     batches = [videos[start : start + BATCH] for start in range(0, len(videos), BATCH)]
     with ThreadPoolExecutor(LOOKUP_THREADS) as executor:
@@ -152,20 +216,22 @@ def _kept(
 
 
 def _look_up(
-    source: FrameSource, store: Path, packed: dict[str, memoryview], videos: Sequence[str]
+    source: FrameSource, store: Path | None, packed: dict[str, memoryview], videos: Sequence[str]
 ) -> list[VideoFacts | VideoError | None]:
     return [_look_up_one(source, store, packed.get(video), video) for video in videos]
 
 
 def _look_up_one(
-    source: FrameSource, store: Path, packed: memoryview | None, video: str
+    source: FrameSource, store: Path | None, packed: memoryview | None, video: str
 ) -> VideoFacts | VideoError | None:
     try:
         stamp = source.stamp(video)
     except VideoError as error:
-        return error if packed is not None or facts_path(store, video).exists() else None
+        return error  # known here: no process has to find it again
+    except StorageError:
+        return None  # the probe meets it again, or it has passed
     facts = None if packed is None else decode_facts(bytes(packed), video=video, stamp=stamp)
-    if facts is None:  # not packed, or changed since
+    if facts is None and store is not None:  # not packed, or changed since
         with suppress(OSError):
             facts = decode_facts(facts_path(store, video).read_bytes(), video=video, stamp=stamp)
     return facts
@@ -205,17 +271,3 @@ def _packed(store: Path, videos: Iterable[str]) -> Iterator[bytes]:
         with suppress(OSError):
             data = facts_path(store, video).read_bytes()
             yield PACKED.pack(len(name), len(data)) + name + data
-
-
-def _write(path: Path, parts: Iterable[bytes]) -> None:
-    """Replace the file in one step. Not synced: a torn file fails its hash, and is only probed again."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.writelines(parts)
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot keep video facts in {path.parent}: {error.strerror}") from error

@@ -8,7 +8,6 @@ and height are those of the upright frame. Frame folders and HDF5 are other sour
 """
 
 import importlib.util
-import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from mmkd.cache_tools.decoders import PyavDecoder, check_count, pyav_frames, rea
 from mmkd.cache_tools.packets import Limits as Limits  # users find it here, beside VideoFiles
 from mmkd.cache_tools.packets import PacketIndex, index_packets, open_video
 from mmkd.cache_tools.records import ClipFacts, ClipFrames, IntArray, UInt8Array, VideoFacts
-from mmkd.data_manifests.errors import VideoError
+from mmkd.cache_tools.video_paths import ADVICE, Links, reading, video_path
+from mmkd.data_manifests.errors import StorageError, VideoError
 from mmkd.data_manifests.records import Clip
 
 HAS_DECORD = importlib.util.find_spec("decord") is not None
@@ -58,11 +58,13 @@ class VideoFiles:
     """Video files below a root folder. Nothing is held open, so it can be sent to workers."""
 
     root: Path
-    """Folder that holds the videos; a path or symbolic link that leads out of it is refused."""
+    """Folder that holds the videos; a path that leads out of it is refused."""
     limits: Limits = DEFAULT_LIMITS
     """What a video may cost at most."""
     force_pyav: bool = False
     """Read everything with PyAV, whatever the table says."""
+    links: Links = "own"
+    """Which symbolic links may lead out of the root."""
 
     @property
     def rules(self) -> str:
@@ -71,26 +73,27 @@ class VideoFiles:
 
     def path(self, video: str) -> Path:
         """Return the file's resolved path; VideoError if it is outside the root or no file."""
-        if "\0" in video:
-            raise VideoError("the video's name holds a zero byte")
-        root = os.path.realpath(self.root)
-        path = os.path.realpath(os.path.join(root, video))  # noqa: PTH118 - pathlib resolves 5 times slower
-        if os.path.commonpath((root, path)) != root:
-            raise VideoError("the video's path leads out of the video root; name a root that holds the real files")
-        if not os.path.isfile(path):  # noqa: PTH113 - as above
-            raise VideoError(f"video not found: {video}")
-        return Path(path)
+        return video_path(self.root, video, self.links)
+
+    def _known_path(self, video: str) -> Path:
+        """Return the path of a video that was probed; StorageError if it has gone since: the disk may be lost."""
+        try:
+            return self.path(video)
+        except VideoError as error:
+            raise StorageError(f"{error}, though it was there before, below {self.root}; {ADVICE}") from error
 
     def stamp(self, video: str) -> str:
         """Return size, time of change, limits and rules as a text."""
-        stat = self.path(video).stat()
+        path = self.path(video)
+        with reading(path):
+            stat = path.stat()
         limits = f"{self.limits.max_pixels}:{self.limits.max_duration_seconds:g}"
         return f"{stat.st_size}:{stat.st_mtime_ns}:{limits}:{self.rules}"
 
     def probe(self, video: str) -> VideoFacts:
         """Return the video's facts from its packets and its first frame."""
         path = self.path(video)
-        with open_video(path, self.limits) as (container, stream):
+        with reading(path), open_video(path, self.limits) as (container, stream):
             index = _index(path, container, stream)
             check_duration(index, self.limits)
             if index.packed:
@@ -107,7 +110,11 @@ class VideoFiles:
     def read(self, video: str, frame_indices: IntArray, facts: VideoFacts) -> ClipFrames:
         """Return the frames at strictly ascending indices with the decoder that the facts name."""
         check_indices(frame_indices, facts)
-        path = self.path(video)
+        path = self._known_path(video)
+        with reading(path):
+            return self._read(path, frame_indices, facts)
+
+    def _read(self, path: Path, frame_indices: IntArray, facts: VideoFacts) -> ClipFrames:
         if facts.decoder == "decord":
             index = _kept_index(path)
             if index is None:
@@ -131,8 +138,8 @@ class VideoFiles:
         Always through PyAV, which gives the bits that `read` gives. Raises what `read` raises.
         """
         check_indices(frame_indices, facts)
-        path = self.path(video)
-        with open_video(path, self.limits) as (container, stream):
+        path = self._known_path(video)
+        with reading(path), open_video(path, self.limits) as (container, stream):
             index = _index(path, container, stream)
             check_identity(index, facts)
             yield from pyav_frames(
@@ -151,11 +158,14 @@ def frame_interval_seconds(facts: VideoFacts) -> float:
     return float(np.median(np.diff(facts.times_seconds))) if facts.frame_count > 1 else 1.0
 
 
-def clip_facts(clip: Clip, facts: VideoFacts, interval_seconds: float | None = None) -> ClipFacts:
+def clip_facts(
+    clip: Clip, facts: VideoFacts, interval_seconds: float | None = None, *, clip_end: bool = False
+) -> ClipFacts:
     """Return which of the video's frames are the clip's: those with start_seconds <= t < end_seconds.
 
     A segment may end up to one frame's time after the video does, since annotations are rounded. That time is
-    `frame_interval_seconds`, for a caller with many clips of one video to give.
+    `frame_interval_seconds`, for a caller with many clips of one video to give. With `clip_end` any later end is
+    the video's. Raises VideoError for a segment outside the video, or without a frame.
     """
     times, end = facts.times_seconds, clip.end_seconds
     if end is None:
@@ -163,12 +173,15 @@ def clip_facts(clip: Clip, facts: VideoFacts, interval_seconds: float | None = N
     else:
         interval = frame_interval_seconds(facts) if interval_seconds is None else interval_seconds
         video_end = float(times[-1]) + interval
-        if end > video_end + interval:
-            raise VideoError(f"the segment ends at {end:g} s, the video at {video_end:.3f} s")
+        if end > video_end + interval and not clip_end:
+            raise VideoError(
+                f"segment outside the video: it ends at {end:g} s, the video at {video_end:.3f} s; "
+                "data.clip_segments=true clips it"
+            )
         last, until = int(np.searchsorted(times, end)), f"{end:g} s"
     first = int(np.searchsorted(times, clip.start_seconds)) if clip.start_seconds else 0
     if first >= last:
-        raise VideoError(f"no frame from {clip.start_seconds:g} s to {until}")
+        raise VideoError(f"segment without a frame: no frame from {clip.start_seconds:g} s to {until}")
     return ClipFacts(facts.width, facts.height, first, last - first)
 
 

@@ -7,7 +7,6 @@ presentation time stamp (pts) of the packets that show a frame. The index costs 
 in any decoder that was measured.
 """
 
-import errno
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,19 +23,10 @@ from mmkd.cache_tools.containers import is_cut_short
 from mmkd.cache_tools.records import Float64Array, IntArray
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import StorageError, VideoError
+from mmkd.data_manifests.system_errors import MACHINE_FAULTS
 
 CONTAINERS = "matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,asf,flv,ogg,mpegts"
 """FFmpeg's names of the containers that may be opened at all: playlists and images could name other files."""
-MACHINE_FAULTS = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ENOMEM,
-    errno.ENFILE,
-    errno.EMFILE,
-    errno.ETIMEDOUT,
-    errno.EREMOTEIO,
-}
-"""Errors that say nothing about a video: another attempt may succeed."""
 MPEG4_FRAME_START = b"\x00\x00\x01\xb6"
 NOT_EXACT = {"mpegts": "MPEG-TS cannot be read exactly; remux it: ffmpeg -i IN.ts -c copy OUT.mkv"}
 
@@ -46,7 +36,7 @@ class Limits:
     """What a video may cost at most; a larger one is refused before its first frame is decoded."""
 
     max_pixels: int = 4096 * 4096
-    """Width times height of a frame, in pixels."""
+    """Width times height of a frame, in pixels; for every command, as are the others."""
     max_duration_seconds: float = 6 * 3600.0
     """Length of a video, in seconds."""
     clip_timeout_seconds: float = 120.0
@@ -115,7 +105,7 @@ def open_video(path: Path, limits: Limits) -> Iterator[tuple[Any, Any]]:
             stream.codec_context.thread_type = "NONE"
             yield container, stream
     except av.error.FFmpegError as error:
-        if error.errno in MACHINE_FAULTS:
+        if error.errno in MACHINE_FAULTS or isinstance(error, FileNotFoundError):  # it was there a moment ago
             raise StorageError(f"cannot read {path}: {error.strerror}") from error
         raise VideoError(f"cannot be decoded: {error.strerror}") from error
     except UnicodeError as error:

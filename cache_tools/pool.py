@@ -2,62 +2,58 @@
 
 Each worker is a fresh interpreter with a pipe of its own, minded by one thread of the parent. So there is no
 lock or pipe that a dying worker could leave in an unusable state for the others: a pool with a shared result
-pipe (pebble 5.2 was measured) hangs for good when a worker is killed while it sends a large array. A worker
-imports only what the function needs, never the caller's `__main__`, so that a script needs no guard and its
-torch is not loaded again. It gives up closures and functions defined in `__main__`: the function must be
+pipe (pebble 5.2 was measured) hangs for good when a worker is killed while it sends a large array.
+It gives up closures and functions defined in `__main__`: the function must be
 importable by name.
 """
 
-import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
-import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe
-from multiprocessing.reduction import recv_handle, send_handle
-from typing import Any, BinaryIO, TypeVar
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from mmkd.cache_tools.pool_worker import NO_MEMORY, PARENTS_SIGNALS, Worker, WorkerLostError
 from mmkd.data_manifests.errors import StorageError, VideoError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+KNOWN_AHEAD = 256
+"""Items with a known outcome that may lie between those in work: they cost nothing but their place."""
 LOOK_AHEAD = 3
 """Items in work or waiting to be taken, per worker: larger smooths uneven clips and takes more memory."""
 ATTEMPTS = 2
-"""How often an item is tried, each time in a fresh worker after the first, before it is given up."""
-LARGE_BYTES = 2**16
-"""Arrays that are smaller together go through the pipe."""
-START_SECONDS = 120.0
-"""How long a worker may take to import its function; slow network file systems need tens of seconds."""
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
-_ONE_THREAD = dict.fromkeys(_THREADS, "1")
+"""How often an item is tried, each time in a fresh worker after the first, before it is given up or judged."""
+FAULTS_IN_A_ROW = 3
+"""After so many of the machine's faults the next one is believed at once."""
+TOO_SLOW = "is the disk with the videos well? Run again, or allow more with data.clip_timeout_seconds"
 
 
 def run_tasks(
     function: Callable[[Item], Result],
-    items: Iterable[Item],
+    items: Iterable[Item | VideoError],
     *,
     workers: int,
     timeout_seconds: float | None = None,
     doubt_errors: bool = False,
     extra_items: int = 0,
+    canaries: Sequence[Item] = (),
 ) -> Generator[tuple[int, Result | VideoError | StorageError], None, None]:
     """Yield (position, `function(item)`) in the order of `items`, computed in `workers` processes.
 
-    A VideoError raised by the function is its item's value, with `doubt_errors` only when it repeats in a fresh
-    worker. A worker that dies or takes longer than `timeout_seconds` is replaced and its item tried once more in a
-    fresh one, then a VideoError is its value; so is a StorageError, a fault of the machine and not of the item. Any
-    other exception is raised here. `extra_items` are computed ahead besides `LOOK_AHEAD` for each worker: as many
-    as the caller takes before it pauses. Closing the generator kills the workers. `workers=0` runs inline, for
-    tests and tiny jobs: without protection from death and time.
+    An item that is a VideoError is its own value: what is known never travels. A VideoError raised by the
+    function is its item's value, with `doubt_errors` only when it repeats in a fresh worker. A worker that dies
+    or takes longer than `timeout_seconds` is replaced and its item tried once more; when that fails, too, the
+    item is judged (see `_Minders.judge`): its value is a VideoError when the machine is well and the fault is the
+    item's, and a StorageError when it is the machine's. So is the value of an item that raises StorageError, or
+    runs out of memory, twice. Any other exception is raised here. `extra_items` are computed ahead besides
+    `LOOK_AHEAD` for each worker: as many as the caller takes before it pauses. `canaries` are items that should
+    go well, to tell whether the machine is well before one of `items` has gone well. Closing the generator kills
+    the workers. `workers=0` runs inline, for tests and tiny jobs: without protection from death and time.
     """
     if workers < 0:
         raise ValueError(f"workers must be 0 or more, got {workers}")
@@ -65,19 +61,21 @@ def run_tasks(
         return _run_inline(function, items)
     if getattr(function, "__module__", None) == "__main__":
         raise ValueError("a worker cannot import a function from __main__; define it in a module")
-    minders = _Minders(pickle.dumps(function, protocol=5), timeout_seconds, doubt_errors)
+    minders = _Minders(pickle.dumps(function, protocol=5), timeout_seconds, doubt_errors, canaries)
     return _run_in_workers(minders, items, workers, ahead=LOOK_AHEAD * workers + extra_items)
 
 
 def _run_inline(
-    function: Callable[[Item], Result], items: Iterable[Item]
+    function: Callable[[Item], Result], items: Iterable[Item | VideoError]
 ) -> Generator[tuple[int, Result | VideoError | StorageError], None, None]:
     for index, item in enumerate(items):
         value: Result | VideoError | StorageError
         try:
-            value = function(item)
+            value = item if isinstance(item, VideoError) else function(item)
         except (VideoError, StorageError) as error:
             value = error
+        except MemoryError:
+            value = StorageError(NO_MEMORY)
         yield index, value
 
 
@@ -85,52 +83,117 @@ def _run_in_workers(
     minders: "_Minders", items: Iterable[Any], workers: int, *, ahead: int
 ) -> Generator[tuple[int, Any], None, None]:
     executor = ThreadPoolExecutor(workers, "mmkd-worker", initializer=minders.begin_thread)
-    waiting: deque[Future[Any]] = deque()
-    delivered = 0
+    waiting: deque[tuple[bool, Future[Any]]] = deque()
+    """(whether it is in work, its outcome) of the items taken and not yet delivered."""
+    in_work = delivered = 0
+
+    def deliver() -> tuple[int, Any]:
+        nonlocal in_work, delivered
+        was_in_work, future = waiting.popleft()
+        value = future.result()
+        if isinstance(value, _Suspect):  # with nothing else at work: what the machine can do, it can do now
+            wait([other for _, other in waiting])
+            value = executor.submit(minders.judge, value).result()
+        in_work -= was_in_work
+        delivered += 1
+        return delivered - 1, value
+
     try:
         for item in items:
-            waiting.append(executor.submit(minders.call, item))
-            if len(waiting) >= ahead:
-                yield delivered, waiting.popleft().result()
-                delivered += 1
+            known = isinstance(item, VideoError)
+            waiting.append((not known, _done(item) if known else executor.submit(minders.call, item)))
+            in_work += not known
+            while in_work >= ahead or len(waiting) >= ahead + KNOWN_AHEAD:
+                yield deliver()
         while waiting:
-            yield delivered, waiting.popleft().result()
-            delivered += 1
+            yield deliver()
     finally:
         minders.kill_all()
         executor.shutdown(wait=True, cancel_futures=True)
         minders.close_all()
 
 
+def _done(value: object) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+@dataclass(frozen=True)
+class _Suspect:
+    """An item that was lost with its worker in every attempt: it is to blame, or the machine."""
+
+    item: object
+    """The item."""
+    loss: "WorkerLostError"
+    """The last attempt's end."""
+
+
 class _Minders:
     """What the minding threads share: the function, the time limit and the workers to kill at the end."""
 
-    def __init__(self, function: bytes, timeout_seconds: float | None, doubt_errors: bool) -> None:
+    def __init__(
+        self, function: bytes, timeout_seconds: float | None, doubt_errors: bool, canaries: Sequence[object]
+    ) -> None:
         self._function = function
+        self._canaries = canaries
+        self._faults_in_a_row = 0
+        self._good: tuple[object, ...] = ()
+        """The latest item that went well, if any."""
         self._doubted = (VideoError, StorageError) if doubt_errors else (StorageError,)
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
-        self._workers: set[_Worker] = set()
+        self._workers: set[Worker] = set()
         self._stopped = False
         self._local = threading.local()
 
     @staticmethod
     def begin_thread() -> None:
         """Block the signals that end a job in this thread, so that its workers are born with them blocked."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
 
     def call(self, item: object) -> object:
-        """Run one item in this thread's worker; the value is the result, a VideoError or a StorageError."""
+        """Run one item in this thread's worker; the value is its result, an error, or a _Suspect."""
         value: object = None
         for _ in range(ATTEMPTS):
-            worker = self._worker()
-            try:
-                value = worker.call(item, self._timeout_seconds)
-                if not isinstance(value, self._doubted):
-                    return value
-            except _WorkerLostError as error:
-                value = VideoError(str(error))
-            self._discard(worker)
+            value = self._attempt(item)
+            if isinstance(value, _Suspect) and value.loss.by_time:
+                return value  # another attempt takes as long: it comes when nothing else is at work
+            if not isinstance(value, (_Suspect, *self._doubted)):
+                self._good = self._good if isinstance(value, VideoError) else (item,)
+                break
+            if isinstance(value, StorageError) and self._faults_in_a_row >= FAULTS_IN_A_ROW:
+                break  # the machine is not well: nothing is gained by asking twice
+        self._faults_in_a_row = self._faults_in_a_row + 1 if isinstance(value, StorageError) else 0
+        return value
+
+    def judge(self, suspect: _Suspect) -> object:
+        """Try an item for the last time; the value is its result, a VideoError, or a StorageError.
+
+        Nothing else is at work, so memory and disk are the item's alone. It is to blame when it is lost again while
+        another one goes well in a fresh worker. Where no other is known a crash is the item's fault, since decoders
+        crash again and again, and a kill or a lack of time is the machine's.
+        """
+        others = [*self._good, *self._canaries]
+        well = any(not isinstance(self._attempt(item), (_Suspect, VideoError, StorageError)) for item in others)
+        value = self._attempt(suspect.item)
+        if not isinstance(value, _Suspect):
+            return value
+        if well or (value.loss.is_crash and not others):
+            return VideoError(str(value.loss))
+        whom = ", and so did others" if others else ""
+        return StorageError(f"{value.loss} in each attempt{whom}: {TOO_SLOW if value.loss.by_time else NO_MEMORY}")
+
+    def _attempt(self, item: object) -> object:
+        """Run one item in this thread's worker, which goes when it fails: the next one gets a fresh worker."""
+        worker = self._worker()
+        try:
+            value = worker.call(item, self._timeout_seconds)
+            if not isinstance(value, self._doubted):
+                return value
+        except WorkerLostError as error:
+            value = _Suspect(item, error)
+        self._discard(worker)
         return value
 
     def kill_all(self) -> None:
@@ -146,176 +209,28 @@ class _Minders:
         for worker in self._workers:
             worker.close()
 
-    def _worker(self) -> "_Worker":
-        worker: _Worker | None = getattr(self._local, "worker", None)
+    def _worker(self) -> "Worker":
+        worker: Worker | None = getattr(self._local, "worker", None)
         if worker is None:
             with self._lock:
                 if self._stopped:
                     raise RuntimeError("the pool is closed")
-                worker = _Worker()
+                try:
+                    worker = Worker()
+                except OSError as error:
+                    raise StorageError(f"a worker process cannot be started: {error.strerror}") from error
                 self._workers.add(worker)
             self._local.worker = worker
             try:
                 worker.prepare(self._function)
-            except _WorkerLostError as error:
+            except WorkerLostError as error:
                 self._discard(worker)
                 raise StorageError(f"a worker process cannot be started: {error}") from error
         return worker
 
-    def _discard(self, worker: "_Worker") -> None:
+    def _discard(self, worker: "Worker") -> None:
         self._local.worker = None
         with self._lock:
             self._workers.discard(worker)
         worker.kill()
         worker.close()
-
-
-class _WorkerLostError(Exception):
-    """The worker is dead or has been given up; the text is the reason for the clip's status."""
-
-
-class _Worker:
-    """One worker process and its pipe."""
-
-    def __init__(self) -> None:
-        self._connection, theirs = Pipe()
-        command = f"from mmkd.cache_tools.pool import serve; serve({theirs.fileno()})"
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", command],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what a decoder prints must not end up in a command's result
-                pass_fds=(theirs.fileno(),),
-                env=os.environ | _ONE_THREAD,
-            )
-
-    def prepare(self, function: bytes) -> None:
-        """Send the pickled function and wait until the worker has imported it."""
-        self._send(pickle.dumps((sys.path, function)))
-        self._receive(START_SECONDS)
-
-    def call(self, item: object, timeout_seconds: float | None) -> object:
-        """Return the function's result or its VideoError; raise _WorkerLostError, or what else it raised."""
-        self._send(pickle.dumps((item, timeout_seconds), protocol=5))
-        return self._receive(timeout_seconds)
-
-    def kill(self) -> None:
-        """End the process; one that the kernel cannot end now (a dead network mount) is left behind."""
-        self._process.kill()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
-
-    def close(self) -> None:
-        """Close our end of the pipe."""
-        self._connection.close()
-
-    def _send(self, message: bytes) -> None:
-        try:
-            self._connection.send_bytes(message)
-        except OSError as error:
-            raise _WorkerLostError("decoder died") from error
-
-    def _receive(self, timeout_seconds: float | None) -> object:
-        try:
-            if not self._connection.poll(timeout_seconds):
-                raise _WorkerLostError(f"took longer than {timeout_seconds:g} s")
-            message = _receive_message(self._connection)
-        except (EOFError, OSError) as error:
-            raise _WorkerLostError("decoder died") from error
-        failed, value = message
-        if failed:
-            raise value
-        return value
-
-
-def serve(file_descriptor: int) -> None:
-    """Serve one parent until it closes the pipe (the entry point of a worker process)."""
-    for number in _SIGNALS:  # the parent decides when the job ends
-        signal.signal(number, signal.SIG_IGN)
-    with Connection(file_descriptor) as connection, suppress(EOFError, ConnectionError):
-        path, pickled = pickle.loads(connection.recv_bytes())
-        sys.path[:] = path
-        function = _reply(connection, pickle.loads, pickled, acknowledge=True)
-        while function is not None:
-            item, timeout_seconds = pickle.loads(connection.recv_bytes())
-            if timeout_seconds is not None:  # the kernel ends us when the parent was killed and we hang
-                signal.alarm(int(timeout_seconds) + 30)
-            _reply(connection, function, item)
-            signal.alarm(0)
-
-
-def _reply(
-    connection: Connection, function: Callable[[Any], Any], item: object, *, acknowledge: bool = False
-) -> Any:
-    """Call the function, send (False, result) or (True, exception), and return the result."""
-    value = None
-    try:
-        value = function(item)
-        message = _Message((False, None if acknowledge else value))
-    except (VideoError, StorageError) as error:
-        message = _Message((False, error))
-    except Exception as error:
-        message = _Message((True, _portable(error)))
-    message.send(connection)
-    return value
-
-
-class _Message:
-    """A pickled value whose large arrays travel in a file in memory: a pipe takes three times as long for them."""
-
-    def __init__(self, value: object) -> None:
-        buffers: list[pickle.PickleBuffer] = []
-        self._pickled = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-        self._buffers = [buffer.raw() for buffer in buffers]
-
-    def send(self, connection: Connection) -> None:
-        """Send it; where the system has no memory to lend, through the pipe."""
-        sizes = [buffer.nbytes for buffer in self._buffers]
-        file = self._file() if sum(sizes) >= LARGE_BYTES else None
-        if file is None:
-            parts = [bytes(buffer) for buffer in self._buffers]
-            connection.send_bytes(pickle.dumps((self._pickled, parts), protocol=5))
-            return
-        with file:
-            connection.send_bytes(pickle.dumps((self._pickled, sizes)))
-            send_handle(connection, file.fileno(), None)
-
-    def _file(self) -> BinaryIO | None:
-        """Return a file that lives in memory as long as somebody has it open, or None."""
-        try:
-            file = os.fdopen(os.memfd_create("mmkd-result"), "wb", buffering=0)
-        except (AttributeError, OSError):  # not Linux
-            return None
-        try:
-            for buffer in self._buffers:
-                while buffer:
-                    buffer = buffer[file.write(buffer) :]
-        except OSError:
-            file.close()
-            return None
-        return file
-
-
-def _receive_message(connection: Connection) -> Any:
-    """Return the value of a message."""
-    pickled, parts = pickle.loads(connection.recv_bytes())
-    if not parts or isinstance(parts[0], bytes):
-        return pickle.loads(pickled, buffers=map(bytearray, parts))
-    with os.fdopen(recv_handle(connection), "rb") as file:
-        file.seek(0)  # the worker shares our position
-        buffers = [bytearray(size) for size in parts]
-        for buffer in buffers:
-            if file.readinto(buffer) != len(buffer):
-                raise EOFError("the worker's file is too short")
-    return pickle.loads(pickled, buffers=buffers)
-
-
-def _portable(error: Exception) -> Exception:
-    """Return the exception, or one that says the same, for its constructor may not survive the way."""
-    text = f"raised in a worker process:\n{''.join(traceback.format_exception(error))}"
-    try:
-        error.add_note(text)
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(text)
-    return error

@@ -6,7 +6,6 @@ for it) and one translation of what the system refuses. It gives up protection a
 the last one to finish wins, whole.
 """
 
-import errno
 import os
 import time
 import uuid
@@ -15,13 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmkd.data_manifests.errors import StorageError
+from mmkd.data_manifests.system_errors import FORBIDDEN, FULL
 
 TEMPORARY = ".mmkd-*.tmp"
 """Pattern of the temporary names; a file of such a name that nobody writes any more is a killed process's."""
 ABANDONED_SECONDS = 3600.0
 """A temporary file that was not written to for so long belongs to nobody."""
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class Clip:
     """Evaluation groups, e.g. `unseen`, `tail`."""
 
     def __post_init__(self) -> None:
-        """Raise InputError for an empty id, a path out of the root or a segment that holds no time."""
+        """Raise InputError for an empty id, a path out of the root or a segment that ends before it starts."""
         if not self.clip_id or not _is_text(self.clip_id):
             raise InputError(f"clip id {self.clip_id!r} is empty or holds control characters")
         if not self.split.isidentifier():
@@ -85,9 +85,10 @@ class Clip:
         if not _is_text(self.video) or not all(_is_text(group) for group in self.groups):
             raise InputError(f"clip {self.clip_id!r}: its video or a group holds control characters")
         end = self.start_seconds + 1 if self.end_seconds is None else self.end_seconds
-        if not (math.isfinite(end) and 0 <= self.start_seconds < end):
+        if not (math.isfinite(end) and 0 <= self.start_seconds <= end):  # an empty one is recorded as unusable
             raise InputError(
-                f"clip {self.clip_id!r}: the segment {self.start_seconds} s to {self.end_seconds} s is empty"
+                f"clip {self.clip_id!r}: the segment {self.start_seconds} s to {self.end_seconds} s is not a part "
+                "of a video"
             )
 
 

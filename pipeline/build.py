@@ -20,6 +20,8 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from mmkd.cache_tools.arrays import Objects
 from mmkd.cache_tools.claims import Claims, claimed_shards
 from mmkd.cache_tools.commits import publish
@@ -182,13 +184,16 @@ class ShardLine:
             timeout_seconds=recipe.data.clip_timeout_seconds,
             doubt_errors=True,
             extra_items=self._batch_clips(),  # so that decoding goes on while the experts take a whole batch
+            canaries=canary_jobs(self._plan),
         )
         current: OpenShard | None = None
+        faults = 0
         try:
             with closing(clips), Progress("building", total=count_clips(self._pending), unit="clip") as progress:
                 for clip in stage.waits(clip for _, clip in clips):
                     if stop.requested:
                         raise InterruptedByUserError("stopped; run the same command again to go on")
+                    faults = refuse_many_faults(faults, clip)
                     current = current or OpenShard(self._plan, self._claimed[0], stage)
                     current.add(clip)
                     progress.advance(1, note=stage.shares())
@@ -204,8 +209,8 @@ class ShardLine:
         views = min((len(work.shard.views) for work in self._pending), default=1)
         return -(-self._plan.recipe.build.batch_views // views)
 
-    def _jobs(self) -> Iterator[ClipJob]:
-        """Yield a job for each clip of each shard that nobody else holds, or has done meanwhile."""
+    def _jobs(self) -> Iterator[ClipJob | VideoError]:
+        """Yield a job (or why there is none) for each clip of each shard that nobody else holds or has done."""
         for planned in self._pending:
             if not self._claims.take(planned.shard):
                 continue
@@ -322,11 +327,38 @@ class OpenShard:
         return self._block.results(self.work.split.clips)
 
 
-def clip_job(plan: BuildPlan, work: ShardWork, row: int) -> ClipJob:
-    """Return the job of one clip: its views in the shard, and flow where a wanted expert sees it."""
-    recipe = plan.recipe
+FAULTS_IN_A_ROW = 8
+"""So many clips that the machine cannot read end a build: with a lost disk none of the others can be read."""
+
+
+def refuse_many_faults(before: int, clip: object) -> int:
+    """Return how many of the latest clips in a row the machine could not read; StorageError when they are many."""
+    faults = before + 1 if isinstance(clip, StorageError) else 0
+    if faults == FAULTS_IN_A_ROW:
+        raise StorageError(f"stopped, since the machine cannot read {faults} clips in a row; the last one: {clip}")
+    return faults
+
+
+def canary_jobs(plan: BuildPlan) -> list[ClipJob]:
+    """Return a few clips that can be read if the machine is well: the first and the last one of each split."""
+    jobs = []
+    for split in plan.splits:
+        readable = np.flatnonzero(split.items.facts[:, 3])
+        work = ShardWork(split, next(split.layout.shards()), ())
+        jobs += [clip_job(plan, work, row) for row in readable[[0, -1][: len(readable)]].tolist()]
+    return [job for job in jobs if isinstance(job, ClipJob)]
+
+
+def clip_job(plan: BuildPlan, work: ShardWork, row: int) -> ClipJob | VideoError:
+    """Return the job of one clip: its views in the shard, and flow where a wanted expert sees it.
+
+    Of a clip that cannot be used return why: no process has to find it out again.
+    """
+    recipe, item = plan.recipe, work.split.items[row]
+    if isinstance(item, VideoError):
+        return item
     flow = None
     if any(expert.modality == "flow" for expert in plan.experts_of(work.nodes)):
         device = plan.experts[0].device
         flow = FlowJob(recipe.flow, FlowStore(recipe.scratch, recipe.flow, str(device)), device.type)
-    return ClipJob(plan.clip_set.source, work.split.items[row], work.views(row), recipe.views.size_px, flow)
+    return ClipJob(plan.clip_set.source, item, work.views(row), recipe.views.size_px, flow)

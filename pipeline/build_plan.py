@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmkd.cache_tools.claims import Claims
-from mmkd.cache_tools.data import ClipSet
+from mmkd.cache_tools.data import ClipSet, unusable_line
 from mmkd.cache_tools.fingerprints import fingerprint
 from mmkd.cache_tools.init_record import CacheInit, expert_fingerprint
 from mmkd.cache_tools.layout import (
@@ -98,6 +98,8 @@ def plan_build(
     check_teacher([expert.card for expert in experts], manifest, recipe)
     names = cached_splits(manifest, recipe)
     splits = tuple(plan_split(name, clip_set, recipe, (there or {}).get(name)) for name in names)
+    if line := unusable_line(split.items for split in splits):
+        log.warning(line)
     boxes = None
     if any(expert.modality == "boxes" for expert in experts):
         boxes = open_boxes(recipe.boxes, {clip.video for split in splits for clip in split.clips})

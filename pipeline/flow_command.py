@@ -194,12 +194,18 @@ class FlowRun:
                 stop.check("nothing was begun")
                 progress.advance(count)
 
+            faults: dict[str, StorageError] = {}
             found = probe_all(
-                SOURCE, [video.path for video in pending], store=None, workers=self._workers, progress=advance
+                SOURCE,
+                [video.path for video in pending],
+                store=None,
+                workers=self._workers,
+                progress=advance,
+                faults=faults,
             )
         plans = []
         for video in pending:
-            facts = found[video.path]
+            facts = found.get(video.path) or faults[video.path]
             try:
                 if isinstance(facts, VideoError | StorageError):
                     raise facts
@@ -209,7 +215,7 @@ class FlowRun:
                     self.report.skipped += 1
                     continue
                 plans.append(plan_video(video.name, video.path, facts, options=self._options))
-            except VideoError as error:
+            except (VideoError, StorageError) as error:
                 self._fail(video.path, error)
         return plans
 
@@ -315,7 +321,7 @@ class FlowRun:
             self._videos[plan.name] = VideoInHand(plan.video, self._output.writer(plan, record), record)
         return self._videos[plan.name]
 
-    def _fail(self, video: str, error: VideoError) -> None:
+    def _fail(self, video: str, error: VideoError | StorageError) -> None:
         self.report.failed[video] = str(error)
         for name, hand in list(self._videos.items()):
             if hand.video == video:

@@ -27,7 +27,7 @@ from mmkd.pipeline.build_plan import BuildPlan, ShardWork, pending_shards, plan_
 from mmkd.pipeline.cache_init import SplitPlan, plan_init, stored_layouts
 from mmkd.pipeline.experts import Expert
 from mmkd.pipeline.plan_report import Disk, PlanReport, Sizes, SplitForecast
-from mmkd.pipeline.rates import WriteRate, measure_clips, measure_folder, measure_writes
+from mmkd.pipeline.rates import WriteRate, measure_clips, measure_folder, measure_writes, readable_rows
 from mmkd.pipeline.recipe import TeacherRecipe
 
 SHARD_SECONDS = 600.0
@@ -111,19 +111,20 @@ def forecast(
 ) -> SplitForecast:
     """Measure what a split's missing shards cost, on its part of the sample (one clip at least)."""
     own = [work for work in works if work.split is split]
-    rows = sum(len(work.shard.rows) for work in works)
-    left = sum(len(work.shard.rows) for work in own)
+    rows = sum(len(readable_rows(work)) for work in works)
+    left = [len(readable_rows(work)) for work in own]
     layout = split.layout
     counts = {
         "clips": layout.rows,
         "views": layout.views,
         "shards": len(list(layout.shards())),
         "shards_left": len(own),
-        "clips_left": left,
+        "clips_left": sum(left),
+        "unusable": sum(isinstance(video, VideoError) for video in split.items.videos),
     }
-    if not own:
+    if not sum(left):
         return SplitForecast(**counts)
-    cost = measure_clips(build_plan, own, max(1, round(sample_clips * left / rows)))
+    cost = measure_clips(build_plan, own, max(1, round(sample_clips * sum(left) / rows)))
     seconds = cost.seconds(
         build_plan.recipe.data.workers,
         cores=len(os.sched_getaffinity(0)),
@@ -134,7 +135,7 @@ def forecast(
         prepare_seconds=cost.prepare_seconds,
         device_seconds=cost.device_seconds,
         clip_seconds=seconds,
-        shard_seconds=seconds * max(len(work.shard.rows) for work in own),
+        shard_seconds=seconds * max(left),
     )
 
 

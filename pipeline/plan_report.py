@@ -21,7 +21,9 @@ class SplitForecast:
     shards_left: int
     """Those of which something has to be computed."""
     clips_left: int
-    """Clips in them, counted once for each block of views: each pass decodes the clip."""
+    """Usable clips in them, counted once for each block of views: each pass decodes the clip."""
+    unusable: int = 0
+    """Rows that cannot be used: their video is missing or broken. They cost no time."""
     prepare_seconds: float = 0.0
     """Of a clip, in one decoding process."""
     device_seconds: float = 0.0
@@ -110,8 +112,9 @@ class PlanReport:
         for name, split in self.splits.items():
             done = split.shards - split.shards_left
             lines.append(
-                f"  {name}: {counted(split.clips, 'clip')} x {counted(split.views, 'view')}, "
-                f"{counted(split.shards, 'shard')}, {done} done"
+                f"  {name}: {counted(split.clips, 'clip')} x {counted(split.views, 'view')}"
+                + (f" ({split.unusable} unusable)" if split.unusable else "")
+                + f", {counted(split.shards, 'shard')}, {done} done"
                 + (f"; {split.shard_seconds:.1f} s a shard" if split.shards_left else "")
             )
         each = ", ".join(f"{name} {count} B" for name, count in self.sizes.bytes_per_view.items())

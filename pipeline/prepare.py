@@ -39,8 +39,8 @@ class ClipJob:
 
     source: FrameSource
     """Where frames come from."""
-    item: ClipVideo | VideoError
-    """The clip with its facts, or why there are none."""
+    item: ClipVideo
+    """The clip with its facts."""
     views: tuple[View, ...]
     """The views wanted."""
     size_px: int
@@ -78,8 +78,6 @@ def prepare_clip(job: ClipJob) -> PreparedClip:
 
     Raises VideoError when the clip cannot be read exactly, StorageError when the machine's reading fails.
     """
-    if isinstance(job.item, VideoError):
-        raise job.item
     began = time.perf_counter()
     sampled = [view.frame_indices for view in job.views]
     starts = needed_pairs(job.views, job.item, job.flow.recipe.step) if job.flow else None

@@ -88,21 +88,25 @@ def measure_clips(plan: BuildPlan, works: Sequence[ShardWork], count: int) -> Cl
 
 def spread_rows(works: Sequence[ShardWork], count: int) -> list[tuple[ShardWork, int]]:
     """Return up to `count` rows with known facts, evenly spread over the shards."""
-    rows = [
-        (work, row)
-        for work in works
-        for row in work.shard.rows
-        if not isinstance(work.split.items.videos[row], VideoError)
-    ]
+    rows = [(work, row) for work in works for row in readable_rows(work)]
     wanted = min(count, len(rows))
     return [rows[number * len(rows) // wanted] for number in range(wanted)]
+
+
+def readable_rows(work: ShardWork) -> list[int]:
+    """Return the rows of a shard whose clips the probe could read."""
+    videos = work.split.items.videos
+    return [row for row in work.shard.rows if not isinstance(videos[row], VideoError)]
 
 
 def prepare(plan: BuildPlan, work: ShardWork, row: int) -> PreparedClip:
     """Prepare a clip in this process as a worker would, with one thread."""
     threads = torch.get_num_threads()
+    job = clip_job(plan, work, row)
+    if isinstance(job, VideoError):
+        raise job
     try:
-        return prepare_clip(clip_job(plan, work, row))
+        return prepare_clip(job)
     finally:
         torch.set_num_threads(threads)
 

@@ -97,12 +97,13 @@ class ExpertBatcher:
 
     def run(self) -> None:
         """Run the queued views, padded to a full batch."""
-        if not self._slots:
-            return
-        padded = self._inputs + [self._empty] * (self._batch_views - len(self._inputs))
+        slots, inputs, self._slots, self._inputs = self._slots, self._inputs, [], []
+        if all(self.status[slot] != Status.NOT_COMPUTED for slot in slots):
+            return  # nothing but unusable clips: nobody would look at the result
+        padded = inputs + [self._empty] * (self._batch_views - len(inputs))
         batch = {name: torch.from_numpy(np.stack([item[name] for item in padded])) for name in self._empty}
         outputs = self.expert.logits(batch)
-        for position, (row, view) in enumerate(self._slots):
+        for position, (row, view) in enumerate(slots):
             if self.status[row, view] != Status.NOT_COMPUTED:
                 continue
             values = {head: output[position] for head, output in outputs.items()}
@@ -113,7 +114,6 @@ class ExpertBatcher:
             else:
                 self.status[row, view] = Status.NON_FINITE
                 self.reasons[row] = f"expert {self.expert.name} gave logits that are not finite or do not fit fp16"
-        self._slots, self._inputs = [], []
 
 
 class ShardBlock:

@@ -68,7 +68,7 @@ def install(wanted: dict) -> None:
     if "source" in wanted:
         from faulty_source import FaultySource
 
-        data.VideoFiles = lambda root, limits: FaultySource(root, limits, **wanted["source"])
+        data.VideoFiles = lambda root, limits, **more: FaultySource(root, limits, **more, **wanted["source"])
     if "stale_seconds" in wanted:
         tasks.Others.__init__.__kwdefaults__["stale_seconds"] = wanted["stale_seconds"]
     if "file_size" in wanted:

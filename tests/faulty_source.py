@@ -18,7 +18,8 @@ class FaultySource(VideoFiles):
     video: str = ""
     """The bad one."""
     fault: str = ""
-    """`eio`: reading fails as on a bad disk; `broken`: it does not decode; `death`: the process dies."""
+    """`eio`: reading fails as on a bad disk; `broken`: it does not decode; `death`: the process dies;
+    `lost`: the video folder is moved away, as when its disk is lost."""
     marks: str = ""
     """File that grows by a byte with each fault."""
     times: int = 10**9
@@ -33,7 +34,12 @@ class FaultySource(VideoFiles):
                 file.write(b".")
             if self.fault == "death":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if self.fault == "broken":
+            if self.fault == "lost":
+                self.root.rename(f"{self.root}-elsewhere")
+                if "empty" in self.marks:
+                    self.root.mkdir()
+            elif self.fault == "broken":
                 raise VideoError("a fault of the test")
-            raise StorageError(f"cannot read {video}: {os.strerror(errno.EIO)}")
+            else:
+                raise StorageError(f"cannot read {video}: {os.strerror(errno.EIO)}")
         return super().read(video, frame_indices, facts)

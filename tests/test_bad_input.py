@@ -55,20 +55,6 @@ def test_a_wrong_manifest_is_refused_with_its_line(tiny, tmp_path, change, line,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("segment", [{"end_seconds": 99.0}, {"start_seconds": 98.0}])
-def test_a_clip_outside_its_video_is_refused_with_its_id(tiny, tmp_path, segment):
-    rows = rows_of(tiny.root / "manifest.jsonl")
-    for row in (rows[3], rows[7]):
-        row.update(segment)
-    manifest = write_rows(tmp_path / "m.jsonl", rows)
-    for command in (["teach", "rgb"], ["build", *expert(tiny, "rgb"), "--max-unusable", 99]):
-        error = refused("mmkd-cache", *command, *stage_one(tiny, manifest=manifest), "-o", tmp_path / "out")
-        assert f"clip {rows[3]['clip_id']!r} of {rows[3]['video']}: " in error
-        assert "9" in error
-        assert "(1 more clips likewise)" in error
-        assert "\n" not in error
-
-
 def test_a_segment_of_a_broken_video_is_unusable_not_refused(tiny, tmp_path):
     clip = Clip("1", "1.webm", "train", {}, start_seconds=5, end_seconds=9)
     broken = VideoError("the file is cut short")
@@ -165,6 +151,9 @@ def test_all_videos_missing_is_refused(tiny, tmp_path):
     (tmp_path / "videos").mkdir()
     for command in (["teach", "rgb"], ["build", *expert(tiny, "rgb"), "--max-unusable", 99]):
         options = stage_one(tiny, videos=tmp_path / "videos")
+        lost = refused("mmkd-cache", *command, *options, "-o", tmp_path / "out", code=74)
+        assert "is empty or gone, and it held videos before: is its disk mounted, and --videos right?" in lost
+        options += ["--facts", tmp_path / "facts"]  # without those that are kept beside the manifest
         error = refused("mmkd-cache", *command, *options, "-o", tmp_path / "out")
         assert f"none of 14 clips can be read below {tmp_path / 'videos'}" in error
         assert "video not found" in error

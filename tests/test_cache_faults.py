@@ -269,3 +269,68 @@ def test_a_fault_of_the_video_that_repeats_in_a_fresh_worker_becomes_a_status(qu
     assert (tmp_path / "marks").stat().st_size == 2
     assert set(status_of_row(out, 2)) == {Status.DECODE_FAILED}
     assert (CacheReader(out).status("train", "rgb") == Status.OK).sum() == 2 * 13
+
+
+# ---- videos that are not there
+
+
+@pytest.mark.parametrize("mount_point", ["gone", "empty"])
+def test_a_video_folder_that_is_lost_in_the_middle_leaves_no_status(quick, tmp_path, mount_point):
+    out, videos = tmp_path / "cache", shutil.copytree(quick.root / "videos", tmp_path / "videos")
+    facts = ["--facts", tmp_path / "facts", "--videos", videos]
+    source = {"fault": "lost", "times": 1, "marks": str(tmp_path / mount_point)}
+    result = quick.build(out, *facts, "--workers", 1, faults=faulty(quick, tmp_path, **source))
+    assert result.code == 74, result.err
+    assert re.search(r"video not found: .*, though it was there before, below .*run again", one_line(result.err))
+    result = quick.build(out, *facts, "--workers", 1)
+    assert result.code == (2 if mount_point == "gone" else 74), "nothing was recorded by the next run either"
+    assert "does not exist" in result.err if mount_point == "gone" else "is its disk mounted" in result.err
+    shutil.rmtree(videos, ignore_errors=True)
+    (tmp_path / "videos-elsewhere").rename(videos)
+    heal(quick, out)
+
+
+def with_segments(quick: Forked, path: Path) -> list[str]:
+    """Write the manifest with two segments that lie outside their video; return their names."""
+    rows = rows_of(quick.root / "manifest.jsonl")
+    rows[3].update(end_seconds=99.0)
+    rows[7].update(start_seconds=98.0)
+    write_rows(path, rows)
+    return [f"train/{rows[number]['clip_id']}" for number in (3, 7)]
+
+
+def test_a_segment_outside_its_video_is_recorded_and_the_build_goes_on(quick, tmp_path):
+    late, outside = with_segments(quick, tmp_path / "m.jsonl")
+    result = quick.build(tmp_path / "c", "--manifest", tmp_path / "m.jsonl", "--json")
+    assert result.code == 3, result.err
+    assert "2 of 28 clips, in 2 of 28 videos, cannot be used (segment " in result.err
+    unusable = json.loads(result.out)["unusable"]
+    assert set(unusable) == {late, outside}
+    assert "data.clip_segments=true clips it" in unusable[late]
+    clip = ["--set", "data.clip_segments=true"]
+    clipped = quick.build(tmp_path / "d", "--manifest", tmp_path / "m.jsonl", *clip, "--json")
+    assert set(json.loads(clipped.out)["unusable"]) == {outside}
+
+
+def test_missing_videos_are_counted_first_and_no_process_looks_for_them(quick, tmp_path):
+    """Its workers would count: the source notes every read."""
+    videos = shutil.copytree(quick.root / "videos", tmp_path / "videos")
+    rows = rows_of(quick.root / "manifest.jsonl")[1:]
+    kept = {rows[0]["video"], rows[-1]["video"]}
+    for row in rows:
+        if row["video"] not in kept:
+            (videos / row["video"]).unlink()
+    places = ["--videos", videos, "--facts", tmp_path / "facts", "--workers", 1]
+    counts = "26 of 28 clips, in 26 of 28 videos, cannot be used (video not found: 26 clips of 26 videos)"
+    planned = quick.run("plan", *quick.options(), *places, "-o", tmp_path / "c", "--json")
+    assert planned.code == 0, planned.err
+    assert counts in planned.err
+    splits = json.loads(planned.out)["splits"]
+    assert [(split["clips"], split["unusable"], split["clips_left"]) for split in splits.values()] == [
+        (14, 13, 1)
+    ] * 2
+    result = quick.build(tmp_path / "c", *places, "--max-unusable", 26)
+    assert result.code == 0, result.err
+    assert result.err.index(counts) < result.err.index("building:")
+    assert set(status_of_row(tmp_path / "c", 0)) == {Status.OK}
+    assert (CacheReader(tmp_path / "c").status("train", "rgb")[1:] == Status.DECODE_FAILED).all()

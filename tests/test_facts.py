@@ -151,7 +151,7 @@ def test_the_same_size_at_another_time_is_a_change(root, tmp_path):
 def test_stricter_limits_hold_for_what_is_kept(root, tmp_path):
     probe_counted(root, tmp_path / "facts", VIDEOS)
     found, probed = probe_counted(root, tmp_path / "facts", VIDEOS, Limits(max_pixels=100))
-    assert probed == VIDEOS
+    assert list(dict.fromkeys(probed)) == VIDEOS, "each is doubted once"
     assert all("the limit is 100 pixels" in str(found[video]) for video in VIDEOS)
 
 
@@ -228,10 +228,66 @@ def test_a_pack_that_cannot_be_written_costs_nothing_but_time(root, tmp_path):
     assert not list(store.glob(".*.tmp"))
 
 
-def test_a_store_that_cannot_be_written_is_named(root, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_facts_that_cannot_be_kept_cost_a_warning_that_names_the_option(root, tmp_path, caplog, workers):
     (tmp_path / "facts").write_text("a file where the folder should be")
-    with pytest.raises(StorageError, match="cannot keep video facts in"):
-        probe_all(VideoFiles(root), VIDEOS, store=tmp_path / "facts", workers=0)
+    found = probe_all(VideoFiles(root), VIDEOS, store=tmp_path / "facts", workers=workers)
+    assert [facts.frame_count for facts in found.values()] == [6, 7, 8]
+    (record,) = caplog.records
+    assert str(tmp_path / "facts") in record.getMessage()
+    assert "--facts FOLDER" in record.getMessage()
+
+
+def test_what_another_user_keeps_is_read_and_left_alone(root, tmp_path, caplog):
+    """One video is newer than what is kept of it, and nothing there can be replaced."""
+    store = tmp_path / "facts"
+    probe_counted(root, store, VIDEOS)
+    unpack(store)
+    shutil.copyfile(root / "2.webm", root / "0.webm")
+    kept = facts_path(store, "0.webm")
+    kept.unlink()
+    kept.mkdir()  # even root cannot move a file here
+    found, probed = probe_counted(root, store, VIDEOS)
+    assert (probed, found["0.webm"].frame_count) == (["0.webm"], 8)
+    assert "video facts are not kept" in caplog.text
+    assert kept.is_dir()
+
+
+def test_a_missing_video_starts_no_process(root, tmp_path):
+    """A process that probes would be counted by what it leaves: the source notes in a file who probes."""
+    found, probed = probe_counted(root, tmp_path / "facts", ["none.webm", *VIDEOS])
+    assert probed == VIDEOS
+    assert str(found["none.webm"]) == "video not found: none.webm"
+
+
+@pytest.mark.parametrize("known", ["kept", "packed"])
+def test_a_folder_that_lost_its_videos_is_the_machines_fault(root, tmp_path, known):
+    (root / "disk").mkdir()
+    shutil.copyfile(root / "2.webm", root / "disk" / "2.webm")
+    videos = [*VIDEOS, "disk/2.webm"]
+    first, _ = probe_counted(root, tmp_path / "facts", videos)
+    if known == "kept":
+        unpack(tmp_path / "facts")
+    (root / "disk").rename(tmp_path / "elsewhere")
+    for mount_point in ("gone", "empty"):
+        if mount_point == "empty":
+            (root / "disk").mkdir()
+        with pytest.raises(StorageError, match=r"videos/disk is empty or gone, .* is its disk mounted\?"):
+            probe_counted(root, tmp_path / "facts", videos)
+    (root / "disk").rmdir()
+    (tmp_path / "elsewhere").rename(root / "disk")
+    again, probed = probe_counted(root, tmp_path / "facts", videos)
+    assert probed == []
+    assert all(same(again[video], first[video]) for video in videos)
+
+
+def test_a_folder_that_never_held_a_video_is_no_fault_of_the_machine(root, tmp_path):
+    (root / "empty").mkdir()
+    found, _ = probe_counted(root, tmp_path / "facts", [*VIDEOS, "empty/a.webm", "none/b.webm"])
+    assert [str(found[video]) for video in ("empty/a.webm", "none/b.webm")] == [
+        "video not found: empty/a.webm",
+        "video not found: none/b.webm",
+    ]
 
 
 ABORTING = """
@@ -282,7 +338,8 @@ def test_damaged_kept_facts_are_never_served_wrong(data):
     kept = bytearray(encode_facts(facts, video="v", stamp="s"))
     position = data.draw(st.integers(0, len(kept) - 1))
     kept[position] ^= data.draw(st.integers(1, 255))
-    assert decode_facts(bytes(kept), video="v", stamp="s") is None
+    found = decode_facts(bytes(kept), video="v", stamp="s")
+    assert found is None or same(found, facts), "only white space between the words may pass"
 
 
 @pytest.mark.parametrize("header", [b"", b"[]", b"null", b'{"schema": "mmkd-facts-1"}', b"\xff", b"[" * 100_000])

@@ -1,5 +1,6 @@
 """Exact frames: barcode videos over containers, codecs and GOP structures, and files that must be refused."""
 
+import errno
 import importlib.util
 import os
 import sys
@@ -17,7 +18,7 @@ from mmkd.cache_tools.containers import is_cut_short
 from mmkd.cache_tools.frames import Limits, VideoFiles, choose_decoder, clip_facts
 from mmkd.cache_tools.packets import index_packets, is_hidden, open_video
 from mmkd.cache_tools.records import VideoFacts
-from mmkd.data_manifests.errors import VideoError
+from mmkd.data_manifests.errors import StorageError, VideoError
 from mmkd.data_manifests.records import Clip
 
 
@@ -349,15 +350,99 @@ def test_paths_stay_in_the_root(root, write, tmp_path):
     (inner / "folder" / "in.webm").write_bytes((root / write("vp9.webm")).read_bytes())
     (inner / "alias.webm").symlink_to("folder/in.webm")
     (tmp_path / "root_alias").symlink_to(inner)
-    (inner / "out.webm").symlink_to(root / "vp9.webm")
     for files in (VideoFiles(inner), VideoFiles(tmp_path / "root_alias")):
         assert files.probe("alias.webm").frame_count == 100
-        for video in ("out.webm", "../root_sibling/x.webm", str(root / "vp9.webm")):
+        for video in ("../root_sibling/x.webm", str(root / "vp9.webm")):
             with pytest.raises(VideoError, match="out of the video root"):
                 files.probe(video)
         for video in ("none.webm", "folder", "folder/none.webm"):
             with pytest.raises(VideoError, match=f"^video not found: {video}$"):
                 files.probe(video)
+
+
+STRANGER = 54321
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "chain"])
+@pytest.mark.parametrize(("links", "owner", "follows"), [
+    ("own", "me", True), ("own", "stranger", False), ("own", "stranger's file", True),
+    ("allow", "stranger", True), ("refuse", "me", False),
+])  # fmt: skip
+def test_links_out_of_the_root_are_followed_where_their_owner_may(
+    root, write, tmp_path, kind, links, owner, follows
+):
+    store, inner = tmp_path / "store", tmp_path / "root"
+    store.mkdir()
+    inner.mkdir()
+    data = (root / write("vp9.webm")).read_bytes()
+    (store / "5f2a.webm").write_bytes(data)
+    if kind == "folder":
+        link, video = inner / "linked", "linked/5f2a.webm"
+        link.symlink_to(store)
+    else:
+        link, video = inner / "clip.webm", "clip.webm"
+        (store / "latest").symlink_to("5f2a.webm")
+        link.symlink_to(store / ("latest" if kind == "chain" else "5f2a.webm"))
+    if owner != "me":
+        try:
+            os.lchown(link, STRANGER, -1)
+            if owner == "stranger's file":
+                os.chown(store / "5f2a.webm", STRANGER, -1)
+        except PermissionError:
+            pytest.skip("only root can give files away")
+    files = VideoFiles(inner, links=links)
+    if follows:
+        assert files.probe(video).frame_count == 100
+    else:
+        with pytest.raises(VideoError, match=r"a link leads out of the video root.*; data.links=allow follows it"):
+            files.probe(video)
+
+
+def test_a_link_that_leads_nowhere_or_to_itself_is_no_video(tmp_path):
+    (tmp_path / "a.webm").symlink_to("gone.webm")
+    (tmp_path / "b.webm").symlink_to("b.webm")
+    for video in ("a.webm", "b.webm", "x" * 300, "a.webm/b.webm"):
+        with pytest.raises(VideoError, match=f"^video not found: {video}$"):
+            VideoFiles(tmp_path).probe(video)
+
+
+FAULTS = (
+    "EACCES",
+    "EPERM",
+    "ESTALE",
+    "ETIMEDOUT",
+    "EIO",
+    "ENOMEM",
+    "EHOSTDOWN",
+    "EHOSTUNREACH",
+    "ENOTCONN",
+    "EMFILE",
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_file_that_the_system_cannot_look_at_is_the_machines_fault(root, write, monkeypatch, fault):
+    """No file system here can be made to fail so, so `stat` is told to."""
+    name, stat = write("vp9.webm"), os.stat
+
+    def failing(path, **options):
+        if str(path).endswith(name):
+            raise OSError(getattr(errno, fault), os.strerror(getattr(errno, fault)))
+        return stat(path, **options)
+
+    files = VideoFiles(root)
+    facts = files.probe(name)
+    monkeypatch.setattr(os, "stat", failing)
+    for method in (files.stamp, files.probe, lambda video: files.read(video, np.array([3]), facts)):
+        with pytest.raises(StorageError, match=f"{name}: {os.strerror(getattr(errno, fault))}; nothing was lost"):
+            method(name)
+
+
+def test_a_file_whose_bytes_cannot_be_read_is_the_machines_fault(tmp_path):
+    """The memory of a process is a regular file that gives EIO."""
+    (tmp_path / "broken_disk.webm").symlink_to("/proc/self/mem")
+    with pytest.raises(StorageError, match=r"cannot read /proc/\d+/mem: Input/output error"):
+        VideoFiles(tmp_path).probe("broken_disk.webm")
 
 
 def test_a_name_with_a_zero_byte_is_refused(tmp_path):
@@ -389,7 +474,7 @@ def test_a_file_changed_since_the_probe_is_noticed(root, write, tmp_path, name):
     with pytest.raises(VideoError, match=r"truncated|not a video"):
         files.read(name, np.array([3]), facts)
     path.unlink()
-    with pytest.raises(VideoError, match="video not found"):
+    with pytest.raises(StorageError, match=r"video not found: .*, though it was there before, below"):
         files.read(name, np.array([3]), facts)
 
 

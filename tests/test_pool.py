@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkd.cache_tools import pool
+from mmkd.cache_tools import pool_worker
 from mmkd.cache_tools.pool import LOOK_AHEAD, run_tasks
 from mmkd.data_manifests.errors import StorageError, VideoError
 
@@ -129,11 +129,84 @@ def test_an_item_is_tried_again_once_in_a_fresh_worker(tmp_path, fault):
     assert len(set(log.read_text().split())) == 2
 
 
-def test_an_item_is_not_tried_a_third_time(tmp_path):
-    log = tmp_path / "processes"
-    item = f"(print('x', file=open({str(log)!r}, 'a')), {KILL.format(9)})"
-    assert plain(run_tasks(eval, [item], workers=1)) == ["error: decoder died"]
-    assert log.read_text().split() == ["x", "x"]
+def logged(log: Path, fault: str) -> str:
+    """An item that notes that it was tried, then meets the fault."""
+    return f"(print('x', file=open({str(log)!r}, 'a')), {fault})[1]"
+
+
+@pytest.mark.parametrize(("fault", "tries"), [(KILL.format(9), 3), (KILL.format(11), 3), (HANG, 2)])
+def test_an_item_that_takes_its_workers_while_others_go_well_is_to_blame(tmp_path, fault, tries):
+    results = run_tasks(eval, ["'well'", logged(tmp_path / "log", fault)], workers=1, timeout_seconds=1)
+    assert plain(results) == ["well", f"error: {'took longer than 1 s' if fault == HANG else 'decoder died'}"]
+    assert (tmp_path / "log").read_text().split() == ["x"] * tries
+
+
+@pytest.mark.parametrize(("fault", "advice"), [(KILL.format(9), "out of memory"), (HANG, "is the disk")])
+def test_where_nothing_goes_well_the_machine_is_to_blame(tmp_path, fault, advice):
+    """The same item went well, as those before a mount is lost or memory fills."""
+    item = f"1 if not __import__('os').path.exists({str(tmp_path / 'lost')!r}) else {fault}"
+    results = run_tasks(eval, iter_losing([item] * 9, tmp_path / "lost"), workers=1, timeout_seconds=1)
+    values = [value for _, value in results]
+    assert values[0] == 1
+    assert isinstance(values[-1], StorageError)
+    assert advice in str(values[-1])
+    assert "and so did others" in str(values[-1])
+    assert not any(isinstance(value, VideoError) for value in values)
+
+
+def iter_losing(items: list[str], lost: Path):
+    for number, item in enumerate(items):
+        if number == len(items) - 1:
+            lost.touch()
+        yield item
+
+
+@pytest.mark.parametrize("fault", [KILL.format(9), HANG])
+def test_where_nothing_is_known_to_go_well_a_canary_tells(fault):
+    (alone,) = [value for _, value in run_tasks(eval, [fault], workers=1, timeout_seconds=1)]
+    assert isinstance(alone, StorageError)
+    (judged,) = plain(run_tasks(eval, [fault], workers=1, timeout_seconds=1, canaries=["1"]))
+    assert judged.startswith("error: ")
+
+
+def test_nothing_else_is_at_work_when_an_item_is_tried_for_the_last_time(tmp_path):
+    at_work, log = tmp_path / "at work", tmp_path / "log"
+    mark = f"__import__('pathlib').Path({str(at_work)!r})"
+    other = f"({mark}.touch(), __import__('time').sleep(0.3), {mark}.unlink(missing_ok=True), 'other')[3]"
+    seen = f"open({str(log)!r}, 'a').write('busy ' if {mark}.exists() else 'quiet ')"
+    results = run_tasks(eval, [f"({seen}, {KILL.format(9)})", *[other] * 5], workers=2)
+    assert plain(results) == ["error: decoder died", *["other"] * 5]
+    assert log.read_text().split()[-1] == "quiet"
+
+
+def test_running_out_of_memory_twice_is_the_machines_fault():
+    item = "exec('raise MemoryError')"
+    for workers in (0, 1):
+        (value,) = [value for _, value in run_tasks(eval, [item], workers=workers)]
+        assert isinstance(value, StorageError)
+        assert "out of memory" in str(value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_known_is_its_own_value_and_starts_no_worker(workers):
+    known = VideoError("not found")
+    results = run_tasks(eval, [known] * 1000, workers=workers)
+    assert next(results) == (0, known)
+    assert not workers_of(os.getpid())
+    assert [value for _, value in results] == [known] * 999
+
+
+def test_known_items_between_the_others_leave_no_worker_without_work(tmp_path):
+    """Each of two items waits until the other one has begun, with a hundred known ones between them."""
+    meet = (
+        "(lambda own, other: (own.touch(),"
+        " [__import__('time').sleep(0.02) for _ in range(500) if not other.exists()], other.exists())[2]"
+        ")(*map(__import__('pathlib').Path, {}))"
+    )
+    names = [str(tmp_path / name) for name in "ab"]
+    items = [meet.format(names), *[VideoError("not found")] * 100, meet.format(names[::-1])]
+    values = [value for _, value in run_tasks(eval, items, workers=2)]
+    assert (values[0], values[-1]) == (True, True)
 
 
 def test_items_are_taken_with_a_bounded_look_ahead():
@@ -257,7 +330,7 @@ def test_a_function_of_the_main_module_is_refused_with_advice(monkeypatch):
 
 
 def test_workers_that_cannot_start_stop_the_job(monkeypatch):
-    monkeypatch.setattr(pool.sys, "executable", "/bin/false")
+    monkeypatch.setattr(pool_worker.sys, "executable", "/bin/false")
     with pytest.raises(StorageError, match="cannot be started"):
         list(run_tasks(eval, ["1", "2"], workers=2))
 
@@ -320,4 +393,4 @@ def test_each_item_gets_its_own_outcome_whatever_the_others_do(faults, workers):
     texts = {"kill": "error: decoder died", "video error": "error: no frame"}
     items = [codes.get(fault, str(i)) for i, fault in enumerate(faults)]
     expected = [texts.get(fault, i) for i, fault in enumerate(faults)]
-    assert plain(run_tasks(eval, items, workers=workers)) == expected
+    assert plain(run_tasks(eval, ["0", *items], workers=workers)) == [0, *expected]
