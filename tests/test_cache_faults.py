@@ -281,7 +281,9 @@ def test_a_video_folder_that_is_lost_in_the_middle_leaves_no_status(quick, tmp_p
     source = {"fault": "lost", "times": 1, "marks": str(tmp_path / mount_point)}
     result = quick.build(out, *facts, "--workers", 1, faults=faulty(quick, tmp_path, **source))
     assert result.code == 74, result.err
-    assert re.search(r"video not found: .*, though it was there before, below .*run the same command again", one_line(result.err))
+    assert re.search(
+        r"video not found: .*, though it was there before, below .*run the same command again", one_line(result.err)
+    )
     result = quick.build(out, *facts, "--workers", 1)
     assert result.code == (2 if mount_point == "gone" else 74), "nothing was recorded by the next run either"
     assert "does not exist" in result.err if mount_point == "gone" else "is its disk mounted" in result.err
