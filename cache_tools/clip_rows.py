@@ -60,12 +60,13 @@ class StoredClips:
 
 def stored_clips(store: Store, init: CacheInit, split: str) -> StoredClips:
     """Read a split's ids and labels; raise VerificationError when they are damaged or not written yet."""
-    ids = tuple(str(clip_id) for clip_id in _static_array(store, init, f"{split}/clip_id"))
-    labels = {head: _static_array(store, init, label_array(split, head)) for head in init.base["heads"]}
+    ids = tuple(str(clip_id) for clip_id in static_array(store, init, f"{split}/clip_id"))
+    labels = {head: static_array(store, init, label_array(split, head)) for head in init.base["heads"]}
     return StoredClips(split, ids, labels)
 
 
-def _static_array(store: Store, init: CacheInit, name: str) -> npt.NDArray[Any]:
+def static_array(store: Store, init: CacheInit, name: str) -> npt.NDArray[Any]:
+    """Read an array that the start wrote; raise VerificationError when it is damaged or not written yet."""
     keys = [key for key in init.objects if array_of(key) == name]
     return decode_array(name, {key: read_verified(store, group_key(key), init.objects[key]) for key in keys})
 

@@ -44,6 +44,7 @@ from mmkd.pipeline.experts import Expert
 from mmkd.pipeline.flow_store import FlowStore
 from mmkd.pipeline.prepare import ClipJob, FlowJob, PreparedClip, prepare_clip, with_flow
 from mmkd.pipeline.recipe import TeacherRecipe
+from mmkd.pipeline.retry_unusable import retry_unusable
 from mmkd.pipeline.shard_block import NodeResult, ShardBlock
 from mmkd.pipeline.stages import Stages
 
@@ -92,10 +93,12 @@ def build(
     *,
     task: tuple[int, int] = (0, 1),
     replace: Collection[str] = (),
+    retry: bool = False,
 ) -> BuildReport:
     """Build the cache in `out`, or finish or extend the one there; `task` is (i, n) for task i of n.
 
-    Experts of the cache that are not given stay as they are; those named in `replace` are computed anew.
+    Experts of the cache that are not given stay as they are; those named in `replace` are computed anew. With
+    `retry` the clips that are recorded as unusable and can be read now are computed again.
     Raises InputError, FingerprintError, StorageError, or InterruptedByUserError after a clean stop.
     """
     began = time.perf_counter()
@@ -109,6 +112,8 @@ def build(
         others.sweep()
         claims = Claims(own, others)
         with claims:
+            if retry:
+                retry_unusable(store, plan, others)
             init, metadata = initialise(
                 store,
                 plan.splits,

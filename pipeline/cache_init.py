@@ -188,7 +188,9 @@ def plan_init(
         changed = [key for key, value in there.objects.items() if hashes.get(key, value) != value]
         if contents := [key for key in changed if not key.endswith("zarr.json")]:
             raise FingerprintError(
-                f"{store.locate()}: the videos changed since the cache was started (in {contents[0]}). {NEW_PLACE}"
+                f"{store.locate()}: the videos changed since the cache was started (in {contents[0]}). "
+                f"{NEW_PLACE}. "
+                "Where videos could not be read then and can be now, build with --retry-unusable"
             )
     versions = environment() if there is None else there.environment
     return there, CacheInit(base, fields, layouts, held_out, hashes, versions), objects

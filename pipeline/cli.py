@@ -128,6 +128,11 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
 @click.option(
     "--max-unusable", type=click.IntRange(0), default=0, show_default=True, help="Clips that may be unusable."
 )
+@click.option(
+    "--retry-unusable",
+    is_flag=True,
+    help="Compute clips again that are recorded as unusable and can be read now, with all experts of the cache.",
+)
 @as_json
 def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
     """Run the teacher once over every clip's views and write its logits to a cache.
@@ -146,7 +151,8 @@ def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
 
     teacher = load_teacher(options["experts"], choose_device(options["device"]))
     task = options["task"], options["tasks"]
-    report = build_cache(recipe, teacher, options["out"], task=task, replace=options["replace"])
+    chosen = {"replace": options["replace"], "retry": options["retry_unusable"]}
+    report = build_cache(recipe, teacher, options["out"], task=task, **chosen)
     value = {
         "clips": report.clips,
         "shards": report.shards,

@@ -186,7 +186,7 @@ def broken(tiny, tmp_path_factory):
 def test_a_build_goes_on_over_broken_videos_and_ends_with_exit_3(broken):
     assert broken.result.code == 3, broken.result.err[-3000:]
     assert "Traceback" not in broken.result.err
-    assert broken.kills == 2, "one worker, and the fresh one that tried again"
+    assert broken.kills in (2, 3), "one worker, a fresh one that tried again, and one with the machine to itself"
     report = json.loads(broken.result.out)
     assert report["clips"] == 28
     assert len(report["unusable"]) == len(broken.clips) == 11

@@ -336,3 +336,43 @@ def test_missing_videos_are_counted_first_and_no_process_looks_for_them(quick, t
     assert result.err.index(counts) < result.err.index("building:")
     assert set(status_of_row(tmp_path / "c", 0)) == {Status.OK}
     assert (CacheReader(tmp_path / "c").status("train", "rgb")[1:] == Status.DECODE_FAILED).all()
+
+
+def test_missing_videos_that_are_back_are_computed_when_asked_for(quick, tmp_path):
+    """To the bytes of a build that had them all along; killed in between, the same command goes on."""
+    out, videos = tmp_path / "c", shutil.copytree(quick.root / "videos", tmp_path / "videos")
+    places = ["--videos", videos, "--facts", tmp_path / "facts"]
+    names = [rows_of(quick.root / "manifest.jsonl")[number]["video"] for number in (2, 9, 20)]
+    for name in names:
+        (videos / name).rename(tmp_path / name)
+    assert quick.build(out, *places, "--max-unusable", 3).code == 0
+    for name in names:
+        (tmp_path / name).rename(videos / name)
+    refused = quick.build(out, *places)
+    assert refused.code == 5
+    assert "build with --retry-unusable" in one_line(refused.err)
+    before = contents(out)
+    assert quick.build(out, *places, "--retry-unusable", experts=("rgb",)).code == 2, "boxes saw them, too"
+    assert quick.build(out, *places, "--retry-unusable", "--set", "view_seed=7").code == 5
+    assert contents(out) == before
+    for step in ("deleted root.json", "deleted commits/.*", "opened init.json", "synced init.json"):
+        stopped = quick.build(out, *places, "--retry-unusable", faults={"acts": [{"match": step, "do": "kill"}]})
+        assert stopped.code == -9, (step, stopped.err)
+    result = quick.build(out, *places, "--retry-unusable")
+    assert result.code == 0, result.err
+    assert contents(out) == contents(quick.cache)
+    again = quick.build(out, *places, "--retry-unusable", "--json")
+    assert json.loads(again.out)["shards"] == 0
+    assert "no clip that is recorded as unusable can be read now" in again.err
+
+
+def test_clips_that_a_dying_decoder_took_are_computed_again_when_asked_for(quick, tmp_path):
+    out = tmp_path / "c"
+    result = quick.build(out, "--workers", 1, faults=faulty(quick, tmp_path, fault="broken"))
+    assert result.code == 3, result.err
+    assert quick.build(out).code == 3, "a status is for good"
+    built = quick.build(out, "--retry-unusable", "--json")
+    assert built.code == 0, built.err
+    assert json.loads(built.out)["shards"] == 1
+    assert "1 unusable clip can be read now, and computed again" in built.err
+    assert contents(out) == contents(quick.cache)
