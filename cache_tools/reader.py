@@ -210,7 +210,8 @@ class CacheReader:
         return format_of(self.init.experts[expert]["precision"])
 
     def status(self, split: str, expert: str) -> UInt8Array:
-        """Return (rows, views): the `Status` of each view."""
+        """Return (rows, views): the `Status` of each view; raise InputError for an expert that is not there."""
+        self.storage(expert)
         status: UInt8Array = self.array(status_array(split, expert))[: self.layout(split).rows]
         return status
 

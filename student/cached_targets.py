@@ -72,6 +72,11 @@ def softmin_mixtures(
     uniform = dict.fromkeys(heads, Mixture(uniform_weights(reader.experts)))
     if reader.held_out is None:
         return uniform, "the experts share no held-out part of the training split: uniform weights are used"
+    if train_split not in reader.layouts:
+        return (
+            uniform,
+            f"the cache has no split {train_split!r}, on which weights are fitted: uniform ones are used",
+        )
     table = reader.split(train_split)
     rows = np.flatnonzero(reader.held_out.mask(reader.dataset, table.clip_ids))
     if not len(rows):
@@ -106,13 +111,21 @@ def mix_split(reader: CacheReader, split: str, mixtures: HeadMixtures, missing: 
 
 def valid_views(reader: CacheReader, split: str, mixtures: HeadMixtures, missing: Missing) -> npt.NDArray[np.bool_]:
     """Return (rows, views) whether every head has a teacher; raise InputError when no view has."""
+    valid = teacher_views(reader, split, mixtures, missing)
+    if not valid.any():
+        raise InputError(f"the cache holds no usable teacher logits for split {split!r}; see `mmkd-cache inspect`")
+    return valid
+
+
+def teacher_views(
+    reader: CacheReader, split: str, mixtures: HeadMixtures, missing: Missing
+) -> npt.NDArray[np.bool_]:
+    """Return (rows, views) whether every head has a teacher; raise InputError for an expert that is not there."""
     experts = sorted({expert for mixture in mixtures.values() for expert in mixture.weights})
     usable = {expert: reader.usable(split, expert) for expert in experts}
     valid: npt.NDArray[np.bool_] = np.logical_and.reduce(
         [mixable(usable, weights=mixture.weights, missing=missing) for mixture in mixtures.values()]
     )
-    if not valid.any():
-        raise InputError(f"the cache holds no usable teacher logits for split {split!r}; see `mmkd-cache inspect`")
     return valid
 
 

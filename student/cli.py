@@ -1,6 +1,7 @@
 """The command `mmkd-student`: thin; every command parses, builds its recipe, calls one function and prints."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from mmkd.cache_tools.command import (
 )
 from mmkd.cache_tools.help_text import WholeHelpGroup, example
 from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
-from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import load_manifest
 from mmkd.student.run_files import EVALUATION_FILE, RUN_FILE, read_run
@@ -86,6 +86,7 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
         raise click.UsageError("--fresh-views needs --labels-only: cached targets belong to cached views")
     from mmkd.student.devices import choose_device
     from mmkd.student.distil import Mode, train_student
+    from mmkd.student.table_text import metric_lines
 
     mode = Mode(options["labels_only"], options["fresh_views"])
     report = train_student(
@@ -112,6 +113,7 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
     recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named_data(options), base=base)
     from mmkd.student.devices import choose_device
     from mmkd.student.distil import evaluate_run
+    from mmkd.student.table_text import metric_lines
 
     device = choose_device(options["device"])
     metrics = evaluate_run(recipe, options["cache"], options["run"], device=device)
@@ -139,7 +141,8 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
     show_default=True,
     help="Temperature of the softmin for --weights heldout.",
 )
-@click.option("--train-split", default="train", show_default=True, help="The split that the table leaves out.")
+@click.option("--train-split", help="A split that the table leaves out [default: the cache's training split].")
+@click.option("--common", is_flag=True, help="Compare over those clips alone that every row has.")
 @click.option("--tables", multiple=True, type=FILE, help="Merge tables of several seeds instead; repeatable.")
 @click.option("--out", type=FILE, help="Write the table as JSON, for --tables.")
 @as_json
@@ -148,12 +151,19 @@ def compare(**options: Any) -> None:
 
     With --tables, merge the tables of several seeds into means and standard deviations.
     """
-    from mmkd.student.compare import load_table, merge_tables, render
+    from mmkd.student.compare import load_table, merge_tables
+    from mmkd.student.table_text import render
 
+    if options["tables"] and options["common"]:
+        raise click.UsageError(
+            "--common needs the clips: give it when each seed's table is made, not with --tables"
+        )
     table = merge_tables([load_table(path) for path in options["tables"]]) if options["tables"] else _table(options)
     if options["out"]:
         options["out"].write_text(json.dumps(table.to_json(), indent=1) + "\n")
-    print_result(table.to_json(), as_json=options["as_json"], lines=[render(table)])
+    print_result(
+        table.to_json(), as_json=options["as_json"], lines=[render(table, width=shutil.get_terminal_size().columns)]
+    )
 
 
 def _table(options: dict[str, Any]) -> Any:
@@ -161,6 +171,8 @@ def _table(options: dict[str, Any]) -> Any:
     from mmkd.student.cached_targets import choose_weights
     from mmkd.student.compare import compare as compare_runs
     from mmkd.student.compare import mixtures_of_runs
+    from mmkd.student.evaluation import left_out_splits
+    from mmkd.student.run_data import check_manifest
 
     if options["cache"] is None or options["manifest"] is None:
         raise click.UsageError("give --cache and --manifest, or --tables to merge finished tables")
@@ -171,19 +183,30 @@ def _table(options: dict[str, Any]) -> Any:
             raise InputError(f"--run {text!r}: expected NAME=DIR, each name once")
         runs[name] = Path(directory)
     reader = CacheReader(options["cache"])
-    mixtures = None if options["weights"] else mixtures_of_runs(runs)
+    manifest = load_manifest(options["manifest"])
+    check_manifest(reader, manifest)
+    mixtures, absent = (None, None) if options["weights"] else mixtures_of_runs(runs, reader)
+    if absent:
+        click.echo(f"{absent}: the teacher's row has uniform weights over {', '.join(reader.experts)}", err=True)
     if mixtures is None:
         mixtures, warning = choose_weights(
             reader,
             options["weights"] or "uniform",
             weights_temperature=options["weights_temperature"],
-            train_split=options["train_split"],
+            train_split=options["train_split"] or reader.init.train_split,
         )
         if warning:
             click.echo(warning, err=True)
-    manifest = load_manifest(options["manifest"])
+    for line in left_out_splits(reader, manifest, options["train_split"]):
+        click.echo(line, err=True)
     return compare_runs(
-        reader, manifest, runs, mixtures=mixtures, missing="renormalise", train_split=options["train_split"]
+        reader,
+        manifest,
+        runs,
+        mixtures=mixtures,
+        missing="renormalise",
+        train_split=options["train_split"],
+        common=options["common"],
     )
 
 
@@ -216,17 +239,6 @@ def config_example(data_set: str) -> None:
 def config_schema() -> None:
     """Print the JSON schema of the recipe."""
     click.echo(json.dumps(StudentRecipe.model_json_schema(), indent=1))
-
-
-def metric_lines(metrics: dict[str, Any]) -> list[str]:
-    """Return one line for each split, group and head."""
-    return [
-        f"{part} {head}: top-1 {100 * value['top1']:.1f}, top-5 {100 * value['top5']:.1f}, "
-        f"ECE {100 * value['ece']:.1f} ({counted(value['count'], 'clip')}"
-        + (f", {value['left_out']} left out)" if value["left_out"] else ")")
-        for part, heads in metrics.items()
-        for head, value in heads.items()
-    ]
 
 
 def main() -> None:

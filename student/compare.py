@@ -1,7 +1,6 @@
 """The comparison table: experts and teacher from cached logits, students from their runs, side by side."""
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +8,15 @@ from typing import Any
 
 from mmkd.cache_tools.mixing import HeadMixtures, Missing, Mixture
 from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.typed_json import typed
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.records import Manifest
-from mmkd.student.evaluation import SplitMetrics, evaluate_cached
+from mmkd.data_manifests.records import Clip, Manifest
+from mmkd.student.evaluation import SplitMetrics, SplitScores, evaluation_splits, refuse_nothing, score_cached
+from mmkd.student.evaluation_file import read_evaluation, read_scores
 from mmkd.student.run_data import check_manifest
 from mmkd.student.run_files import evaluation_path, run_mixtures
 
 SCHEMA = "mmkd-table-1"
-COLUMNS = (("top1", "top-1"), ("top5", "top-5"), ("ece", "ECE"))
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,31 @@ class Table:
         """Return the table for `load_table`."""
         return {"schema": SCHEMA, "rows": self.rows}
 
+    def parts(self) -> list[tuple[str, str]]:
+        """Return the (split or split/group, head) pairs that some model has metrics of, in order."""
+        seeds = [seed for seeds in self.rows.values() for seed in seeds]
+        return list(dict.fromkeys((part, head) for seed in seeds for part, heads in seed.items() for head in heads))
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One model before its metrics are taken."""
+
+    scores: Mapping[str, SplitScores] | None
+    """Split -> how it did on each clip; None for a run whose evaluation kept only metrics."""
+    stored: SplitMetrics
+    """Those metrics."""
+
+    def metrics(self, splits: Mapping[str, Sequence[Clip]], among: Mapping[str, Any] | None) -> SplitMetrics:
+        """Return its metrics over the clips of the splits, or those of them in `among` (split -> head -> ids)."""
+        if self.scores is None:
+            return {part: heads for part, heads in self.stored.items() if part.partition("/")[0] in splits}
+        found: SplitMetrics = {}
+        for split, clips in splits.items():
+            if split in self.scores:
+                found |= self.scores[split].metrics(clips, None if among is None else among[split])
+        return found
+
 
 def compare(
     reader: CacheReader,
@@ -38,108 +63,104 @@ def compare(
     *,
     mixtures: HeadMixtures,
     missing: Missing,
-    train_split: str,
+    train_split: str | None = None,
+    common: bool = False,
 ) -> Table:
-    """Return one seed's table: each expert, the teacher, then the runs (name -> directory) in order."""
+    """Return one seed's table: each expert, the teacher, then the runs (name -> directory) in order.
+
+    It is over the manifest's clips of the evaluation splits, without `train_split`; with `common`, over those of
+    them that every row has.
+    """
     check_manifest(reader, manifest)
-    rows: dict[str, SplitMetrics] = {}
-    for expert in reader.experts:
-        alone = {head.name: Mixture({expert: 1.0}) for head in reader.heads}
-        rows[f"{expert} expert"] = evaluate_cached(
-            reader, alone, missing, train_split=train_split, clips=manifest.clips
-        )
-    rows["teacher"] = evaluate_cached(reader, mixtures, missing, train_split=train_split, clips=manifest.clips)
+    names = evaluation_splits(reader, manifest, train_split)
+    refuse_nothing(reader, manifest, names, train_split)
+    splits = {name: manifest.split(name) for name in names}
+    teachers = {
+        f"{expert} expert": {head.name: Mixture({expert: 1.0}) for head in reader.heads}
+        for expert in reader.experts
+    } | {"teacher": mixtures}
+    rows = {
+        name: TableRow({split: score_cached(reader, split, mixture, missing) for split in names}, {})
+        for name, mixture in teachers.items()
+    }
     for name, directory in runs.items():
         if name in rows:
             raise InputError(f"a run may not be named {name!r}: the table has a row of that name")
-        rows[name] = run_metrics(directory, reader)
-    return Table({name: [metrics] for name, metrics in rows.items()})
+        rows[name] = run_row(directory, reader)
+    among = common_clips(rows, names) if common else None
+    return Table({name: [row.metrics(splits, among)] for name, row in rows.items()})
 
 
-def mixtures_of_runs(runs: Mapping[str, Path]) -> HeadMixtures | None:
-    """Return the teacher of the first run (name -> directory) that had one which can be evaluated, or None."""
+def common_clips(rows: Mapping[str, TableRow], splits: Sequence[str]) -> dict[str, dict[str, set[str]]]:
+    """Return split -> head -> ids of the clips that count in every row; InputError where a run does not tell."""
+    for name, row in rows.items():
+        if row.scores is None or not row.scores.keys() >= set(splits):
+            raise InputError(
+                f"--common needs the single clips of {', '.join(splits)}, which the evaluation of {name!r} lacks; "
+                "run `mmkd-student evaluate` on it again"
+            )
+    found: dict[str, dict[str, set[str]]] = {}
+    for split in splits:
+        scored = [row.scores[split] for row in rows.values() if row.scores is not None]
+        found[split] = {
+            head: set.intersection(*(own.counted_ids(head) for own in scored)) for head in scored[0].heads
+        }
+    return found
+
+
+def mixtures_of_runs(runs: Mapping[str, Path], reader: CacheReader) -> tuple[HeadMixtures | None, str | None]:
+    """Return the teacher of the first run (name -> directory) whose teacher the cache can give, or None.
+
+    The second value says which expert of a run's teacher the cache lacks, if that is why there is none.
+    """
+    absent: set[str] = set()
     for directory in runs.values():
         mixtures = run_mixtures(directory)
         if mixtures and all(mixture.sample_temperature is None for mixture in mixtures.values()):
-            return mixtures
-    return None
+            lacking = {name for mixture in mixtures.values() for name in mixture.weights} - set(reader.experts)
+            if not lacking:
+                return mixtures, None
+            absent |= lacking
+    if not absent:
+        return None, None
+    return None, f"the runs learned from {', '.join(sorted(absent))}, which this cache lacks"
 
 
-def run_metrics(directory: Path, reader: CacheReader) -> SplitMetrics:
+def run_row(directory: Path, reader: CacheReader) -> TableRow:
     """Return a run's evaluation with a cache; raise InputError when there is none."""
     path = evaluation_path(directory, reader.fingerprint, own=False)
     if not path.exists():
         path = evaluation_path(directory, reader.fingerprint, own=True)
-    try:
-        value = json.loads(path.read_bytes())
-        cache, metrics = value["cache"], value["metrics"]
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; run `mmkd-student evaluate {directory}` first") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error!r}); run `mmkd-student evaluate {directory}` again") from error
-    if cache != reader.fingerprint:
-        raise InputError(
-            f"{directory} was evaluated with another cache; run `mmkd-student evaluate {directory} --cache CACHE` "
-            "with this one"
-        )
-    result: SplitMetrics = metrics
-    return result
+    again = f"`mmkd-student evaluate {directory} --cache CACHE`"
+    evaluation = read_evaluation(path, again)
+    if evaluation.cache != reader.fingerprint:
+        raise InputError(f"{directory} was evaluated with another cache; run {again} with this one")
+    return TableRow(read_scores(path, evaluation, again), evaluation.metrics)
 
 
 def load_table(path: Path) -> Table:
     """Read a table that `compare` wrote."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read the table {path}: {error}") from error
     if not isinstance(value, dict) or value.get("schema") != SCHEMA or not value.get("rows"):
         raise InputError(f"{path} is not a table of `mmkd-student compare --out`")
-    return Table(value["rows"])
+    try:
+        table = Table(typed(dict[str, list[SplitMetrics]], value["rows"]))
+        if not all(table.rows.values()):
+            raise ValueError("rows: one has no metrics")
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); make it again with `mmkd-student compare --out`") from error
+    return table
 
 
 def merge_tables(tables: Sequence[Table]) -> Table:
     """Join tables of several seeds; raise InputError when their models differ."""
-    names, parts = list(tables[0].rows), table_parts(tables[0])
+    names, parts = list(tables[0].rows), tables[0].parts()
     for table in tables[1:]:
         if list(table.rows) != names:
             raise InputError(f"the tables hold other models: {names} and {list(table.rows)}")
-        if table_parts(table) != parts:
-            raise InputError(f"the tables hold other splits: {parts} and {table_parts(table)}")
+        if table.parts() != parts:
+            raise InputError(f"the tables hold other splits: {parts} and {table.parts()}")
     return Table({name: [metrics for table in tables for metrics in table.rows[name]] for name in names})
-
-
-def table_parts(table: Table) -> list[tuple[str, str]]:
-    """Return the (split or split/group, head) pairs that the table has metrics of, in order."""
-    first = next(iter(table.rows.values()))[0]
-    return [(part, head) for part, heads in first.items() for head in heads]
-
-
-def render(table: Table) -> str:
-    """Return the table as Markdown: percent, with the standard deviation over seeds where there are several."""
-    parts = table_parts(table)
-    several_heads = len({head for _, head in parts}) > 1
-    titles = [
-        f"{part} {head} {title}" if several_heads else f"{part} {title}"
-        for part, head in parts
-        for _, title in COLUMNS
-    ]
-    body = [
-        [
-            name,
-            *(cell([seed[part][head][key] for seed in seeds]) for part, head in parts for key, _ in COLUMNS),
-        ]
-        for name, seeds in table.rows.items()
-    ]
-    grid = [["model", *titles], *body]
-    widths = [max(len(row[column]) for row in grid) for column in range(len(grid[0]))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in grid
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def cell(fractions: Sequence[float]) -> str:
-    """Return percent with one decimal, and the sample standard deviation where there are several seeds."""
-    mean = 100 * statistics.fmean(fractions)
-    return f"{mean:.1f}" if len(fractions) == 1 else f"{mean:.1f} ± {100 * statistics.stdev(fractions):.1f}"

@@ -24,10 +24,18 @@ from mmkd.cache_tools.precision import kl_divergence
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.records import Float32Array
 from mmkd.data_manifests.atomic import write_atomically
-from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.errors import FingerprintError, InputError
 from mmkd.student.cached_targets import choose_weights, mix_split
 from mmkd.student.checkpoint import encode_network, latest_checkpoint
-from mmkd.student.evaluation import SplitMetrics, evaluate_split, evaluation_splits
+from mmkd.student.evaluation import (
+    SplitMetrics,
+    SplitScores,
+    evaluation_splits,
+    left_out_splits,
+    refuse_nothing,
+    score_split,
+)
+from mmkd.student.evaluation_file import write_evaluation
 from mmkd.student.metrics import average_views
 from mmkd.student.networks import build_network
 from mmkd.student.predict import predict
@@ -70,7 +78,7 @@ def train_student(
     if warning and not mode.labels_only:
         log.warning(warning)
     split = open_training(recipe, reader, clip_set, mode)
-    for name in evaluation_splits(reader, recipe.train_split):
+    for name in evaluation_splits(reader, clip_set.manifest, recipe.train_split):
         open_split(reader, clip_set, name, memory_bytes=0)  # what cannot be evaluated shows now, not after training
     targets = None
     if copies:
@@ -101,7 +109,7 @@ def train_student(
         },
     )
     write_atomically(out / MODEL_FILE, encode_network(network))
-    evaluate_run(recipe, cache, out, device=device)
+    evaluate_run(recipe, cache, out, device=device, may_be_empty=True)
     return report
 
 
@@ -111,8 +119,11 @@ def open_training(recipe: StudentRecipe, reader: CacheReader, clip_set: ClipSet,
     split = open_split(
         reader, clip_set, recipe.train_split, memory_bytes=memory_bytes, fresh_views=mode.fresh_views
     )
+    clips = len(split.rows) + split.left_out
+    if clips < split.table.rows:
+        log.info("training on %d of the cache's %d training clips: those of the manifest", clips, split.table.rows)
     if split.left_out:
-        log.warning("%d of %d training clips are left out: unreadable", split.left_out, split.table.rows)
+        log.warning("%d of %d training clips are left out: unreadable", split.left_out, clips)
     if not mode.fresh_views:
         found = check_thumbprints(reader, split.table, split.data, rows=split.rows, sample=recipe.thumbprint_sample)
         if found.rounded:
@@ -171,31 +182,55 @@ def write_run(
     write_atomically(out / RUN_FILE, (json.dumps(run, indent=1) + "\n").encode())
 
 
-def evaluate_run(recipe: StudentRecipe, cache: Path | str, run: Path, *, device: torch.device) -> SplitMetrics:
-    """Evaluate a finished run on every evaluation split of a cache, and write `evaluation_path`."""
+def evaluate_run(
+    recipe: StudentRecipe, cache: Path | str, run: Path, *, device: torch.device, may_be_empty: bool = False
+) -> SplitMetrics:
+    """Evaluate a finished run on every evaluation split of a cache, and write `evaluation_path`.
+
+    Raises InputError for a cache or a manifest without such a split, unless it `may_be_empty`.
+    """
     reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
     check_manifest(reader, clip_set.manifest)
     stored = read_run(run)
     if stored["heads"] != {head.name: list(head.classes) for head in reader.heads}:
         raise InputError(f"{run} was trained for other classes than the cache's (names or order differ)")
+    names = evaluation_splits(reader, clip_set.manifest, recipe.train_split)
+    if not may_be_empty:
+        refuse_nothing(reader, clip_set.manifest, names, recipe.train_split)
+    for line in left_out_splits(reader, clip_set.manifest, recipe.train_split):
+        log.warning(line)
     network = new_network(recipe, reader)
     load_model(network, run)
     mixtures = teacher_of_run(recipe, reader, run)
-    metrics: SplitMetrics = {}
-    for name in evaluation_splits(reader, recipe.train_split):
-        metrics |= evaluate_on(network, reader, clip_set, name, recipe=recipe, mixtures=mixtures, device=device)
-    value = {"cache": reader.fingerprint, "metrics": metrics}
+    scores, metrics = [], SplitMetrics()
+    for name in names:
+        found = evaluate_on(network, reader, clip_set, name, recipe=recipe, mixtures=mixtures, device=device)
+        scores.append(found[0])
+        metrics |= found[1]
     path = evaluation_path(run, reader.fingerprint, own=stored["cache"] == reader.fingerprint)
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+    write_evaluation(path, reader.fingerprint, metrics, scores)
     return metrics
 
 
-def teacher_of_run(recipe: StudentRecipe, reader: CacheReader, run: Path) -> HeadMixtures:
-    """Return what the run learned from; the recipe's for a baseline, or where the cache holds other experts."""
+def teacher_of_run(recipe: StudentRecipe, reader: CacheReader, run: Path) -> HeadMixtures | None:
+    """Return what the run learned from, or for a baseline what its recipe says; None where the cache lacks it.
+
+    That is said: a trained student is worth its metrics even where it has no teacher.
+    """
     mixtures = run_mixtures(run)
-    experts = {expert for mixture in (mixtures or {}).values() for expert in mixture.weights}
-    if mixtures is None or not experts <= set(reader.experts):
-        return chosen_mixtures(recipe, reader)[0]
+    warning = None
+    try:
+        if mixtures is None:
+            mixtures, warning = chosen_mixtures(recipe, reader)
+    except (InputError, FingerprintError) as error:  # other experts, or a weights file that is not there any more
+        log.warning("agreement with the teacher is left out: %s", error)
+        return None
+    absent = {expert for mixture in mixtures.values() for expert in mixture.weights} - set(reader.experts)
+    if absent:
+        log.warning("agreement with the teacher is left out: the cache lacks %s", ", ".join(sorted(absent)))
+        return None
+    if warning:
+        log.warning("agreement with the teacher: %s", warning)
     return mixtures
 
 
@@ -221,10 +256,10 @@ def evaluate_on(
     name: str,
     *,
     recipe: StudentRecipe,
-    mixtures: HeadMixtures,
+    mixtures: HeadMixtures | None,
     device: torch.device,
-) -> SplitMetrics:
-    """Evaluate a network on one split, over its stored views; with its agreement with the teacher."""
+) -> tuple[SplitScores, SplitMetrics]:
+    """Evaluate a network on one split, over its stored views; with its agreement with a teacher, if given."""
     split = open_split(reader, clip_set, name, memory_bytes=0)
     found = predict(
         network,
@@ -240,13 +275,15 @@ def evaluate_on(
     for head, value in found.items():
         logits[head] = np.full((split.table.rows, *value.shape[1:]), np.nan, np.float32)
         logits[head][split.rows] = value
-    clips = clip_set.manifest.split(name)
-    metrics = evaluate_split(split.table, logits, usable, clips=clips)
-    for head, found_agreement in agreement(
-        reader, name, logits, usable, mixtures=mixtures, missing=recipe.teacher.missing
-    ).items():
-        metrics[name][head] |= found_agreement
-    return metrics
+    scores = score_split(split.table, logits, usable)
+    metrics = scores.metrics(clip_set.manifest.split(name))
+    if mixtures is not None:
+        missing = recipe.teacher.missing
+        for head, found_agreement in agreement(
+            reader, name, logits, usable, mixtures=mixtures, missing=missing
+        ).items():
+            metrics[name][head] |= found_agreement
+    return scores, metrics
 
 
 def agreement(

@@ -31,15 +31,57 @@ class Metrics:
     """Mean cross-entropy with the labels, in nats."""
 
 
+@dataclass(frozen=True)
+class ClipScores:
+    """How single labelled clips fared: all that the metrics of any part of them need."""
+
+    rank: IntArray
+    """(n,) classes before the label's in the order of the logits; of equal ones the lower class comes first."""
+    confidence: Float64Array
+    """(n,) the largest softmax probability."""
+    nll: Float64Array
+    """(n,) cross-entropy with the label, in nats."""
+
+    def metrics(self) -> Metrics:
+        """Return the metrics over all of the clips; NaN without any."""
+        return Metrics(
+            count=len(self.rank),
+            top1=self.top_k(1),
+            top5=self.top_k(5),
+            ece=self.calibration_error(ECE_BINS),
+            nll=float(self.nll.mean()) if len(self.nll) else float("nan"),
+        )
+
+    def top_k(self, k: int) -> float:
+        """Return the fraction of clips whose label is among the k largest logits."""
+        return float((self.rank < k).mean()) if len(self.rank) else float("nan")
+
+    def calibration_error(self, bins: int) -> float:
+        """Return sum over bins of (share of clips) * |accuracy - mean confidence|.
+
+        Bin m of M holds confidences in ((m - 1) / M, m / M] (Guo et al. 2017).
+        """
+        if not len(self.rank):
+            return float("nan")
+        index = np.clip(np.ceil(self.confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+        gap = np.bincount(index, weights=(self.rank == 0) - self.confidence, minlength=bins)
+        return float(np.abs(gap).sum() / len(self.rank))
+
+
+def clip_scores(logits: npt.NDArray[np.floating], labels: IntArray) -> ClipScores:
+    """Return the scores of the labelled rows of logits (N, C); ValueError for bad shapes, labels or logits."""
+    logits, labels = labelled(logits, labels)
+    own = np.take_along_axis(logits, labels[:, None], 1)
+    earlier = np.arange(logits.shape[1]) < labels[:, None]
+    rank = ((logits > own) | ((logits == own) & earlier)).sum(1)
+    log_p = log_softmax(logits)
+    nll = -np.take_along_axis(log_p, labels[:, None], 1)[:, 0]
+    return ClipScores(rank, np.exp(log_p.max(1)), nll)
+
+
 def evaluate(logits: npt.NDArray[np.floating], labels: IntArray) -> Metrics:
     """Return all metrics of logits (N, C) against labels (N,)."""
-    return Metrics(
-        count=int((labels >= 0).sum()),
-        top1=top_k_accuracy(logits, labels, k=1),
-        top5=top_k_accuracy(logits, labels, k=5),
-        ece=expected_calibration_error(logits, labels),
-        nll=negative_log_likelihood(logits, labels),
-    )
+    return clip_scores(logits, labels).metrics()
 
 
 def average_views(logits: npt.NDArray[np.floating]) -> Float32Array:
@@ -48,43 +90,6 @@ def average_views(logits: npt.NDArray[np.floating]) -> Float32Array:
         raise ValueError(f"logits must be (N, V, C) with at least one view, got {logits.shape}")
     mean: Float32Array = logits.mean(1, dtype=np.float64).astype(np.float32)
     return mean
-
-
-def top_k_accuracy(logits: npt.NDArray[np.floating], labels: IntArray, *, k: int) -> float:
-    """Return the fraction of labels among the k largest logits; ties go to the lower class."""
-    logits, labels = labelled(logits, labels)
-    if not len(labels):
-        return float("nan")
-    own = np.take_along_axis(logits, labels[:, None], 1)
-    earlier = np.arange(logits.shape[1]) < labels[:, None]
-    rank = ((logits > own) | ((logits == own) & earlier)).sum(1)
-    return float((rank < k).mean())
-
-
-def expected_calibration_error(
-    logits: npt.NDArray[np.floating], labels: IntArray, *, bins: int = ECE_BINS
-) -> float:
-    """Return sum over bins of (share of clips) * |accuracy - mean confidence|.
-
-    Bin m of M holds confidences in ((m - 1) / M, m / M] (Guo et al. 2017); the confidence is the largest
-    softmax probability.
-    """
-    logits, labels = labelled(logits, labels)
-    if not len(labels):
-        return float("nan")
-    confidence = np.exp(log_softmax(logits).max(1))
-    correct = logits.argmax(1) == labels
-    index = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    gap = np.bincount(index, weights=correct - confidence, minlength=bins)
-    return float(np.abs(gap).sum() / len(labels))
-
-
-def negative_log_likelihood(logits: npt.NDArray[np.floating], labels: IntArray) -> float:
-    """Return the mean cross-entropy with the labels, in nats."""
-    logits, labels = labelled(logits, labels)
-    if not len(labels):
-        return float("nan")
-    return float(-np.take_along_axis(log_softmax(logits), labels[:, None], 1).mean())
 
 
 def log_softmax(logits: Float64Array) -> Float64Array:

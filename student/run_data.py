@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mmkd.cache_tools.clip_rows import named, subset_faults
 from mmkd.cache_tools.data import ClipSet, ClipVideo
 from mmkd.cache_tools.layout import Status
 from mmkd.cache_tools.reader import CacheReader, SplitTable
@@ -34,31 +35,43 @@ class SplitData:
 
 
 def check_manifest(reader: CacheReader, manifest: Manifest) -> None:
-    """Raise InputError unless the cache was made from this manifest's clips and classes."""
+    """Raise InputError, naming what differs, unless the manifest is of the cache's clips and classes.
+
+    It may have some of the clips alone, in any order, and groups of its own; videos and times are compared when a
+    split is opened.
+    """
     heads = {head.name: list(head.classes) for head in manifest.heads}
     if reader.dataset != manifest.dataset:
         raise InputError(f"the cache is of data set {reader.dataset!r}, the manifest of {manifest.dataset!r}")
     if reader.init.base["heads"] != heads:
         raise InputError("the cache was made for other classes than the manifest's (names or order differ)")
-    if reader.init.manifest != manifest.fingerprint():
-        raise InputError(
-            "the cache was made from another manifest (clips, labels or splits differ); train with the one that "
-            "it was built from, or build a cache for this one"
-        )
+    if not is_whole(reader, manifest):
+        faults = subset_faults(reader.store, reader.init, manifest)
+        if faults:
+            raise InputError(
+                f"the manifest is not of the cache's clips: {'; '.join(faults)}. Give the manifest that the cache "
+                "was built from, or a part of it, or build a cache for this one"
+            )
+
+
+def is_whole(reader: CacheReader, manifest: Manifest) -> bool:
+    """Return whether the manifest is the very one that the cache was built from."""
+    return reader.init.manifest == manifest.fingerprint()
 
 
 def open_split(
     reader: CacheReader, clip_set: ClipSet, split: str, *, memory_bytes: int, fresh_views: bool = False
 ) -> SplitData:
-    """Open the clips of a split that the teacher's build could read, under their stored views.
+    """Open the manifest's clips of a split that the teacher's build could read, under their stored views.
 
-    `fresh_views` draws a new view every epoch by the cache's policy instead. Raises VerificationError when a
-    video is not the one that the cache was built from, or cannot be read any more.
+    They come in the order of the cache, whatever the manifest's. `fresh_views` draws a new view every epoch by the
+    cache's policy instead. Raises VerificationError when a video is not the one that the cache was built from, or
+    cannot be read any more, InputError when a clip's times are not the cache's.
     """
     table = reader.split(split)
     by_id = {clip.clip_id: clip for clip in clip_set.manifest.split(split)}
-    decoded = usable_rows(reader, table)
-    rows = np.flatnonzero(decoded)
+    wanted = np.fromiter((clip_id in by_id for clip_id in table.clip_ids), np.bool_, table.rows)
+    rows = np.flatnonzero(wanted & usable_rows(reader, table))
     if not len(rows):
         raise InputError(f"no clip of split {split!r} is usable; see `mmkd-cache inspect`")
     found = clip_set.probe([by_id[table.clip_ids[row]] for row in rows])
@@ -66,6 +79,8 @@ def open_split(
     clips = tuple(
         same_video(item, table.clip_ids[row], str(identities[row])) for row, item in zip(rows, found, strict=True)
     )
+    if not is_whole(reader, clip_set.manifest):
+        refuse_other_times(reader, table, rows, clips, clip_set.manifest)
     policy = reader.init.policy
     stream: ViewStream = StoredViews(table, rows.tolist())
     if fresh_views:
@@ -78,7 +93,23 @@ def open_split(
         size_px=policy.size_px,
         memory_bytes=memory_bytes,
     )
-    return SplitData(table, rows, clips, data, table.rows - len(rows))
+    return SplitData(table, rows, clips, data, int(wanted.sum()) - len(rows))
+
+
+def refuse_other_times(
+    reader: CacheReader, table: SplitTable, rows: IntArray, clips: Sequence[ClipVideo], manifest: Manifest
+) -> None:
+    """Raise InputError for clips of another manifest that are other frames of their videos, or other flips."""
+    other = [
+        item.clip.clip_id for row, item in zip(rows, clips, strict=True) if item.facts != table.clip_facts(row)
+    ]
+    if other:
+        raise InputError(
+            f"the manifest has other times than the cache for {named(other)}; take start_seconds and end_seconds "
+            "from the manifest that the cache was built from"
+        )
+    if table.drawn.flip.any() and not manifest.flip_allowed:
+        raise InputError("the cache holds flipped views, and the manifest says flip_allowed: false")
 
 
 def usable_rows(reader: CacheReader, table: SplitTable) -> npt.NDArray[np.bool_]:

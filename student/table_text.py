@@ -1,0 +1,126 @@
+"""The comparison table as Markdown for a terminal: in blocks that fit its width, with counts of clips."""
+
+import math
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmkd.data_manifests.counted import counted
+from mmkd.student.compare import Table
+from mmkd.student.evaluation import SplitMetrics
+
+COLUMNS = (("top1", "top-1"), ("top5", "top-5"), ("ece", "ECE"))
+NONE = "-"
+Part = tuple[str, str]
+"""(Split or split/group, head): what one model has one set of metrics of."""
+Seeds = Sequence[Mapping[str, Any]]
+"""One model's metrics of one part, of each seed."""
+
+
+def render(table: Table, width: int | None = None) -> str:
+    """Return the table: percent, with the standard deviation over seeds where there are several.
+
+    Where it is wider than `width` it comes in several blocks. Below stands which rows are over different clips.
+    """
+    parts = table.parts()
+    texts = [_lines(table, parts, (True, _differ(parts)[1]))]
+    if width is not None and _width(texts[0]) > width:
+        blocks = split_columns(table, parts, width)
+        texts = [[f"**{_caption(block)}**", "", *_lines(table, block, _differ(block))] for block in blocks]
+    notes = [line for note in different_clips(table) for line in textwrap.wrap(note, width or 10_000)]
+    return "\n\n".join("\n".join(lines) for lines in (*texts, notes) if lines)
+
+
+def split_columns(table: Table, parts: Sequence[Part], width: int) -> list[list[Part]]:
+    """Return the parts in blocks, each as many as fit the width (one at least)."""
+    blocks: list[list[Part]] = []
+    for part in parts:
+        longer = [*blocks[-1], part] if blocks else [part]
+        # What a block has in common stands above it, and one thing at least must be common.
+        if blocks and _caption(longer) and _width(_lines(table, longer, _differ(longer))) <= width:
+            blocks[-1] = longer
+        else:
+            blocks.append([part])
+    return blocks
+
+
+def _differ(block: Sequence[Part]) -> tuple[bool, bool]:
+    """Return whether the parts of a block are of several splits or groups, and of several heads."""
+    return len({part for part, _ in block}) > 1, len({head for _, head in block}) > 1
+
+
+def _caption(block: Sequence[Part]) -> str:
+    """Return what all parts of a block have in common: split or group, head, or both."""
+    return ", ".join(name for name, differ in zip(block[0], _differ(block), strict=True) if not differ)
+
+
+def _lines(table: Table, block: Sequence[Part], named: tuple[bool, bool]) -> list[str]:
+    """Return one block, in whose titles stand the split or group, and the head, where they are `named`."""
+    grid = [["model"], *([name] for name in table.rows)]
+    for part in block:
+        words = [name for name, wanted in zip(part, named, strict=True) if wanted]
+        grid[0] += [" ".join([*words, title]) for title in ("clips", *(title for _, title in COLUMNS))]
+        for row, seeds in zip(grid[1:], table.rows.values(), strict=True):
+            own = [seed.get(part[0], {}).get(part[1], {}) for seed in seeds]
+            row += [count_cell(own), *(cell([seed.get(key) for seed in own]) for key, _ in COLUMNS)]
+    widths = [max(len(row[column]) for row in grid) for column in range(len(grid[0]))]
+    lines = [
+        "| " + " | ".join(text.ljust(size) for text, size in zip(row, widths, strict=True)) + " |" for row in grid
+    ]
+    lines.insert(1, "|" + "|".join("-" * (size + 2) for size in widths) + "|")
+    return lines
+
+
+def _width(lines: Sequence[str]) -> int:
+    return max(map(len, lines))
+
+
+def cell(fractions: Sequence[float | None]) -> str:
+    """Return percent with one decimal, and the sample standard deviation where there are several seeds."""
+    values = [100 * value for value in fractions if value is not None and not math.isnan(value)]
+    if not values or len(values) < len(fractions):
+        return NONE
+    mean = statistics.fmean(values)
+    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {statistics.stdev(values):.1f}"
+
+
+def count_cell(seeds: Seeds) -> str:
+    """Return how many clips the metrics are over, and of how many labelled ones where that is not all."""
+    counts = sorted({seed["count"] for seed in seeds if "count" in seed})
+    if not counts:
+        return NONE
+    totals = sorted({seed["count"] + seed.get("left_out", 0) for seed in seeds if "count" in seed})
+    text = _span(counts)
+    return text if totals == counts else f"{text} of {_span(totals)}"
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+
+
+def metric_lines(metrics: SplitMetrics) -> list[str]:
+    """Return one line for each split or group, and head."""
+    return [
+        f"{part} {head}: {', '.join(f'{title} {cell([value.get(key)])}' for key, title in COLUMNS)} "
+        f"({counted(value['count'], 'clip')}" + (f", {value['left_out']} left out)" if value["left_out"] else ")")
+        for part, heads in metrics.items()
+        for head, value in heads.items()
+    ]
+
+
+def different_clips(table: Table) -> list[str]:
+    """Return a note for each split of which rows are over different clips, with the rows of each set."""
+    notes: dict[str, list[str]] = {}
+    for part, head in table.parts():
+        if "/" in part:
+            continue  # a group's clips differ where its split's do
+        sets: dict[Any, list[str]] = {}
+        for name, seeds in table.rows.items():
+            own = [seed.get(part, {}).get(head, {}) for seed in seeds]
+            if key := tuple(sorted({(one["count"], str(one.get("clips", ""))) for one in own if "count" in one})):
+                sets.setdefault(key, []).append(name)
+        if len(sets) > 1:
+            texts = [f"{_span(sorted({count for count, _ in key}))}: {', '.join(sets[key])}" for key in sets]
+            notes.setdefault(f"{part}: rows are over different clips ({'; '.join(texts)})", []).append(head)
+    return [f"{note}; --common compares over the clips that all rows have" for note in notes]
