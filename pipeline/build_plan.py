@@ -133,7 +133,7 @@ def cached_splits(manifest: Manifest, recipe: TeacherRecipe) -> tuple[str, ...]:
         manifest.split(name)
     if recipe.train_split not in names:
         log.info(
-            "no training split %r among %s: a cache for evaluation alone", recipe.train_split, ", ".join(names)
+            "%s without the training split %r: a cache for evaluation alone", ", ".join(names), recipe.train_split
         )
     return names
 

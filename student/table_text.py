@@ -27,7 +27,8 @@ def render(table: Table, width: int | None = None) -> str:
     texts = [_lines(table, parts, (True, _differ(parts)[1]))]
     if width is not None and _width(texts[0]) > width:
         blocks = split_columns(table, parts, width)
-        texts = [[f"**{_caption(block)}**", "", *_lines(table, block, _differ(block))] for block in blocks]
+        heads = _differ(parts)[1]
+        texts = [[*_caption(block, heads), *_lines(table, block, _differ(block))] for block in blocks]
     notes = [line for note in different_clips(table) for line in textwrap.wrap(note, width or 10_000)]
     return "\n\n".join("\n".join(lines) for lines in (*texts, notes) if lines)
 
@@ -38,7 +39,7 @@ def split_columns(table: Table, parts: Sequence[Part], width: int) -> list[list[
     for part in parts:
         longer = [*blocks[-1], part] if blocks else [part]
         # What a block has in common stands above it, and one thing at least must be common.
-        if blocks and _caption(longer) and _width(_lines(table, longer, _differ(longer))) <= width:
+        if blocks and not all(_differ(longer)) and _width(_lines(table, longer, _differ(longer))) <= width:
             blocks[-1] = longer
         else:
             blocks.append([part])
@@ -50,9 +51,12 @@ def _differ(block: Sequence[Part]) -> tuple[bool, bool]:
     return len({part for part, _ in block}) > 1, len({head for _, head in block}) > 1
 
 
-def _caption(block: Sequence[Part]) -> str:
-    """Return what all parts of a block have in common: split or group, head, or both."""
-    return ", ".join(name for name, differ in zip(block[0], _differ(block), strict=True) if not differ)
+def _caption(block: Sequence[Part], heads: bool) -> list[str]:
+    """Return lines that say what a block's parts share: split or group, and head where the table has several."""
+    parts, own_heads = _differ(block)
+    names = [(block[0][0], not parts), (block[0][1], not own_heads and heads)]
+    text = ", ".join(name for name, common in names if common)
+    return [f"**{text}**", ""] if text else []
 
 
 def _lines(table: Table, block: Sequence[Part], named: tuple[bool, bool]) -> list[str]:
@@ -122,5 +126,8 @@ def different_clips(table: Table) -> list[str]:
                 sets.setdefault(key, []).append(name)
         if len(sets) > 1:
             texts = [f"{_span(sorted({count for count, _ in key}))}: {', '.join(sets[key])}" for key in sets]
-            notes.setdefault(f"{part}: rows are over different clips ({'; '.join(texts)})", []).append(head)
-    return [f"{note}; --common compares over the clips that all rows have" for note in notes]
+            notes.setdefault(f"rows are over different clips ({'; '.join(texts)})", []).append(part)
+    return [
+        f"{', '.join(dict.fromkeys(parts))}: {note}; --common compares over the clips that all rows have"
+        for note, parts in notes.items()
+    ]
