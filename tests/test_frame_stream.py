@@ -5,7 +5,7 @@ import pytest
 
 from mmkd.cache_tools.decoders import PyavDecoder
 from mmkd.cache_tools.frames import VideoFiles
-from mmkd.data_manifests.errors import VideoError
+from mmkd.data_manifests.errors import StorageError, VideoError
 
 from . import barcode_videos as barcode
 
@@ -47,5 +47,5 @@ def test_a_stream_refuses_what_reading_refuses(tmp_path):
     barcode.write_sample(tmp_path, barcode.replace(SAMPLES["vp8.webm"], frames=50))
     with pytest.raises(VideoError, match="has changed since"):
         next(files.stream("vp8.webm", np.arange(2), facts))
-    with pytest.raises(VideoError, match="not found"):
+    with pytest.raises(StorageError, match="video not found: none"):
         next(files.stream("none.webm", np.arange(2), facts))
