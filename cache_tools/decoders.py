@@ -12,7 +12,7 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import VideoReformatter
 
-from mmkd.cache_tools.packets import PacketIndex
+from mmkd.cache_tools.packets import PacketIndex, reencode
 from mmkd.cache_tools.records import IntArray, UInt8Array
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import VideoError
@@ -36,7 +36,7 @@ class PyavDecoder:
 
     def rgb(self, frame_index: int) -> tuple[UInt8Array, int]:
         """Return the upright frame (H, W, 3) and the quarter turns to the left that made it so."""
-        frame = self._counted(frame_index) if self._index.packed else self._frame(frame_index)
+        frame = self._counted(frame_index) if self._index.counted else self._frame(frame_index)
         if frame.is_corrupt:
             raise VideoError(f"frame {frame_index} is damaged")
         turns = quarter_turns(frame)
@@ -53,21 +53,21 @@ class PyavDecoder:
         key = int(np.searchsorted(keys, pts, side="right")) - 1
         follows = frame_index > 0 and self._position == self._index.pts[frame_index - 1]  # a stream never seeks
         if self._position is None or not (follows or keys[key] <= self._position < pts):
-            self._seek(int(keys[key]))
+            self._seek(key)
         while True:
             frame = self._decode_until(pts)
             if frame is not None:
                 return frame
             if key == 0:
-                raise VideoError(f"frame {frame_index} could not be decoded: the decoder skipped it")
+                raise VideoError(f"frame {frame_index} could not be decoded; {reencode(self._stream)}")
             key -= 1
-            self._seek(int(keys[key]))
+            self._seek(key)
 
     def _decode_until(self, pts: int) -> Any | None:
         """Decode on; return the frame with that pts, or None when it is not among those that follow."""
         for frame in self._decoded:
             if frame.pts is None or (self._position is not None and frame.pts <= self._position):
-                raise VideoError("the decoder returned frames out of order; re-encode the video")
+                raise VideoError(f"the decoder returned frames out of order; {reencode(self._stream)}")
             self._position = frame.pts
             if frame.pts >= pts:
                 return frame if frame.pts == pts else None
@@ -76,7 +76,7 @@ class PyavDecoder:
     def _counted(self, frame_index: int) -> Any:
         """Decode from the start, counting: slow, for streams whose time stamps name no frame."""
         if self._position is None or self._position >= frame_index:
-            self._seek(int(self._index.keyframe_pts[0]))
+            self._seek(0)
             self._position = -1
         for frame in self._decoded:
             self._position += 1
@@ -84,22 +84,48 @@ class PyavDecoder:
                 return frame
         raise VideoError(f"frame {frame_index} could not be decoded: the decoder returned fewer frames")
 
-    def _seek(self, pts: int) -> None:
-        self._container.seek(pts, stream=self._stream, backward=True)
-        self._decoded = self._container.decode(self._stream)
+    def count(self) -> int:
+        """Return how many frames decoding the whole stream gives."""
+        self._seek(0)
+        return sum(1 for _ in self._decoded)
+
+    def _seek(self, key: int) -> None:
+        """Let decoding go on at a key frame, given by its number; earlier where the decoder knows its way."""
+        self._container.seek(int(self._index.seek_to[key]), stream=self._stream, backward=True)
+        self._decoded = self._from_key(key) if self._index.strict else self._container.decode(self._stream)
         self._position = None
 
+    def _from_key(self, key: int) -> Iterator[Any]:
+        """Yield the frames from a key frame's own packet on; none where the demuxer stands behind it.
 
-def check_count(container: Any, stream: Any, index: PacketIndex) -> None:
-    """Raise VideoError unless decoding a packed stream whole gives as many frames as it has packets."""
-    container.seek(int(index.keyframe_pts[0]), stream=stream, backward=True)
-    count = sum(1 for _ in container.decode(stream))
-    if count != len(index.pts):
+        A demuxer believes the container's marks, so it may stop at a predicted frame, which such a decoder would
+        take. Streams are few packets long between key frames: those before it are read over.
+        """
+        pts, dts = int(self._index.keyframe_pts[key]), int(self._index.seek_to[key])
+        avi = self._index.container == "avi"  # whose presentation times FFmpeg guesses, otherwise after a seek
+        packets = self._container.demux(self._stream)
+        for packet in packets:
+            if packet.size and (packet.dts == dts if avi else packet.pts == pts):
+                yield from packet.decode()
+                break
+            if packet.size and packet.dts is not None and packet.dts > pts:
+                return
+        for packet in packets:
+            yield from packet.decode()
+
+
+def check_count(decoder: PyavDecoder, index: PacketIndex, stream: Any) -> None:
+    """Raise VideoError unless decoding a counted stream whole gives as many frames as its packets show."""
+    count = decoder.count()
+    if count == len(index.pts):
+        return
+    if index.codec == "mpeg4":
         raise VideoError(
             f"packed B-frames: {counted(len(index.pts), 'packet', ('gives', 'give'))} {counted(count, 'frame')}; "
-            "unpack them: "
-            "ffmpeg -i IN.avi -c copy -bsf:v mpeg4_unpack_bframes OUT.avi"
+            "unpack them: ffmpeg -i IN.avi -c copy -bsf:v mpeg4_unpack_bframes OUT.avi"
         )
+    packets = counted(len(index.pts), "packet", ("gives", "give"))
+    raise VideoError(f"{packets} {counted(count, 'frame')}; {reencode(stream)}")
 
 
 def quarter_turns(frame: Any) -> int:
@@ -134,20 +160,45 @@ def pyav_frames(
         image, _ = decoder.rgb(int(frame_index))
         if image.shape[:2] != size:
             height, width = image.shape[:2]
-            raise VideoError(f"frame {frame_index} has another size ({width} x {height}) than the first")
+            raise VideoError(
+                f"frame {frame_index} has another size ({width} x {height}) than the first ({size[1]} x {size[0]})"
+            )
         yield image
 
 
+class DecordRefusedError(Exception):
+    """Decord cannot read the stream, which says nothing about the video: PyAV gives the same bits."""
+
+
 def read_decord(path: Path, *, index: PacketIndex, frame_indices: IntArray) -> UInt8Array:
-    """Return frames (N, H, W, 3) at ascending indices, decoded by decord with one thread."""
+    """Return frames (N, H, W, 3) at ascending indices, decoded by decord; DecordRefusedError where it cannot."""
+    import decord
+
+    reader = _open_decord(path, index)
+    try:
+        frames: UInt8Array = reader.get_batch(frame_indices).asnumpy()
+    except (decord.DECORDError, IndexError) as error:
+        raise DecordRefusedError from error
+    return frames
+
+
+def decord_can_read(path: Path, index: PacketIndex) -> bool:
+    """Return whether decord opens the file and sees its frames: it wants a duration, and a usual frame rate."""
+    try:
+        _open_decord(path, index)
+    except DecordRefusedError:
+        return False
+    return True
+
+
+def _open_decord(path: Path, index: PacketIndex) -> Any:
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(str(path), num_threads=1)  # 0 (automatic) aborts on some VP9 files
-        if len(reader) != len(index.pts):
-            raise VideoError(f"decord sees {counted(len(reader), 'frame')} where there are {len(index.pts)}")
-        frames: UInt8Array = reader.get_batch(frame_indices).asnumpy()
-    except (decord.DECORDError, IndexError) as error:  # their texts hold addresses and paths
-        raise VideoError("cannot be decoded: decord failed") from error
-    return frames
+    except (decord.DECORDError, IndexError) as error:
+        raise DecordRefusedError from error
+    if len(reader) != len(index.pts):
+        raise DecordRefusedError
+    return reader

@@ -29,7 +29,7 @@ from mmkd.data_manifests.errors import StorageError, VideoError
 
 log = logging.getLogger("mmkd")
 
-SCHEMA = "mmkd-facts-2"
+SCHEMA = "mmkd-facts-3"
 BATCH = 256
 """Videos that a thread looks up in a row."""
 LOOKUP_THREADS = 16

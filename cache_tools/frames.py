@@ -16,7 +16,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mmkd.cache_tools.decoders import PyavDecoder, check_count, pyav_frames, read_decord, read_pyav
+from mmkd.cache_tools.decoders import (
+    DecordRefusedError,
+    PyavDecoder,
+    check_count,
+    decord_can_read,
+    pyav_frames,
+    read_decord,
+    read_pyav,
+)
 from mmkd.cache_tools.packets import Limits as Limits  # users find it here, beside VideoFiles
 from mmkd.cache_tools.packets import PacketIndex, index_packets, open_video
 from mmkd.cache_tools.records import ClipFacts, ClipFrames, IntArray, UInt8Array, VideoFacts
@@ -29,6 +37,8 @@ DECORD_STREAMS = {("matroska,webm", "vp8", "yuv420p"), ("matroska,webm", "vp9", 
 """(container, codec, pixel format) that decord 0.6 reads exactly with one thread, where the height is even.
 
 At odd heights its old FFmpeg converts colours otherwise: other bits than PyAV, and than libvpx for VP9."""
+DECORD_SIDE_PX = 32
+"""Shorter side from which decord is asked: it refuses most streams of 16 px and less."""
 PYAV_RULES = "1: all pyav"
 DECODER_RULES = "1: vp8, vp9 in webm of even height decord; else pyav" if HAS_DECORD else PYAV_RULES
 """Name of the table for fingerprints: it changes with the table, and where decord is missing."""
@@ -96,41 +106,52 @@ class VideoFiles:
         with reading(path), open_video(path, self.limits) as (container, stream):
             index = _index(path, container, stream)
             check_duration(index, self.limits)
-            if index.packed:
-                check_count(container, stream, index)
-            first, turns = PyavDecoder(container, stream, index).rgb(0)
+            decoder = PyavDecoder(container, stream, index)
+            if index.counted:
+                check_count(decoder, index, stream)
+            first, turns = decoder.rgb(0)
+        height, width = first.shape[:2]
+        decord = not turns and not self.force_pyav and choose_decoder(index, width, height) == "decord"
         return VideoFacts(
-            width=first.shape[1],
-            height=first.shape[0],
+            width=width,
+            height=height,
             times_seconds=index.times_seconds,
-            decoder="pyav" if turns or self.force_pyav else choose_decoder(index, first.shape[0]),
+            decoder="decord" if decord and decord_can_read(path, index) else "pyav",
             identity=index.identity,
         )
 
     def read(self, video: str, frame_indices: IntArray, facts: VideoFacts) -> ClipFrames:
-        """Return the frames at strictly ascending indices with the decoder that the facts name."""
+        """Return the frames at strictly ascending indices with the decoder that the facts name.
+
+        Where decord refuses after all, PyAV reads: the bits are the same, and its verdict is the video's.
+        """
         check_indices(frame_indices, facts)
         path = self._known_path(video)
         with reading(path):
             return self._read(path, frame_indices, facts)
 
     def _read(self, path: Path, frame_indices: IntArray, facts: VideoFacts) -> ClipFrames:
-        if facts.decoder == "decord":
-            index = _kept_index(path)
-            if index is None:
-                with open_video(path, self.limits) as (container, stream):
-                    index = _index(path, container, stream)
-            check_identity(index, facts)
-            frames = read_decord(path, index=index, frame_indices=frame_indices)
-        else:
+        frames = self._read_decord(path, frame_indices, facts) if facts.decoder == "decord" else None
+        if frames is None:
             with open_video(path, self.limits) as (container, stream):
                 index = _index(path, container, stream)
                 check_identity(index, facts)
                 size = (facts.height, facts.width)
                 frames = read_pyav(container, stream, index=index, frame_indices=frame_indices, size=size)
-        if frames.shape[1:3] != (facts.height, facts.width):
-            raise VideoError("the frames have another size than the probe found")
         return ClipFrames(frames, frame_indices, facts.times_seconds[frame_indices])
+
+    def _read_decord(self, path: Path, frame_indices: IntArray, facts: VideoFacts) -> UInt8Array | None:
+        """Return the frames, or None where decord gives none of that size: PyAV gives the bits that it would."""
+        index = _kept_index(path)
+        if index is None:
+            with open_video(path, self.limits) as (container, stream):
+                index = _index(path, container, stream)
+        check_identity(index, facts)
+        try:
+            frames = read_decord(path, index=index, frame_indices=frame_indices)
+        except DecordRefusedError:
+            return None
+        return frames if frames.shape[1:3] == (facts.height, facts.width) else None
 
     def stream(self, video: str, frame_indices: IntArray, facts: VideoFacts) -> Iterator[UInt8Array]:
         """Yield the frames (H, W, 3) at strictly ascending indices one by one, so in the memory of one.
@@ -147,10 +168,12 @@ class VideoFiles:
             )
 
 
-def choose_decoder(index: PacketIndex, height: int) -> str:
+def choose_decoder(index: PacketIndex, width: int, height: int) -> str:
     """Return the decoder that the table names for an upright stream: `decord` or `pyav`."""
     listed = (index.container, index.codec, index.pixel_format) in DECORD_STREAMS
-    return "decord" if listed and not index.hidden and height % 2 == 0 and HAS_DECORD else "pyav"
+    usual = index.one_size and not index.hidden and len(index.pts) > 1
+    fits = height % 2 == 0 and min(width, height) >= DECORD_SIDE_PX
+    return "decord" if listed and usual and fits and HAS_DECORD else "pyav"
 
 
 def frame_interval_seconds(facts: VideoFacts) -> float:

@@ -4,7 +4,8 @@ Container headers lie about frame counts (WebM says 0) and about time (variable 
 fewer frames, in silence, from a truncated file. The packets tell: frame i of a video is the i-th smallest
 presentation time stamp (pts) of the packets that show a frame. The index costs one pass over the file, 1 to
 5 % of decoding it. It gives up files without time stamps (raw streams) and MPEG-TS, whose seeks are not exact
-in any decoder that was measured.
+in any decoder that was measured. AVI keeps no presentation times: where its pictures are reordered, they are
+counted as they come out of the decoder.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import numpy as np
 from av.stream import Disposition
 
 from mmkd.cache_tools.containers import is_cut_short
+from mmkd.cache_tools.frame_headers import MPEG4_FRAME_START, OwnMark, coded_sizes, is_hidden, own_mark
 from mmkd.cache_tools.records import Float64Array, IntArray
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import StorageError, VideoError
@@ -27,7 +29,8 @@ from mmkd.data_manifests.system_errors import MACHINE_FAULTS
 
 CONTAINERS = "matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,asf,flv,ogg,mpegts"
 """FFmpeg's names of the containers that may be opened at all: playlists and images could name other files."""
-MPEG4_FRAME_START = b"\x00\x00\x01\xb6"
+PRIMING_SECONDS = 0.05
+"""Sound codecs start with up to this much that is never played, and muxers move the pictures after it."""
 NOT_EXACT = {"mpegts": "MPEG-TS cannot be read exactly; remux it: ffmpeg -i IN.ts -c copy OUT.mkv"}
 
 
@@ -62,20 +65,28 @@ class PacketIndex:
     """(frames,) presentation time stamps in units of `time_base`, strictly ascending."""
     keyframe_pts: IntArray
     """(key frames,) those at which decoding can start, ascending."""
+    seek_to: IntArray
+    """(key frames,) time stamps that make the demuxer stand at or before each of them."""
+    strict: bool
+    """Whether decoding must start at a key frame's very packet, for the decoder starts anywhere, on grey."""
     time_base: Fraction
     """Seconds per unit."""
+    late_seconds: float
+    """First frame's time after the container's start, which is that of its earliest stream, in seconds."""
     hidden: int
     """Number of packets that hold a reference frame alone, which is decoded but never shown."""
-    packed: bool
-    """Whether packets hold two frames (DivX's packed B-frames): pts name no frame; they are counted."""
+    counted: bool
+    """Whether pts name no frame (packed B-frames, reordered pictures in AVI): they are counted from the start."""
+    one_size: bool
+    """Whether all frames have the size that the container states, as far as their headers say."""
     identity: str
-    """Hash of the number of packets, their time stamps and sizes."""
+    """Hash of the packets' number, time stamps and sizes, and of what is read in another way than these say."""
 
     @property
     def times_seconds(self) -> Float64Array:
-        """(frames,) presentation times in seconds, from 0."""
+        """(frames,) presentation times in seconds from the container's start."""
         scale = float(self.time_base.numerator), float(self.time_base.denominator)
-        return np.asarray((self.pts - self.pts[0]) * scale[0] / scale[1], dtype=np.float64)
+        return np.asarray((self.pts - self.pts[0]) * scale[0] / scale[1] + self.late_seconds, dtype=np.float64)
 
 
 @contextmanager
@@ -131,15 +142,32 @@ def check_header(container: Any, stream: Any, limits: Limits) -> None:
         raise VideoError(f"the video takes {seconds:.0f} s; the limit is {limits.max_duration_seconds:g} s")
 
 
+def reencode(stream: Any) -> str:
+    """Return the command that makes a copy of the opened video which is read exactly, with all its frames.
+
+    Matroska, for into MP4 ffmpeg repeats frames at a constant rate where time stamps are missing.
+    """
+    odd = stream.codec_context.width % 2 or stream.codec_context.height % 2
+    crop = '-vf "crop=trunc(iw/2)*2:trunc(ih/2)*2" ' if odd else ""
+    return f"re-encode it: ffmpeg -i IN {crop}-c:v libx264 -crf 18 OUT.mkv"
+
+
 @dataclass
 class _Scan:
     """What is gathered of the video stream's packets while the file is demuxed."""
 
-    codec: str
+    stream: Any
+    own_mark: OwnMark | None
+    reordered: bool
+    """Whether presentation times are a guess; the n-th picture shown has the n-th decode time."""
     pts: list[int] = field(default_factory=list)
-    keyframe_pts: list[int] = field(default_factory=list)
+    keys: list[tuple[int, int]] = field(default_factory=list)
+    """(pts, time stamp to seek to) of each key frame."""
+    sizes: set[tuple[int, int]] = field(default_factory=set)
     hidden: int = 0
     packed: bool = False
+    false_marks: int = 0
+    marked: int = 0
     packets: int = 0
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
@@ -148,29 +176,56 @@ class _Scan:
         if not packet.size:  # a dropped frame, or the empty packet that flushes a decoder
             self.packets += packet.dts is not None
             return
-        if packet.pts is None:
-            raise VideoError("frames without time stamps; remux the video: ffmpeg -i IN -c copy OUT.mkv")
+        if packet.pts is None or (self.reordered and packet.dts is None):
+            raise VideoError(f"frames without time stamps; {reencode(self.stream)}")
         if packet.is_corrupt:
             raise VideoError("the container marks a packet as damaged")
         self.packets += 1
         self.digest.update(b"%d %d;" % (packet.pts, packet.size))
-        if packet.is_keyframe:
-            self.keyframe_pts.append(packet.pts)
-        elif not self.keyframe_pts:
-            raise VideoError("the video does not begin with a key frame: cut or damaged; re-encode it")
-        if self.codec == "mpeg4" and bytes(packet).count(MPEG4_FRAME_START) > 1:
+        codec = self.stream.codec_context.name
+        if self._is_key(packet):
+            self.keys.append((packet.pts, packet.pts if packet.dts is None else min(packet.pts, packet.dts)))
+        elif not self.keys:
+            raise VideoError(f"the video does not begin with a key frame: cut or damaged; {reencode(self.stream)}")
+        if codec == "mpeg4" and bytes(packet).count(MPEG4_FRAME_START) > 1:
             self.packed = True
-        if is_hidden(self.codec, packet):
+        self.sizes.update(coded_sizes(codec, packet))
+        if is_hidden(codec, packet):
             self.hidden += 1
         elif not packet.is_discard:
-            self.pts.append(packet.pts)
+            self.pts.append(packet.dts if self.reordered else packet.pts)
+
+    def _is_key(self, packet: Any) -> bool:
+        """Return whether decoding can start here: by the container's mark where the decoder knows better itself."""
+        marked = bool(packet.is_keyframe)
+        self.marked += marked
+        if self.own_mark is None:
+            return marked
+        own = self.own_mark(bytes(packet))
+        if own is None:
+            return marked and not self.keys
+        self.false_marks += marked and not own
+        return own
+
+    def identity(self, late_seconds: float) -> str:
+        """Return the hash. What is read in another way than by caches made before these rules is named in it."""
+        every_mark = self.own_mark is not None and len(self.keys) == 1 and self.marked == self.packets > 1
+        if self.false_marks or every_mark:
+            self.digest.update(b"false key frames;")
+        if late_seconds:
+            self.digest.update(b"late %.6f;" % late_seconds)
+        if len(self.sizes) > 1:
+            self.digest.update(b"sizes;")
+        return str(self.digest.hexdigest())
 
 
 def index_packets(path: Path, container: Any, stream: Any) -> PacketIndex:
     """Demux the opened file once, without decoding; raise VideoError for one that is damaged or cut short."""
     if is_cut_short(path):
         raise VideoError("truncated: the file ends before its container says")
-    scan = _Scan(stream.codec_context.name)
+    coder = stream.codec_context
+    reordered = is_reordered_avi(container, stream)
+    scan = _Scan(stream, own_mark(coder.codec), reordered)
     end_seconds = 0.0
     for packet in container.demux():
         if packet.size and packet.pts is not None:
@@ -181,17 +236,49 @@ def index_packets(path: Path, container: Any, stream: Any) -> PacketIndex:
         expected = len(stream.index_entries)
         raise VideoError(f"damaged: {scan.packets} of the {expected} packets in its index can be read")
     check_complete(container, len(scan.pts), end_seconds)
+    keys = np.array(sorted(scan.keys), dtype=np.int64)
+    pts = shown_pts(scan.pts, int(keys[0, int(reordered)]), stream)
+    avi = container.format.name == "avi"  # knows decode times alone: what FFmpeg adds to reorder is no lateness
+    interval_seconds = float(np.median(np.diff(pts)) * stream.time_base) if len(pts) > 1 else PRIMING_SECONDS
+    late_seconds = seconds_late(container, stream, int(keys[0, 1] if avi else pts[0]), interval_seconds)
+    by_count = scan.packed or reordered
     return PacketIndex(
         container=container.format.name,
-        codec=scan.codec,
-        pixel_format=stream.codec_context.pix_fmt or "unknown",
-        pts=shown_pts(scan.pts, scan.keyframe_pts),
-        keyframe_pts=np.array(sorted(scan.keyframe_pts), dtype=np.int64),
+        codec=coder.name,
+        pixel_format=coder.pix_fmt or "unknown",
+        pts=pts,
+        keyframe_pts=keys[:, 0],
+        seek_to=keys[:, 1],
+        strict=by_count or scan.own_mark is not None,
         time_base=stream.time_base,
+        late_seconds=late_seconds,
         hidden=scan.hidden,
-        packed=scan.packed,
-        identity=scan.digest.hexdigest(),
+        counted=by_count,
+        one_size=scan.sizes <= {(coder.width, coder.height)},
+        identity=scan.identity(late_seconds),
     )
+
+
+def is_reordered_avi(container: Any, stream: Any) -> bool:
+    """Return whether presentation times are the demuxer's guess. Of MPEG-4 part 2 it knows each frame's type."""
+    coder = stream.codec_context
+    return container.format.name == "avi" and coder.name != "mpeg4" and bool(coder.has_b_frames)
+
+
+def seconds_late(container: Any, stream: Any, first_pts: int, interval_seconds: float) -> float:
+    """Return how long after the container's start the first frame is shown, in seconds.
+
+    The start is that of the earliest stream, as players and `ffmpeg -ss` count. What sound alone has before 0 is
+    never played (an encoder's priming), and where a muxer moved everything to begin at 0 with that priming, the
+    pictures come less than a frame later: both are starts together.
+    """
+    own = first_pts if stream.start_time is None else stream.start_time
+    start = (container.start_time or 0) / av.time_base
+    if float(own * stream.time_base) <= start:
+        return 0.0  # this very stream is the earliest
+    first = float(first_pts * stream.time_base)
+    late = first - max(start, min(first, 0.0))
+    return late if late >= min(interval_seconds, PRIMING_SECONDS) else 0.0
 
 
 def check_complete(container: Any, frames: int, end_seconds: float) -> None:
@@ -206,31 +293,14 @@ def check_complete(container: Any, frames: int, end_seconds: float) -> None:
         )
 
 
-def shown_pts(pts: list[int], keyframe_pts: list[int]) -> IntArray:
-    """Return the frames' pts, sorted, from the first key frame on.
+def shown_pts(pts: list[int], first: int, stream: Any) -> IntArray:
+    """Return the frames' pts, sorted, from that of the first key frame on.
 
     Those that an open GOP shows before its key frame need frames which are not in the file.
     """
-    first = min(keyframe_pts)
     array = np.array(sorted(p for p in pts if p >= first), dtype=np.int64)
     if not len(array):
         raise VideoError("the video has no frame")
     if (np.diff(array) == 0).any():
-        raise VideoError("two frames have the same time stamp; re-encode the video to read it exactly")
+        raise VideoError(f"two frames have the same time stamp; {reencode(stream)}")
     return array
-
-
-def is_hidden(codec: str, packet: Any) -> bool:
-    """Return whether a VP8 or VP9 packet holds only a frame that is never shown (an alternate reference)."""
-    if codec not in {"vp8", "vp9"}:
-        return False
-    data = memoryview(packet)
-    first, last = data[0], data[-1]
-    if codec == "vp8":
-        return not first & 0x10  # RFC 6386, 9.1: show_frame
-    if last & 0xE0 == 0xC0:
-        return False  # a superframe: hidden frames packed together with a shown one
-    profile = (first >> 5 & 1) | (first >> 3 & 2)  # VP9 bitstream, 6.2: profile bits low, high
-    first = first << 1 if profile == 3 else first  # reserved_zero
-    show_existing, show_frame = first & 0x08, first & 0x02
-    return not (show_existing or show_frame)

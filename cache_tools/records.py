@@ -1,7 +1,7 @@
 """What travels between the parts of both stages: frozen, checked records, one line per field.
 
 Frame indices count the decoded frames of a *video* in presentation order, from 0. Times are seconds from the
-first frame's presentation time stamp, from which every video's clock starts at 0.
+container's start, as players and `ffmpeg -ss` count: where the sound starts first, the first frame's is above 0.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ class VideoFacts:
     height: int
     """Height likewise, in pixels."""
     times_seconds: Float64Array
-    """(frames,) presentation time of each frame, ascending, the first one 0."""
+    """(frames,) presentation time of each frame from the container's start, ascending, the first one 0 or later."""
     decoder: str
-    """Name of the decoder that the rule table chose: `decord` or `pyav` (or `images`, `hdf5`)."""
+    """Name of the decoder that the rule table chose and the probe tried: `decord` or `pyav`."""
     identity: str
     """Hash of packet count, time stamps and sizes: changes when the video is re-encoded or cut."""
 

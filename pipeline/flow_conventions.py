@@ -252,8 +252,10 @@ def frames_at_rate(times_seconds: Float64Array, fps: float) -> IntArray:
     """Return the index of the frame shown at each tick of a constant rate, as FFmpeg's `fps` filter chooses.
 
     Each frame goes to its nearest tick (a half away from zero); the last one at a tick wins, and a tick without
-    one repeats the frame before it. The sequence ends with the last frame's tick.
+    one repeats the frame before it. The sequence begins at 0, where ffmpeg's program repeats a first frame that
+    comes later, and ends with the last frame's tick.
     """
     # Times are multiples of a time base, seldom exact in binary: 0.58 s · 25 is 14.499999999999998.
     ticks = np.floor(np.round(times_seconds * fps, 6) + 0.5).astype(np.int64)
-    return np.searchsorted(ticks, np.arange(int(ticks[-1]) + 1), side="right").astype(np.int64) - 1
+    shown = np.searchsorted(ticks, np.arange(int(ticks[-1]) + 1), side="right").astype(np.int64) - 1
+    return np.maximum(shown, 0)

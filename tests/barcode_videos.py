@@ -77,6 +77,18 @@ EXACT = [
     Sample("av1.mp4", "libsvtav1", {"preset": "12", "svtav1-params": "keyint=24"}, frames=40),
     Sample("mpeg4.avi", "mpeg4", b_frames=0, gop=12),
     Sample("mpeg4_b.avi", "mpeg4", b_frames=2, gop=12),
+    Sample("mpeg4_b.mp4", "mpeg4", b_frames=2, gop=12, frames=40),
+    Sample("h263.3gp", "h263", size=(176, 144), gop=12, frames=40),
+    Sample("flv1.flv", "flv", gop=12, frames=40),
+    Sample("msmpeg4.avi", "msmpeg4", gop=12, frames=40),
+    Sample("wmv2.asf", "wmv2", gop=12, frames=40),
+    Sample("cinepak.mov", "cinepak", pixel_format="rgb24", gop=12, frames=40),
+    Sample("animation.mov", "qtrle", pixel_format="rgb24", gop=12, frames=40),
+    Sample("mpeg2_b.mkv", "mpeg2video", b_frames=2, gop=12, frames=40),
+    Sample("mpeg1_b.avi", "mpeg1video", b_frames=2, gop=12, frames=40),
+    x264("h264.avi", "keyint=12:bframes=0", frames=40),
+    x264("h264_b.avi", LONG_GOP, frames=80),
+    Sample("vp9.mp4", "libvpx-vp9", VP9, gop=12, frames=40),
 ]
 NOT_EXACT = x264("stream.ts", LONG_GOP, frames=30)
 
@@ -139,15 +151,25 @@ def write_sample(folder: Path, sample: Sample) -> Path:
     return encode(folder / sample.name, sample)
 
 
-def rewrite(source: Path, target: Path, change: Callable[[Sequence[bytes]], Sequence[bytes]]) -> Path:
-    """Remux a file with its packets' bytes changed, in the order and at the times of the old ones."""
+def rewrite(
+    source: Path,
+    target: Path,
+    change: Callable[[Sequence[bytes]], Sequence[bytes]] = list,
+    *,
+    all_keys: bool = False,
+) -> Path:
+    """Remux a file with its packets' bytes changed, in the order and at the times of the old ones.
+
+    `all_keys` marks each packet as a key frame, as some muxers do.
+    """
     with av.open(str(source)) as old, av.open(str(target), "w") as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         packets = [packet for packet in old.demux(video=0) if packet.size]
         for packet, data in zip(packets, change([bytes(p) for p in packets]), strict=True):
             changed = Packet(data)
             changed.pts, changed.dts, changed.time_base = packet.pts, packet.dts, packet.time_base
-            changed.is_keyframe = packet.is_keyframe
+            changed.duration = packet.duration
+            changed.is_keyframe = all_keys or packet.is_keyframe
             changed.stream = stream
             new.mux(changed)
     return target

@@ -351,4 +351,4 @@ def test_kept_files_spread_over_folders(tmp_path):
     folders = {facts_path(tmp_path, f"{i}.webm").parent for i in range(5000)}
     assert len(folders) == 256
     header, _, _ = encode_facts(VideoFacts(64, 48, np.zeros(1), "pyav", "a"), video="v", stamp="s").partition(b"\n")
-    assert json.loads(header)["schema"] == "mmkd-facts-2"
+    assert json.loads(header)["schema"] == "mmkd-facts-3"

@@ -295,3 +295,8 @@ def test_25_frames_a_second_are_chosen_as_ffmpeg_does(gaps, rate):
 
 def test_a_video_at_that_rate_stays_as_it_is():
     assert frames_at_rate(np.arange(100) / 25, 25.0).tolist() == list(range(100))
+
+
+def test_before_a_late_first_frame_it_is_repeated_from_0():
+    """As `ffmpeg -i LATE -r 25` does where the sound begins before the picture."""
+    assert frames_at_rate(np.array([0.12, 0.16, 0.20]), 25).tolist() == [0, 0, 0, 0, 1, 2]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from mmkd.cache_tools import frames as frames_module
 from mmkd.cache_tools.containers import is_cut_short
+from mmkd.cache_tools.frame_headers import is_hidden
 from mmkd.cache_tools.frames import Limits, VideoFiles, choose_decoder, clip_facts
-from mmkd.cache_tools.packets import index_packets, is_hidden, open_video
+from mmkd.cache_tools.packets import index_packets, open_video
 from mmkd.cache_tools.records import VideoFacts
 from mmkd.data_manifests.errors import StorageError, VideoError
 from mmkd.data_manifests.records import Clip
@@ -93,7 +94,7 @@ def test_packed_b_frames_are_counted_from_the_start(tmp_path):
     """The form of many old AVI files: time stamps name no frame, and decord and torchcodec go wrong."""
     path = barcode.write_packed(tmp_path)
     with open_video(path, Limits()) as (container, stream):
-        assert index_packets(path, container, stream).packed
+        assert index_packets(path, container, stream).counted
     check_random_access(VideoFiles(tmp_path), path.name, list(range(60)))
 
 
@@ -202,7 +203,7 @@ def test_without_decord_the_rule_says_so(monkeypatch, root, write):
     with open_video(path, Limits()) as (container, stream):
         index = index_packets(path, container, stream)
     monkeypatch.setattr(frames_module, "HAS_DECORD", False)
-    assert choose_decoder(index, 72) == "pyav"
+    assert choose_decoder(index, 128, 72) == "pyav"
     assert "decord" not in frames_module.PYAV_RULES
 
 
