@@ -2,7 +2,8 @@
 
 Matroska and WebM, MP4 and AVI all declare the size of their outer boxes, so a file cut anywhere is recognised
 exactly and without demuxing, where comparing durations needs a tolerance. Live recordings that leave the size
-unknown are not recognised here. Other containers are not looked into.
+unknown are not recognised here. Other containers are not looked into. What a camera appends behind the last box
+is no part of the video, and may be anything.
 """
 
 from pathlib import Path
@@ -10,6 +11,20 @@ from typing import BinaryIO
 
 MATROSKA, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 MP4_FIRST_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"}
+MP4_LATER_BOXES = MP4_FIRST_BOXES | {
+    b"moof",
+    b"styp",
+    b"sidx",
+    b"ssix",
+    b"emsg",
+    b"prft",
+    b"mfra",
+    b"meta",
+    b"uuid",
+}
+"""Boxes that may follow the first ones: another type behind whole pictures (`mdat`) and their table is no box."""
+RIFF_UNKNOWN = {0, 0xFFFF_FFFF}
+"""Sizes in a header that was written before the size was known, or that cannot hold it."""
 MAX_BOXES = 100_000
 """Outer boxes looked at in one file: a fragmented MP4 has two per fragment."""
 
@@ -22,7 +37,7 @@ def is_cut_short(path: Path) -> bool:
         if head[:4] == MATROSKA:
             return _matroska_end(file) > size
         if head[:4] == b"RIFF":
-            return 8 + int.from_bytes(head[4:8], "little") > size
+            return _riff_end(file, size) > size
         if head[4:8] in MP4_FIRST_BOXES:
             return _mp4_end(file, size) > size
     return False
@@ -51,15 +66,36 @@ def _ebml_size(file: BinaryIO) -> int | None:
     return None if value == (1 << 7 * length) - 1 else value
 
 
+def _riff_end(file: BinaryIO, size: int) -> int:
+    """Return where the last RIFF chunk ends (OpenDML puts one behind the other), or 0 where it does not say."""
+    position = 0
+    for _ in range(MAX_BOXES):
+        file.seek(position)
+        head = file.read(8)
+        if head[:4] != b"RIFF" or len(head) < 8:
+            break
+        length = int.from_bytes(head[4:], "little")
+        if length in RIFF_UNKNOWN:
+            return 0
+        position += 8 + length
+        if position >= size:
+            break
+        position += length % 2  # padded to whole words, but perhaps not at the file's end
+    return position
+
+
 def _mp4_end(file: BinaryIO, size: int) -> int:
     """Return where the last outer box that begins inside the file ends, in bytes from the start."""
     position = 0
+    missing = {b"moov", b"mdat"}
     for _ in range(MAX_BOXES):
         file.seek(position)
         head = file.read(16)
         if len(head) < 8:
             break
-        length = int.from_bytes(head[:4], "big")
+        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        if not missing and kind not in MP4_LATER_BOXES:
+            break  # appended by a camera
         if length == 1 and len(head) == 16:
             length = int.from_bytes(head[8:], "big")
         if length == 0:
@@ -69,4 +105,5 @@ def _mp4_end(file: BinaryIO, size: int) -> int:
         position += length
         if position >= size:
             return position
+        missing.discard(kind)
     return size
