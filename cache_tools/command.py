@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import click
 
+from mmkd.cache_tools.streams import STDOUT, drop_output, guard_streams
 from mmkd.data_manifests.errors import EXIT_INTERRUPTED, InputError, MmkdError, StorageError
 from mmkd.data_manifests.kinds import what_is
 from mmkd.data_manifests.system_errors import MACHINE_FAULTS
@@ -29,6 +30,7 @@ WRONG_PATH = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
 
 def run_command(group: click.Group) -> None:
     """Run a command line; user errors become one line on stderr and their exit code."""
+    guard_streams()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     try:
         group.main(standalone_mode=False)
@@ -43,7 +45,14 @@ def run_command(group: click.Group) -> None:
     except MmkdError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except MemoryError as error:
+        click.echo(f"error: the memory does not suffice ({_one_line(error)}); nothing was lost", err=True)
+        sys.exit(StorageError.exit_code)
     except OSError as error:
+        if error.filename == STDOUT:
+            drop_output()
+            click.echo(f"error: cannot write to {STDOUT}: {error.strerror}", err=True)
+            sys.exit(StorageError.exit_code)
         where = f"{error.filename}: " if error.filename else ""
         if error.errno in MACHINE_FAULTS:
             click.echo(f"error: {where}{error.strerror}; fix that and run the same command again", err=True)
@@ -52,6 +61,10 @@ def run_command(group: click.Group) -> None:
             raise
         click.echo(f"error: {where}{error.strerror}; name another path", err=True)
         sys.exit(InputError.exit_code)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def recipe_options(function: Function) -> Function:

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, BinaryIO
 
+from mmkd.cache_tools.streams import print_messages_only
 from mmkd.data_manifests.errors import StorageError, VideoError
 
 LARGE_BYTES = 2**16
@@ -106,6 +107,7 @@ class Worker:
 
 def serve(file_descriptor: int) -> None:
     """Serve one parent until it closes the pipe (the entry point of a worker process)."""
+    print_messages_only()
     for number in PARENTS_SIGNALS:  # the parent decides when the job ends
         signal.signal(number, signal.SIG_IGN)
     with Connection(file_descriptor) as connection, suppress(EOFError, ConnectionError):
