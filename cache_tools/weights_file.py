@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmkd.cache_tools.command import without_nan
 from mmkd.cache_tools.fingerprints import differences, fingerprint
 from mmkd.cache_tools.mixing import HeadMixtures, Mixture
 from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.sealed import open_versions, seal
 from mmkd.data_manifests.errors import FingerprintError, InputError
 from mmkd.data_manifests.json_file import read_json
 from mmkd.data_manifests.kinds import it_is
 
-SCHEMA = "mmkd-weights-1"
+SCHEMA = "mmkd-weights-2"
+UNSEALED_SCHEMA = "mmkd-weights-1"
 DEFAULT_SCHEME = "calibrated"
 AGAIN = "run `mmkd-cache weigh` on this cache"
 
@@ -45,22 +48,30 @@ class WeightsFile:
         return {"schema": SCHEMA, "teacher": teacher, "schemes": schemes, "notes": dict(self.notes)}
 
     def to_bytes(self) -> bytes:
-        """Return the file's bytes."""
-        return (json.dumps(self.to_json(), indent=1) + "\n").encode()
+        """Return the file's bytes, with their seal."""
+        return (json.dumps(seal(self.to_json()), indent=1) + "\n").encode()
 
 
 def weights_for(reader: CacheReader, schemes: Mapping[str, HeadMixtures], notes: Mapping[str, Any]) -> WeightsFile:
     """Return a weights file for the experts of a cache."""
+    notes = without_nan(notes)  # an error without a bound is infinite, which JSON does not have
     return WeightsFile(fingerprint(reader.init.base), dict(reader.init.experts), schemes, notes)
 
 
 def load_weights(path: Path) -> WeightsFile:
-    """Read a weights file; raise InputError, naming it, when it is none or damaged."""
-    value = read_json(path)
-    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+    """Read a weights file, with a warning where it has no seal yet.
+
+    Raises InputError, naming it, when it is not one, VerificationError when it is not what was written.
+    """
+    try:
+        is_one = str(read_json(path).get("schema")).startswith("mmkd-weights-")
+    except AttributeError:
+        is_one = False
+    if not is_one:
         raise InputError(
             f"{path} is not a weights file{it_is(path)}; make one with `mmkd-cache weigh CACHE -o FILE`"
         )
+    value = open_versions(path.read_bytes(), str(path), schema=SCHEMA, before=UNSEALED_SCHEMA, advice=AGAIN)
     try:
         schemes = {
             scheme: {head: Mixture.from_json(mixture) for head, mixture in heads.items()}

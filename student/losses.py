@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch user expects
 from torch import Tensor
 
-from mmkd.student.recipe import LossRecipe
+from mmkd.student.recipe import LossOptions
 from mmkd.student.targets import Targets
 
 
@@ -44,7 +44,7 @@ def total_loss(
     labels: Mapping[str, Tensor],
     targets: Targets | None,
     *,
-    options: LossRecipe,
+    options: LossOptions,
 ) -> Tensor:
     """Return the mean over heads of the loss in this module's docstring, a scalar.
 
@@ -60,7 +60,7 @@ def head_loss(
     labels: Mapping[str, Tensor],
     targets: Targets | None,
     *,
-    options: LossRecipe,
+    options: LossOptions,
 ) -> Tensor:
     """Return one head's mean over its contributing rows; 0 where no row contributes."""
     student, label = logits[head].float(), labels[head]

@@ -40,6 +40,11 @@ class LossRecipe(Recipe):
         "the unlikely classes (later work of the same first author: 10)",
     )
     label_weight: float = Field(0.0, ge=0, le=1, description="weight of the label term; distillation has the rest")
+
+
+class LossOptions(LossRecipe):
+    """The loss with what `teacher.missing` says of clips without a target: what the training loop reads."""
+
     without_target: Literal["drop", "label-only"] = Field(
         "drop", description="a clip without a target is left out, or learns from its label with weight 1"
     )

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from mmkd.cache_tools.data import DataRecipe
 from mmkd.cache_tools.recipes import Recipe
-from mmkd.student.recipe import LossRecipe, TrainRecipe
+from mmkd.student.recipe import LossOptions, LossRecipe, TrainRecipe
 
 
 class TeacherMix(Recipe):
@@ -45,7 +45,7 @@ class StudentRecipe(Recipe):
     )
     thumbprint_sample: int = Field(32, ge=0, description="views compared with the teacher's pixels before training")
 
-    def resolved_loss(self) -> LossRecipe:
+    def loss_options(self) -> LossOptions:
         """Return the loss with what `teacher.missing` says of clips without a target."""
-        rule = "label-only" if self.teacher.missing == "label-only" else "drop"
-        return self.loss.model_copy(update={"without_target": rule})
+        rule: Literal["drop", "label-only"] = "label-only" if self.teacher.missing == "label-only" else "drop"
+        return LossOptions(**self.loss.model_dump(), without_target=rule)

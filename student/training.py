@@ -35,7 +35,7 @@ from mmkd.student.checkpoint import (
 from mmkd.student.devices import keep_freed_memory, reproducible, to_device
 from mmkd.student.losses import total_loss
 from mmkd.student.optimiser import learning_rate, make_optimizer, step_seed
-from mmkd.student.recipe import WITHOUT_EFFECT, LoopRecipe, LossRecipe
+from mmkd.student.recipe import WITHOUT_EFFECT, LoopRecipe, LossOptions
 from mmkd.student.targets import Targets, TargetSource, fetch_targets
 
 METRICS_FILE = "metrics.jsonl"
@@ -80,7 +80,7 @@ def fit(
     recipe: LoopRecipe,
     *,
     targets: TargetSource | None = None,
-    loss: LossRecipe | None = None,
+    loss: LossOptions | None = None,
     run_dir: Path | None = None,
     device: torch.device | str = "cpu",
     identity: Mapping[str, Any] | None = None,
@@ -97,7 +97,7 @@ def fit(
     device = torch.device(device)
     if device.type == "cpu":
         keep_freed_memory()
-    loss = LossRecipe() if loss is None else loss
+    loss = LossOptions() if loss is None else loss
     check_dataset(dataset, needs_labels=targets is None)
     run_identity = describe_run(network, dataset, recipe, loss=loss if targets else None, extra=identity)
     run = Run(network.to(device), dataset, recipe, targets=targets, loss=loss, device=device)
@@ -128,7 +128,7 @@ class Run:
         recipe: LoopRecipe,
         *,
         targets: TargetSource | None,
-        loss: LossRecipe,
+        loss: LossOptions,
         device: torch.device,
     ) -> None:
         """Start at step 0."""
@@ -254,7 +254,7 @@ def describe_run(
     dataset: ViewDataset,
     recipe: LoopRecipe,
     *,
-    loss: LossRecipe | None,
+    loss: LossOptions | None,
     extra: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the fields that a checkpoint must share with a run that resumes it: contents, never paths."""

@@ -20,7 +20,7 @@ from mmkd.student.metrics import evaluate, log_softmax
 from mmkd.student.networks import build_network, headed_network
 from mmkd.student.optimiser import learning_rate, make_optimizer
 from mmkd.student.predict import predict
-from mmkd.student.recipe import LoopRecipe, LossRecipe, TrainRecipe
+from mmkd.student.recipe import LoopRecipe, LossOptions, TrainRecipe
 from mmkd.student.targets import ArrayTargets
 from mmkd.student.training import fit
 
@@ -57,7 +57,7 @@ def test_a_student_without_labels_approaches_a_fixed_teacher():
     table = np.array([[2, 1, 0, 0], [1, 2, 0, 0], [0, 0, 2, 1], [0, 0, 1, 2]], np.float32)
     train, test = MovingBars(96, views=4, labelled=False), MovingBars(40, seed=1)
     teacher = ArrayTargets({"direction": table[train.classes][:, None].repeat(4, 1)})
-    network, _ = run(LEARN, train, targets=teacher, loss=LossRecipe(temperature=2.0))
+    network, _ = run(LEARN, train, targets=teacher, loss=LossOptions(temperature=2.0))
     logits = predict(network, test, np.arange(40), np.array([0]), progress=False)["direction"][:, 0]
     student, wanted = (
         log_softmax(logits.astype(np.float64)),

@@ -9,8 +9,9 @@ import pytest
 from mmkd.cache_tools.heldout import HeldOut
 from mmkd.cache_tools.mixing import Mixture
 from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.sealed import open_seal, seal
 from mmkd.cache_tools.weights_file import load_weights, mixtures_from_file, split_spec, weights_for
-from mmkd.data_manifests.errors import FingerprintError, InputError
+from mmkd.data_manifests.errors import FingerprintError, InputError, MmkdError
 from mmkd.student.cached_targets import choose_weights
 
 from .small_cache import write_cache
@@ -61,9 +62,10 @@ def path(reader, tmp_path):
 
 
 def changed(path, change):
-    value = json.loads(path.read_bytes())
+    """Rewrite the file as a program would that knows the seal."""
+    value = open_seal(path.read_bytes())
     change(value)
-    path.write_text(json.dumps(value))
+    path.write_text(json.dumps(seal(value)))
     return path
 
 
@@ -131,7 +133,8 @@ def test_a_cache_of_other_views_or_clips_is_refused(reader, path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda v: v.update(schema="mmkd-weights-2"), "is no weights file; make one"),
+        (lambda v: v.update(schema="mmkd-expert-2"), "is not a weights file; make one"),
+        (lambda v: v.update(schema="mmkd-weights-3"), "has schema 'mmkd-weights-3'; this version reads"),
         (lambda v: v.pop("teacher"), "is damaged"),
         (lambda v: v.update(schemes=[]), "is damaged"),
         (lambda v: v["schemes"]["uniform"].update(verb={"rgb": 0.5}), "do not sum to 1"),
@@ -155,3 +158,30 @@ def test_what_is_no_weights_file_is_refused(reader, tmp_path, text):
         mixtures_from_file(reader, tmp_path / "w.json", "uniform")
     with pytest.raises(InputError, match="cannot read"):
         mixtures_from_file(reader, tmp_path / "absent.json", "uniform")
+
+
+def test_no_flipped_bit_of_a_weights_file_changes_a_meaning(path, caplog):
+    data = path.read_bytes()
+    whole = load_weights(path)
+    for place in range(0, len(data), 3):
+        for bit in (0, 1, 5):
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << bit
+            path.write_bytes(bytes(flipped))
+            try:
+                assert load_weights(path) == whole  # white space
+            except MmkdError as error:
+                assert str(path) in str(error)
+    assert not caplog.records
+
+
+def test_a_weights_file_from_before_the_seal_is_read_with_a_warning(path, caplog):
+    value = open_seal(path.read_bytes())
+    path.write_text(json.dumps({**value, "schema": "mmkd-weights-1"}))
+    assert load_weights(path).schemes == SCHEMES
+    assert "w.json has no seal" in caplog.text
+
+
+def test_notes_that_json_cannot_hold_become_null(reader, path):
+    path.write_bytes(weights_for(reader, SCHEMES, {"bound": float("inf")}).to_bytes())
+    assert load_weights(path).notes == {"bound": None}

@@ -29,7 +29,7 @@ from mmkd.cache_tools.node_copy import shared_arrays
 from mmkd.student import training
 from mmkd.student.batches import Batch
 from mmkd.student.networks import build_network
-from mmkd.student.recipe import LossRecipe, TrainRecipe
+from mmkd.student.recipe import LossOptions, TrainRecipe
 from mmkd.student.shared_targets import CachedTargets
 from mmkd.student.targets import fetch_targets
 
@@ -159,7 +159,7 @@ def compare_step(source: CachedTargets) -> None:
     rows, views, classes = (source.mask.shape[0], source.mask.shape[1], source.logits["action"].shape[-1])
     recipe = TrainRecipe(network="small3d", batch_size=BATCH, epochs=1000, warmup_epochs=0, learning_rate=1e-5)
     network, clips = build_network(recipe, heads={"action": classes}, modality="rgb"), DemoClips(rows, views)
-    loss = LossRecipe(temperature=4)
+    loss = LossOptions(temperature=4)
     run = training.Run(network, clips, recipe, targets=source, loss=loss, device=torch.device("cpu"))
     lookups: list[float] = []
 
