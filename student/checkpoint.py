@@ -2,14 +2,16 @@
 
 A checkpoint is a directory `checkpoint-<step>` that appears by one rename: the network as safetensors, the
 optimiser's state as a torch file that is read with `weights_only=True`, and the position with the identity of
-the run and the hashes of both. Older ones are removed after a newer one is there.
+the run, the metrics so far and the hashes of both. Older ones are removed after a newer one is there; nothing
+else in the folder is touched.
 """
 
 import hashlib
 import io
 import json
-import shutil
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,16 @@ from torch.optim import Optimizer
 
 from mmkd.cache_tools.fingerprints import differences
 from mmkd.cache_tools.sealed import open_seal, seal
-from mmkd.data_manifests.atomic import sync_directory, write_atomically
-from mmkd.data_manifests.errors import FingerprintError, StorageError, VerificationError
+from mmkd.data_manifests.atomic import TEMPORARY as TEMPORARY_FILES
+from mmkd.data_manifests.atomic import storage_errors, sync_directory, write_atomically
+from mmkd.data_manifests.errors import FingerprintError, VerificationError
 
 SCHEMA = "mmkd-checkpoint-1"
 NETWORK_FILE = "network.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
+NAME = re.compile(r"checkpoint-\d{9}")
+TEMPORARY = re.compile(r"\.checkpoint-\d{9}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,16 @@ class Position:
     """Clips seen in the current epoch."""
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint says beside the network's and the optimiser's state."""
+
+    position: Position
+    """How far its run had come."""
+    metrics: list[dict[str, Any]] | None
+    """Metrics of each finished epoch; None in a checkpoint of an earlier version, which kept them elsewhere."""
+
+
 def encode_network(network: nn.Module) -> bytes:
     """Return the network's parameters and buffers as safetensors bytes."""
     return save({name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()})
@@ -54,6 +69,7 @@ def save_checkpoint(
     *,
     position: Position,
     identity: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the checkpoint of a position, then remove older ones; StorageError when the disk refuses."""
     final = checkpoint_path(run_dir, position.step)
@@ -65,26 +81,42 @@ def save_checkpoint(
             "schema": SCHEMA,
             "position": asdict(position),
             "identity": identity,
+            "metrics": list(metrics),
             "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         }
         files[STATE_FILE] = (json.dumps(seal(state), indent=1) + "\n").encode()
         temporary = run_dir / f".{final.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_checkpoint(temporary)
         for name, data in files.items():
             write_atomically(temporary / name, data)
         publish(temporary, final)
-    for old in run_dir.glob("*checkpoint-*"):
+    for old in own_folders(run_dir):
         if old != final:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_checkpoint(old)
 
 
 def publish(temporary: Path, final: Path) -> None:
     """Rename a finished directory into place, durably."""
-    try:
+    with storage_errors(final):
         temporary.rename(final)
         sync_directory(final.parent)
-    except OSError as error:
-        raise StorageError(f"cannot write {final}: {error.strerror}") from error
+
+
+def own_folders(run_dir: Path) -> Iterator[Path]:
+    """Yield the checkpoints of a run, whole and half-written ones, and nothing else that lies there."""
+    for path in list(run_dir.iterdir()):
+        if NAME.fullmatch(path.name) or TEMPORARY.fullmatch(path.name):
+            yield path
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint's files, and its folder unless something else lies in it."""
+    with suppress(OSError):  # an old checkpoint that stays does no harm
+        for name in (STATE_FILE, NETWORK_FILE, OPTIMIZER_FILE):  # without its state it is none
+            (path / name).unlink(missing_ok=True)
+        for part in path.glob(TEMPORARY_FILES):
+            part.unlink()
+        path.rmdir()
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -94,23 +126,24 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """Return the checkpoint with the most steps, or None."""
-    return max(run_dir.glob("checkpoint-*"), default=None)
+    if not run_dir.is_dir():
+        return None
+    return max((path for path in own_folders(run_dir) if NAME.fullmatch(path.name)), default=None)
 
 
-def load_checkpoint(
-    path: Path, network: nn.Module, optimizer: Optimizer, *, identity: Mapping[str, Any]
-) -> Position:
-    """Put a checkpoint into network and optimiser, and return its position.
+def load_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, *, identity: Mapping[str, Any]) -> Loaded:
+    """Put a checkpoint into network and optimiser, and return its position and metrics.
 
     Raises VerificationError when its bytes are not those that were written, FingerprintError, with each field
-    that differs, when it belongs to another run.
+    that differs, when it belongs to another run, StorageError when it cannot be read.
     """
-    try:
-        state = open_seal((path / STATE_FILE).read_bytes())
-        position, stored, hashes = Position(**state["position"]), state["identity"], state["sha256"]
-        files = {name: (path / name).read_bytes() for name in (NETWORK_FILE, OPTIMIZER_FILE)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise VerificationError(f"checkpoint {path} is damaged ({error}); remove it to start over") from error
+    with storage_errors(path, verb="read"):  # a machine's fault is no damage: nothing is to be removed for it
+        try:
+            files = {name: (path / name).read_bytes() for name in (STATE_FILE, NETWORK_FILE, OPTIMIZER_FILE)}
+            state = open_seal(files.pop(STATE_FILE))
+            position, stored, hashes = Position(**state["position"]), state["identity"], state["sha256"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise VerificationError(f"checkpoint {path} is damaged ({error}); remove it to start over") from error
     for name, data in files.items():
         if hashlib.sha256(data).hexdigest() != hashes.get(name):
             raise VerificationError(f"{path / name} is not what was written; remove {path} to start over")
@@ -121,4 +154,4 @@ def load_checkpoint(
         )
     network.load_state_dict(load(files[NETWORK_FILE]))
     optimizer.load_state_dict(torch.load(io.BytesIO(files[OPTIMIZER_FILE]), weights_only=True))
-    return position
+    return Loaded(position, state.get("metrics"))

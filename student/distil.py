@@ -99,7 +99,7 @@ def train_student(
         split.data,
         recipe.train,
         targets=targets,
-        loss=recipe.resolved_loss(),
+        loss=recipe.loss_options(),
         run_dir=out,
         device=device,
         identity={

@@ -8,6 +8,8 @@ gradient accumulation, no weight averaging.
 
 import hashlib
 import json
+import logging
+import math
 import time
 from collections.abc import Generator, Mapping
 from contextlib import closing
@@ -17,8 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from mmkd.cache_tools.folder_lock import FolderLock
 from mmkd.cache_tools.interrupt import stop_on_signals
 from mmkd.cache_tools.progress import Progress
 from mmkd.data_manifests.atomic import write_atomically
@@ -38,6 +42,7 @@ from mmkd.student.optimiser import learning_rate, make_optimizer, step_seed
 from mmkd.student.recipe import WITHOUT_EFFECT, LoopRecipe, LossOptions
 from mmkd.student.targets import Targets, TargetSource, fetch_targets
 
+log = logging.getLogger("mmkd")
 METRICS_FILE = "metrics.jsonl"
 NAMED_CLIPS = 8
 
@@ -51,7 +56,7 @@ class FitReport:
     resumed_at: int
     """Steps that were there already when this run began."""
     final_loss: float
-    """Mean training loss over the clips of the last epoch."""
+    """Mean training loss over the clips of the last epoch; NaN where its metrics are lost."""
     seconds: float
     """Time that this run took."""
     clips_per_second: float
@@ -74,6 +79,9 @@ class EpochMetrics:
     """Over the part of the epoch that this run did."""
 
 
+_METRICS = TypeAdapter(EpochMetrics)
+
+
 def fit(
     network: nn.Module,
     dataset: ViewDataset,
@@ -82,6 +90,7 @@ def fit(
     targets: TargetSource | None = None,
     loss: LossOptions | None = None,
     run_dir: Path | None = None,
+    lock: FolderLock | None = None,
     device: torch.device | str = "cpu",
     identity: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -90,7 +99,8 @@ def fit(
     """Train `network` (inputs dict -> logits per head) in place, going on from `run_dir`'s checkpoint if any.
 
     Without `targets` it learns from labels alone. `identity` (JSON values) is all that could change a number
-    and that the loop cannot see, e.g. the cache's fingerprint: a checkpoint of another identity is refused.
+    and that the loop cannot see, e.g. the cache's fingerprint: a checkpoint of another identity is refused. `lock`
+    is the hold on the run's folder: it is looked at before each write there.
     Raises InterruptedByUserError after a clean stop, InputError for a data set without anything to learn from
     or a loss that is not finite.
     """
@@ -101,7 +111,7 @@ def fit(
     check_dataset(dataset, needs_labels=targets is None)
     run_identity = describe_run(network, dataset, recipe, loss=loss if targets else None, extra=identity)
     run = Run(network.to(device), dataset, recipe, targets=targets, loss=loss, device=device)
-    run.open(run_dir, run_identity)
+    run.open(run_dir, run_identity, lock)
     resumed_at, began = run.position.step, time.perf_counter()
     with stop_on_signals() as stop, reproducible(device), run.show(what, progress) as bar:
         while run.position.step < run.total_steps:
@@ -115,7 +125,8 @@ def fit(
         rate = bar.units_per_second
     network.eval()
     seconds = time.perf_counter() - began
-    return FitReport(run.total_steps, resumed_at, run.metrics[-1].loss, seconds, rate)
+    final_loss = run.metrics[-1].loss if run.metrics else math.nan
+    return FitReport(run.total_steps, resumed_at, final_loss, seconds, rate)
 
 
 class Run:
@@ -140,6 +151,7 @@ class Run:
         self.position = Position(0)
         self.metrics: list[EpochMetrics] = []
         self._run_dir: Path | None = None
+        self._lock: FolderLock | None = None
         self._identity: Mapping[str, Any] = {}
         self._since = (time.perf_counter(), 0)
 
@@ -148,15 +160,19 @@ class Run:
         """Steps of the whole run."""
         return self.recipe.epochs * self.schedule.steps_per_epoch
 
-    def open(self, run_dir: Path | None, identity: Mapping[str, Any]) -> None:
+    def open(self, run_dir: Path | None, identity: Mapping[str, Any], lock: FolderLock | None) -> None:
         """Keep checkpoints in `run_dir`, and go on from the one there."""
-        self._run_dir, self._identity = run_dir, identity
+        self._run_dir, self._identity, self._lock = run_dir, identity, lock
         path = None if run_dir is None else latest_checkpoint(run_dir)
         if run_dir is None or path is None:
             return
-        self.position = load_checkpoint(path, self.network, self.optimizer, identity=identity)
-        lines = (run_dir / METRICS_FILE).read_text().splitlines() if self._epoch else []
-        self.metrics = [EpochMetrics(**json.loads(line)) for line in lines[: self._epoch]]
+        loaded = load_checkpoint(path, self.network, self.optimizer, identity=identity)
+        self.position = loaded.position
+        if loaded.metrics is None:
+            self.metrics = old_metrics(run_dir / METRICS_FILE, self._epoch)
+        else:
+            self.metrics = [EpochMetrics(**values) for values in loaded.metrics]
+            self._write_metrics()  # whatever became of the file meanwhile
 
     def show(self, what: str, enabled: bool) -> Progress:
         """Return the progress display of the whole run, in clips."""
@@ -195,11 +211,24 @@ class Run:
         """Write metrics and checkpoint, where the run has a directory."""
         if self._run_dir is None:
             return
-        lines = "".join(json.dumps(asdict(metrics)) + "\n" for metrics in self.metrics)
-        write_atomically(self._run_dir / METRICS_FILE, lines.encode())
+        self._write_metrics()
         save_checkpoint(
-            self._run_dir, self.network, self.optimizer, position=self.position, identity=self._identity
+            self._run_dir,
+            self.network,
+            self.optimizer,
+            position=self.position,
+            identity=self._identity,
+            metrics=[asdict(values) for values in self.metrics],
         )
+
+    def _write_metrics(self) -> None:
+        """Write metrics.jsonl, which is for people: what a resumed run reads is the checkpoint's copy."""
+        if self._run_dir is None:
+            return
+        if self._lock is not None:
+            self._lock.check()
+        lines = "".join(json.dumps(asdict(values)) + "\n" for values in self.metrics)
+        write_atomically(self._run_dir / METRICS_FILE, lines.encode())
 
     @property
     def _epoch(self) -> int:
@@ -247,6 +276,25 @@ class Run:
             f"clips {', '.join(names)}{', ...' if len(rows) > NAMED_CLIPS else ''}. "
             "Lower learning_rate, or look at these clips"
         )
+
+
+def old_metrics(path: Path, epochs: int) -> list[EpochMetrics]:
+    """Return the metrics of the first `epochs` epochs from metrics.jsonl, where an earlier version kept them alone.
+
+    They only report on the run: damaged ones are left out, with a warning, and the run goes on.
+    """
+    try:
+        lines = path.read_bytes().splitlines()[:epochs] if epochs else []
+        metrics = [_METRICS.validate_json(line, strict=True, extra="forbid") for line in lines]
+        if [values.epoch for values in metrics] != list(range(epochs)):
+            raise ValueError(f"it has not each of {epochs} epochs in order")
+        return metrics
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        log.warning(
+            "%s is damaged (%s): the metrics of the epochs so far are left out; training goes on", path, reason
+        )
+        return []
 
 
 def describe_run(

@@ -1,18 +1,23 @@
 """The loop: it learns, it distils, it resumes to the same bits, and it refuses what is not the same run."""
 
+import errno
 import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from mmkd.cache_tools.folder_lock import folder_lock, lock_files
+from mmkd.cache_tools.sealed import open_seal, seal
 from mmkd.data_manifests.errors import (
     FingerprintError,
     InputError,
     InterruptedByUserError,
+    StorageError,
     VerificationError,
 )
 from mmkd.student.checkpoint import latest_checkpoint
@@ -187,6 +192,85 @@ def test_what_a_killed_save_leaves_is_ignored_and_removed(finished, tmp_path):
     (tmp_path / "new" / ".checkpoint-000000002.tmp").mkdir()
     run(SHORT, MovingBars(6), run_dir=tmp_path / "new")
     assert [path.name for path in (tmp_path / "new").glob("*checkpoint*")] == ["checkpoint-000000006"]
+
+
+def test_nothing_but_its_own_checkpoints_is_removed_or_read(tmp_path):
+    """Names that resemble a checkpoint's are a user's: copies, notes, the best one."""
+    foreign = ["checkpoint-best", "my-checkpoint-1", "checkpoint-000000003-copy", ".checkpoint-9.tmp"]
+    for name in foreign:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kept").write_text("")
+    with pytest.raises(InterruptedByUserError):
+        run(SHORT, Interrupting(6, at=2), run_dir=tmp_path)
+    note = latest_checkpoint(tmp_path) / "note.txt"
+    note.write_text("why it was stopped")
+    _, report = run(SHORT, MovingBars(6), run_dir=tmp_path)
+    assert report.resumed_at > 0
+    assert all((tmp_path / name / "kept").exists() for name in foreign)
+    assert [path.name for path in note.parent.iterdir()] == ["note.txt"]
+    assert latest_checkpoint(tmp_path).name == "checkpoint-000000006"
+
+
+def test_a_checkpoint_that_the_machine_cannot_read_is_not_called_damaged(finished, tmp_path, monkeypatch):
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(StorageError, match="cannot read .*Stale file handle"):
+        run(SHORT, MovingBars(6), run_dir=finished[0])
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-30], lambda text: "{" + text, lambda text: ""])
+def test_damaged_metrics_are_written_again_from_the_checkpoint(finished, tmp_path, damage):
+    run_dir = shutil.copytree(finished[0], tmp_path / "copy")
+    path = run_dir / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(damage(whole))
+    _, report = run(SHORT.model_copy(update={"epochs": 3}), MovingBars(6), run_dir=run_dir)
+    assert report.final_loss == finished[2].final_loss
+    assert path.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda lines: lines[:2], "it has not each of 3 epochs in order"),
+        (lambda lines: [lines[0], "{", lines[2]], "1 validation error"),
+        (lambda lines: [lines[0], lines[1].replace("loss", "lass"), lines[2]], "2 validation errors"),
+        (lambda lines: [lines[1], lines[0], lines[2]], "it has not each of 3 epochs in order"),
+    ],
+)
+def test_damaged_metrics_of_an_earlier_version_are_left_out_with_a_warning(
+    finished, tmp_path, caplog, damage, said
+):
+    run_dir = shutil.copytree(finished[0], tmp_path / "copy")
+    state = latest_checkpoint(run_dir) / "state.json"
+    fields = open_seal(state.read_bytes())
+    del fields["metrics"]
+    state.write_text(json.dumps(seal(fields)))
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    _, whole = run(SHORT, MovingBars(6), run_dir=run_dir)
+    assert whole.final_loss == finished[2].final_loss
+    path.write_text("\n".join(damage(lines)) + "\n")
+    _, report = run(SHORT, MovingBars(6), run_dir=run_dir)
+    assert report.resumed_at == 6
+    assert np.isnan(report.final_loss)
+    assert "metrics.jsonl is damaged" in caplog.text
+    assert said in caplog.text
+
+
+def test_a_run_whose_folder_was_taken_over_writes_nothing_more(tmp_path):
+    with folder_lock(tmp_path / "run") as lock:
+        with pytest.raises(InterruptedByUserError):
+            run(SHORT, Interrupting(6, at=2), run_dir=tmp_path / "run", lock=lock)
+        before = sorted(tmp_path.rglob("*"))
+        for path in lock_files(tmp_path / "run"):
+            card = json.loads(path.read_text()) | {"id": "another", "host": "node7"}
+            path.with_name(".mmkd-lock-000001.json").write_text(json.dumps(card))
+        with pytest.raises(InputError, match="was taken over by process .* on host node7"):
+            run(SHORT, MovingBars(6), run_dir=tmp_path / "run", lock=lock)
+        assert before == sorted(set(tmp_path.rglob("*")) - {tmp_path / "run" / ".mmkd-lock-000001.json"})
 
 
 def test_training_leaves_the_random_state_alone():
