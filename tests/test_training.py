@@ -216,7 +216,7 @@ def test_a_checkpoint_that_the_machine_cannot_read_is_not_called_damaged(finishe
         raise OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr(Path, "read_bytes", stale)
-    with pytest.raises(StorageError, match="cannot read .*Stale file handle"):
+    with pytest.raises(StorageError, match=r"cannot read .*Stale file handle"):
         run(SHORT, MovingBars(6), run_dir=finished[0])
 
 
@@ -268,7 +268,7 @@ def test_a_run_whose_folder_was_taken_over_writes_nothing_more(tmp_path):
         for path in lock_files(tmp_path / "run"):
             card = json.loads(path.read_text()) | {"id": "another", "host": "node7"}
             path.with_name(".mmkd-lock-000001.json").write_text(json.dumps(card))
-        with pytest.raises(InputError, match="was taken over by process .* on host node7"):
+        with pytest.raises(InputError, match=r"was taken over by process .* on host node7"):
             run(SHORT, MovingBars(6), run_dir=tmp_path / "run", lock=lock)
         assert before == sorted(set(tmp_path.rglob("*")) - {tmp_path / "run" / ".mmkd-lock-000001.json"})
 

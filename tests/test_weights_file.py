@@ -160,6 +160,13 @@ def test_what_is_no_weights_file_is_refused(reader, tmp_path, text):
         mixtures_from_file(reader, tmp_path / "absent.json", "uniform")
 
 
+def read_or_error(path):
+    try:
+        return load_weights(path)
+    except MmkdError as error:
+        return error
+
+
 def test_no_flipped_bit_of_a_weights_file_changes_a_meaning(path, caplog):
     data = path.read_bytes()
     whole = load_weights(path)
@@ -168,10 +175,8 @@ def test_no_flipped_bit_of_a_weights_file_changes_a_meaning(path, caplog):
             flipped = bytearray(data)
             flipped[place] ^= 1 << bit
             path.write_bytes(bytes(flipped))
-            try:
-                assert load_weights(path) == whole  # white space
-            except MmkdError as error:
-                assert str(path) in str(error)
+            read = read_or_error(path)
+            assert read == whole or str(path) in str(read)  # whole: white space may change
     assert not caplog.records
 
 
