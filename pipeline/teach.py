@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mmkd.cache_tools.data import ClipSet, ClipVideo
-from mmkd.cache_tools.folder_lock import folder_lock
+from mmkd.cache_tools.folder_lock import FolderLock, folder_lock
 from mmkd.cache_tools.heldout import HeldOut
 from mmkd.cache_tools.interrupt import stop_on_signals
 from mmkd.cache_tools.pool import run_tasks
@@ -40,6 +40,7 @@ from mmkd.pipeline.teacher import boxes_fields, open_boxes
 from mmkd.student.batches import ViewDataset
 from mmkd.student.checkpoint import encode_network
 from mmkd.student.metrics import average_views, evaluate
+from mmkd.student.one_process import refuse_several_processes
 from mmkd.student.predict import predict
 from mmkd.student.rgb_views import RGBViews
 from mmkd.student.run_files import RUN_FILE
@@ -65,12 +66,13 @@ def teach(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> 
     one that was trained with another recipe and for a folder in which another process is at work or another
     thing lies, VerificationError when its card is damaged.
     """
+    refuse_several_processes("mmkd-cache teach")
     clip_set = ClipSet(recipe.data)
     seen = expert_identity(recipe, recipe.experts[name], clip_set)
     if (card := whole_expert(out, name, seen)) is not None:
         return TeachReport(card, trained=False)
     with folder_lock(out) as lock:
-        state, report = train_expert(recipe, name, clip_set, seen=seen, run_dir=out / "training", device=device)
+        state, report = train_expert(recipe, name, clip_set, seen=seen, lock=lock, device=device)
         card = ExpertCard(name=name, weights_sha256=hashlib.sha256(state).hexdigest(), training=report, **seen)
         lock.check()
         save_expert(out, card, state)
@@ -97,10 +99,11 @@ def train_expert(
     clip_set: ClipSet,
     *,
     seen: dict[str, Any],
-    run_dir: Path,
+    lock: FolderLock,
     device: torch.device,
 ) -> tuple[bytes, dict[str, Any]]:
-    """Return the trained network as safetensors bytes, and what training reports."""
+    """Return the network, trained in a folder that is held, as safetensors bytes, and what training reports."""
+    run_dir = lock.folder / "training"
     expert = recipe.experts[name]
     clips = clip_set.manifest.split(recipe.train_split)
     items = clip_set.probe(clips)
@@ -110,7 +113,9 @@ def train_expert(
     torch.manual_seed(expert.train.seed)
     network = make_network(expert, {head.name: len(head.classes) for head in clip_set.manifest.heads})
     run_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows now, not later
-    fitted = fit(network, training.data, expert.train, run_dir=run_dir, device=device, identity=seen, what=name)
+    fitted = fit(
+        network, training.data, expert.train, run_dir=run_dir, lock=lock, device=device, identity=seen, what=name
+    )
     held_items = [i for i, h in zip(items, held, strict=True) if h]
     report: dict[str, Any] = {"steps": fitted.steps, "clips": training.data.rows, "skipped": training.skipped}
     if held_items:

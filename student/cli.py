@@ -109,10 +109,10 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
 
     The recipe is the run's own; for another cache than the run's give --manifest and --videos, too.
     """
-    base = str(options["run"] / RUN_FILE), read_run(options["run"])["recipe"]
+    base = str(options["run"] / RUN_FILE), read_run(options["run"]).recipe
     recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named_data(options), base=base)
     from mmkd.student.devices import choose_device
-    from mmkd.student.distil import evaluate_run
+    from mmkd.student.run_evaluation import evaluate_run
     from mmkd.student.table_text import metric_lines
 
     device = choose_device(options["device"])

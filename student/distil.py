@@ -4,51 +4,42 @@ The data's way: cache -> mixed teacher -> target source; manifest + RGB videos +
 both -> the loop. Nothing here can load flow, boxes or experts.
 """
 
-import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
 
 from mmkd.cache_tools.data import ClipSet
-from mmkd.cache_tools.mixing import HeadMixtures, Missing
-from mmkd.cache_tools.precision import kl_divergence
+from mmkd.cache_tools.folder_lock import FolderLock, folder_lock
+from mmkd.cache_tools.mixing import HeadMixtures
 from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.records import Float32Array
-from mmkd.data_manifests.atomic import write_atomically
-from mmkd.data_manifests.errors import FingerprintError, InputError
-from mmkd.student.cached_targets import choose_weights, mix_split
+from mmkd.data_manifests.errors import InputError
 from mmkd.student.checkpoint import encode_network, latest_checkpoint
-from mmkd.student.evaluation import (
-    SplitMetrics,
-    SplitScores,
-    evaluation_splits,
-    left_out_splits,
-    refuse_nothing,
-    score_split,
-)
-from mmkd.student.evaluation_file import write_evaluation
-from mmkd.student.metrics import average_views
-from mmkd.student.networks import build_network
-from mmkd.student.predict import predict
+from mmkd.student.evaluation import evaluation_splits
+from mmkd.student.networks import RGB_MEAN, RGB_STD
+from mmkd.student.one_process import refuse_several_processes
 from mmkd.student.run_data import SplitData, check_manifest, open_split
-from mmkd.student.run_files import RUN_FILE, evaluation_path, read_run, run_mixtures
-from mmkd.student.shared_targets import copies_folder, shared_targets
+from mmkd.student.run_evaluation import chosen_mixtures, evaluate_run, new_network
+from mmkd.student.run_files import (
+    RUN_FILE,
+    RunRecord,
+    StudentInput,
+    read_run,
+    write_model,
+    write_run,
+)
+from mmkd.student.shared_targets import CachedTargets, copies_folder, shared_targets
 from mmkd.student.student_recipe import StudentRecipe
 from mmkd.student.thumbprints import check_thumbprints
 from mmkd.student.training import FitReport, fit
 
 log = logging.getLogger("mmkd")
-EVALUATION_BATCH = 32
-MODEL_FILE = "model.safetensors"
+OTHER_CONTENTS = {"expert.json": "an expert", "targets.zarr": "a cache"}
+"""What a run is never written into, by a file or folder that it has."""
 
 
 @dataclass(frozen=True)
@@ -67,33 +58,38 @@ def train_student(
     """Train into the directory `out` (or finish the run there), and evaluate on the cache's other splits.
 
     Student and baseline of one recipe have the same initial weights, clips, views, order and augmentation.
-    Raises InputError for a cache of another manifest, VerificationError for damaged data or other pixels.
+    Raises InputError for a cache of another manifest and for a folder in which another process is at work,
+    VerificationError for damaged data or other pixels.
     """
     if mode.fresh_views and not mode.labels_only:
         raise InputError("--fresh-views needs --labels-only: cached targets belong to cached views")
+    refuse_several_processes("mmkd-student train")
+    refuse_other_contents(out)
+    with folder_lock(out) as lock:
+        return train_in_folder(recipe, cache, out, mode=mode, device=device, lock=lock)
+
+
+def refuse_other_contents(out: Path) -> None:
+    """Raise InputError for a folder that is an expert's or a cache's."""
+    for name, what in OTHER_CONTENTS.items():
+        if (out / name).exists():
+            raise InputError(f"{out} holds {what}; name another folder with -o")
+
+
+def train_in_folder(
+    recipe: StudentRecipe, cache: Path | str, out: Path, *, mode: Mode, device: torch.device, lock: FolderLock
+) -> FitReport:
+    """Train and evaluate in a folder that this process holds; raises as `train_student`."""
     reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
     check_manifest(reader, clip_set.manifest)
-    copies = None if mode.labels_only else copies_folder(recipe.node_copies, cache)
-    mixtures, warning = chosen_mixtures(recipe, reader)
-    if warning and not mode.labels_only:
-        log.warning(warning)
-    split = open_training(recipe, reader, clip_set, mode)
-    for name in evaluation_splits(reader, clip_set.manifest, recipe.train_split):
-        open_split(reader, clip_set, name, memory_bytes=0)  # what cannot be evaluated shows now, not after training
-    targets = None
-    if copies:
-        targets = shared_targets(
-            reader,
-            recipe.train_split,
-            mixtures,
-            missing=recipe.teacher.missing,
-            rows=split.rows,
-            directory=copies,
-        )
-        report_missing(targets.mask[split.rows], recipe)
+    split, targets, mixtures = training_data(recipe, reader, clip_set, cache=cache, mode=mode)
+    record = describe_student(recipe, reader, mode=mode, mixtures=mixtures)
     if latest_checkpoint(out) is None:  # else this run goes on under what was written then, or is refused
-        write_run(out, recipe, reader, mode=mode, mixtures=None if mode.labels_only else mixtures)
-    network = new_network(recipe, reader)
+        lock.check()
+        write_run(out, record)
+    elif (out / RUN_FILE).exists():
+        record = replace(read_run(out), input=record.input)  # an earlier version did not say what a student sees
+    network = new_network(recipe.train, reader)
     report = fit(
         network,
         split.data,
@@ -101,16 +97,48 @@ def train_student(
         targets=targets,
         loss=recipe.loss_options(),
         run_dir=out,
+        lock=lock,
         device=device,
         identity={
             "cache": reader.fingerprint,
-            "weights": mixtures_json(mixtures) if targets else None,
-            "missing": recipe.teacher.missing if targets else None,
+            "weights": None if mixtures is None else mixtures_json(mixtures),
+            "missing": None if mixtures is None else recipe.teacher.missing,
         },
     )
-    write_atomically(out / MODEL_FILE, encode_network(network))
+    lock.check()
+    write_model(out, record, encode_network(network))
     evaluate_run(recipe, cache, out, device=device, may_be_empty=True)
     return report
+
+
+def training_data(
+    recipe: StudentRecipe, reader: CacheReader, clip_set: ClipSet, *, cache: Path | str, mode: Mode
+) -> tuple[SplitData, CachedTargets | None, HeadMixtures | None]:
+    """Return the training clips, and the teacher's targets and mixture: None for a baseline.
+
+    All that the run will need is opened, so that what is missing shows now and not after training.
+    """
+    copies = None if mode.labels_only else copies_folder(recipe.node_copies, cache)
+    mixtures = None
+    if copies is not None:
+        mixtures, warning = chosen_mixtures(recipe, reader)
+        if warning:
+            log.warning(warning)
+    split = open_training(recipe, reader, clip_set, mode)
+    for name in evaluation_splits(reader, clip_set.manifest, recipe.train_split):
+        open_split(reader, clip_set, name, memory_bytes=0)
+    if copies is None or mixtures is None:
+        return split, None, None
+    targets = shared_targets(
+        reader,
+        recipe.train_split,
+        mixtures,
+        missing=recipe.teacher.missing,
+        rows=split.rows,
+        directory=copies,
+    )
+    report_missing(targets.mask[split.rows], recipe)
+    return split, targets, mixtures
 
 
 def open_training(recipe: StudentRecipe, reader: CacheReader, clip_set: ClipSet, mode: Mode) -> SplitData:
@@ -144,171 +172,30 @@ def report_missing(valid: npt.NDArray[np.bool_], recipe: StudentRecipe) -> None:
         log.warning("%d of %d training views have no teacher and %s", missing, valid.size, fate)
 
 
-def new_network(recipe: StudentRecipe, reader: CacheReader) -> nn.Module:
-    """Return the RGB network, initialised from the seed alone (and from a weights file, if there is one)."""
-    torch.manual_seed(recipe.train.seed)
-    heads = {head.name: len(head.classes) for head in reader.heads}
-    return build_network(recipe.train, heads=heads, modality="rgb")
-
-
-def chosen_mixtures(recipe: StudentRecipe, reader: CacheReader) -> tuple[HeadMixtures, str | None]:
-    """Return the recipe's mixture of each head, and a warning or None."""
-    return choose_weights(
-        reader,
-        recipe.teacher.weights,
-        weights_temperature=recipe.teacher.weights_temperature,
-        train_split=recipe.train_split,
-    )
-
-
 def mixtures_json(mixtures: HeadMixtures) -> dict[str, Any]:
     """Return the mixtures for run.json and for the run's identity: their values, wherever they come from."""
     return {head: mixture.to_json() for head, mixture in mixtures.items()}
 
 
-def write_run(
-    out: Path, recipe: StudentRecipe, reader: CacheReader, *, mode: Mode, mixtures: HeadMixtures | None
-) -> None:
-    """Write what this run is, before its first step."""
-    run = {
-        "recipe": recipe.model_dump(mode="json"),
-        "cache": reader.fingerprint,
-        "heads": {head.name: list(head.classes) for head in reader.heads},
-        "labels_only": mode.labels_only,
-        "fresh_views": mode.fresh_views,
-        "weights": None if mixtures is None else mixtures_json(mixtures),
-        "versions": {"torch": torch.__version__, "numpy": np.__version__},
-    }
-    write_atomically(out / RUN_FILE, (json.dumps(run, indent=1) + "\n").encode())
-
-
-def evaluate_run(
-    recipe: StudentRecipe, cache: Path | str, run: Path, *, device: torch.device, may_be_empty: bool = False
-) -> SplitMetrics:
-    """Evaluate a finished run on every evaluation split of a cache, and write `evaluation_path`.
-
-    Raises InputError for a cache or a manifest without such a split, unless it `may_be_empty`.
-    """
-    reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
-    check_manifest(reader, clip_set.manifest)
-    stored = read_run(run)
-    if stored["heads"] != {head.name: list(head.classes) for head in reader.heads}:
-        raise InputError(f"{run} was trained for other classes than the cache's (names or order differ)")
-    names = evaluation_splits(reader, clip_set.manifest, recipe.train_split)
-    if not may_be_empty:
-        refuse_nothing(reader, clip_set.manifest, names, recipe.train_split)
-    for line in left_out_splits(reader, clip_set.manifest, recipe.train_split):
-        log.warning(line)
-    network = new_network(recipe, reader)
-    load_model(network, run)
-    mixtures = teacher_of_run(recipe, reader, run)
-    scores, metrics = [], SplitMetrics()
-    for name in names:
-        found = evaluate_on(network, reader, clip_set, name, recipe=recipe, mixtures=mixtures, device=device)
-        scores.append(found[0])
-        metrics |= found[1]
-    path = evaluation_path(run, reader.fingerprint, own=stored["cache"] == reader.fingerprint)
-    write_evaluation(path, reader.fingerprint, metrics, scores)
-    return metrics
-
-
-def teacher_of_run(recipe: StudentRecipe, reader: CacheReader, run: Path) -> HeadMixtures | None:
-    """Return what the run learned from, or for a baseline what its recipe says; None where the cache lacks it.
-
-    That is said: a trained student is worth its metrics even where it has no teacher.
-    """
-    mixtures = run_mixtures(run)
-    warning = None
-    try:
-        if mixtures is None:
-            mixtures, warning = chosen_mixtures(recipe, reader)
-    except (InputError, FingerprintError) as error:  # other experts, or a weights file that is not there any more
-        log.warning("agreement with the teacher is left out: %s", error)
-        return None
-    absent = {expert for mixture in mixtures.values() for expert in mixture.weights} - set(reader.experts)
-    if absent:
-        log.warning("agreement with the teacher is left out: the cache lacks %s", ", ".join(sorted(absent)))
-        return None
-    if warning:
-        log.warning("agreement with the teacher: %s", warning)
-    return mixtures
-
-
-def load_model(network: nn.Module, run: Path) -> None:
-    """Load a finished run's weights; raise InputError when there are none or they do not fit."""
-    path = run / MODEL_FILE
-    if not path.is_file():
-        raise InputError(f"{path} is missing: the run is not finished; run `mmkd-student train` again")
-    try:
-        network.load_state_dict(load_file(path))
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged ({error}); run `mmkd-student train` again") from error
-    except RuntimeError as error:
-        raise InputError(
-            f"{path} does not fit the recipe's network; give the recipe that the run was trained with (-c)"
-        ) from error
-
-
-def evaluate_on(
-    network: nn.Module,
-    reader: CacheReader,
-    clip_set: ClipSet,
-    name: str,
-    *,
-    recipe: StudentRecipe,
-    mixtures: HeadMixtures | None,
-    device: torch.device,
-) -> tuple[SplitScores, SplitMetrics]:
-    """Evaluate a network on one split, over its stored views; with its agreement with a teacher, if given."""
-    split = open_split(reader, clip_set, name, memory_bytes=0)
-    found = predict(
-        network,
-        split.data,
-        np.arange(len(split.rows)),
-        np.arange(split.table.views),
-        batch_size=EVALUATION_BATCH,
-        device=device,
+def describe_student(
+    recipe: StudentRecipe, reader: CacheReader, *, mode: Mode, mixtures: HeadMixtures | None
+) -> RunRecord:
+    """Return what run.json says of a run and of its student."""
+    base = reader.init.base
+    return RunRecord(
+        recipe=recipe.model_dump(mode="json"),
+        cache=reader.fingerprint,
+        heads={head.name: list(head.classes) for head in reader.heads},
+        labels_only=mode.labels_only,
+        fresh_views=mode.fresh_views,
+        weights=None if mixtures is None else mixtures_json(mixtures),
+        versions={"torch": torch.__version__, "numpy": np.__version__},
+        input=StudentInput(
+            views=dict(base["views"]),
+            view_rules=str(base["view_rules"]),
+            canonical=str(base["canonical"]),
+            decoder=str(base["decoder"]),
+            mean=list(RGB_MEAN),
+            std=list(RGB_STD),
+        ),
     )
-    usable = np.zeros(split.table.rows, np.bool_)
-    usable[split.rows] = True
-    logits = {}
-    for head, value in found.items():
-        logits[head] = np.full((split.table.rows, *value.shape[1:]), np.nan, np.float32)
-        logits[head][split.rows] = value
-    scores = score_split(split.table, logits, usable)
-    metrics = scores.metrics(clip_set.manifest.split(name))
-    if mixtures is not None:
-        missing = recipe.teacher.missing
-        for head, found_agreement in agreement(
-            reader, name, logits, usable, mixtures=mixtures, missing=missing
-        ).items():
-            metrics[name][head] |= found_agreement
-    return scores, metrics
-
-
-def agreement(
-    reader: CacheReader,
-    split: str,
-    logits: Mapping[str, Float32Array],
-    usable: npt.NDArray[np.bool_],
-    *,
-    mixtures: HeadMixtures,
-    missing: Missing,
-) -> dict[str, dict[str, float]]:
-    """Return head -> agreement of a student's logits (rows, V, C) with the teacher's, over clips that both have."""
-    try:
-        teacher = mix_split(reader, split, mixtures, missing)
-    except InputError as error:  # a trained student is worth its metrics even where it has no teacher
-        log.warning("agreement with the teacher is not known: %s", error)
-        return {}
-    both = usable & teacher.valid.all(axis=1)
-    if not both.any():
-        return {}
-    result = {}
-    for head, value in logits.items():
-        ours, theirs = average_views(value[both]), average_views(teacher.logits[head][both])
-        result[head] = {
-            "teacher_agreement": float((ours.argmax(1) == theirs.argmax(1)).mean()),
-            "teacher_kl": float(kl_divergence(theirs, ours).mean()),
-        }
-    return result

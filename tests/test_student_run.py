@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.sealed import open_seal, seal
 from mmkd.student.cached_targets import choose_weights, mix_split
 from mmkd.student.compare import load_table
 
@@ -74,10 +75,10 @@ def test_baseline_and_student_share_everything_but_the_targets(stripped):
     assert "give the recipe that the run was trained with (-c)" in refused(
         *evaluate, "--set", "train.network=r3d_18"
     )
-    assert "is no run" in refused(*evaluate[:-1], stripped.root / "cache")
+    assert "is not a run" in refused(*evaluate[:-1], stripped.root / "cache")
     torn = shutil.copytree(runs["student"], stripped.root / "torn") / "model.safetensors"
     torn.write_bytes(torn.read_bytes()[:1000])
-    assert "torn/model.safetensors is damaged" in refused(*evaluate[:-1], torn.parent)
+    assert "torn/model.safetensors is damaged" in refused(*evaluate[:-1], torn.parent, code=4)
 
 
 def test_a_run_is_evaluated_with_its_own_recipe_and_with_another_cache_beside_it(stripped, tiny, tmp_path):
@@ -98,9 +99,9 @@ def test_a_run_is_evaluated_with_its_own_recipe_and_with_another_cache_beside_it
     assert (run / "evaluation.json").read_bytes() == first
     assert len(list(run.glob("evaluation-*.json"))) == 1
     turned = shutil.copytree(run, tmp_path / "turned") / "run.json"
-    stored = json.loads(turned.read_bytes())
+    stored = open_seal(turned.read_bytes())
     stored["heads"]["action"].reverse()
-    turned.write_text(json.dumps(stored))
+    turned.write_text(json.dumps(seal(stored)))
     evaluate = ("mmkd-student", "evaluate", turned.parent, "--cache", other)
     assert "was trained for other classes than the cache's (names or order differ)" in refused(*evaluate)
 

@@ -1,0 +1,191 @@
+"""Evaluating a finished run: its student on a cache's evaluation splits, and how far it agrees with its teacher."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from mmkd.cache_tools.data import ClipSet
+from mmkd.cache_tools.mixing import HeadMixtures, Missing
+from mmkd.cache_tools.precision import kl_divergence
+from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.records import Float32Array
+from mmkd.data_manifests.errors import FingerprintError, InputError
+from mmkd.student.cached_targets import choose_weights, mix_split
+from mmkd.student.evaluation import (
+    SplitMetrics,
+    SplitScores,
+    evaluation_splits,
+    left_out_splits,
+    refuse_nothing,
+    score_split,
+)
+from mmkd.student.evaluation_file import write_evaluation
+from mmkd.student.metrics import average_views
+from mmkd.student.networks import VideoClassifier, build_network
+from mmkd.student.predict import predict
+from mmkd.student.recipe import TrainRecipe
+from mmkd.student.run_data import check_manifest, open_split
+from mmkd.student.run_files import (
+    MODEL_FILE,
+    RunRecord,
+    evaluation_path,
+    read_run,
+    run_mixtures,
+)
+from mmkd.student.student_recipe import StudentRecipe
+from mmkd.student.trained import model_state, without_weights
+
+log = logging.getLogger("mmkd")
+EVALUATION_BATCH = 32
+
+
+def evaluate_run(
+    recipe: StudentRecipe, cache: Path | str, run: Path, *, device: torch.device, may_be_empty: bool = False
+) -> SplitMetrics:
+    """Evaluate a finished run on every evaluation split of a cache, and write `evaluation_path`.
+
+    The file that its network started from, and the experts that it learned from, need not be there any more.
+    Raises InputError for a cache or a manifest without such a split, unless it `may_be_empty`.
+    """
+    reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
+    check_manifest(reader, clip_set.manifest)
+    record = read_run(run)
+    if record.heads != {head.name: list(head.classes) for head in reader.heads}:
+        raise InputError(f"{run} was trained for other classes than the cache's (names or order differ)")
+    names = evaluation_splits(reader, clip_set.manifest, recipe.train_split)
+    if not may_be_empty:
+        refuse_nothing(reader, clip_set.manifest, names, recipe.train_split)
+    for line in left_out_splits(reader, clip_set.manifest, recipe.train_split):
+        log.warning(line)
+    network = new_network(without_weights(recipe.train), reader)
+    load_model(network, run, record)
+    mixtures = teacher_of_run(recipe, reader, run)
+    scores, metrics = [], SplitMetrics()
+    for name in names:
+        found = evaluate_on(network, reader, clip_set, name, recipe=recipe, mixtures=mixtures, device=device)
+        scores.append(found[0])
+        metrics |= found[1]
+    path = evaluation_path(run, reader.fingerprint, own=record.cache == reader.fingerprint)
+    write_evaluation(path, reader.fingerprint, metrics, scores)
+    return metrics
+
+
+def teacher_of_run(recipe: StudentRecipe, reader: CacheReader, run: Path) -> HeadMixtures | None:
+    """Return what the run learned from, or for a baseline what its recipe says; None where the cache lacks it.
+
+    That is said: a trained student is worth its metrics even where it has no teacher.
+    """
+    mixtures = run_mixtures(run)
+    warning = None
+    try:
+        if mixtures is None:
+            mixtures, warning = chosen_mixtures(recipe, reader)
+    except (InputError, FingerprintError) as error:  # other experts, or a weights file that is not there any more
+        log.warning("agreement with the teacher is left out: %s", error)
+        return None
+    absent = {expert for mixture in mixtures.values() for expert in mixture.weights} - set(reader.experts)
+    if absent:
+        log.warning("agreement with the teacher is left out: the cache lacks %s", ", ".join(sorted(absent)))
+        return None
+    if warning:
+        log.warning("agreement with the teacher: %s", warning)
+    return mixtures
+
+
+def load_model(network: nn.Module, run: Path, record: RunRecord) -> None:
+    """Load a finished run's weights; InputError when they do not fit, else as `read_model`."""
+    state = model_state(run, record)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(
+            f"{run / MODEL_FILE} does not fit the recipe's network; give the recipe that the run was trained with "
+            "(-c)"
+        ) from error
+
+
+def evaluate_on(
+    network: nn.Module,
+    reader: CacheReader,
+    clip_set: ClipSet,
+    name: str,
+    *,
+    recipe: StudentRecipe,
+    mixtures: HeadMixtures | None,
+    device: torch.device,
+) -> tuple[SplitScores, SplitMetrics]:
+    """Evaluate a network on one split, over its stored views; with its agreement with a teacher, if given."""
+    split = open_split(reader, clip_set, name, memory_bytes=0)
+    found = predict(
+        network,
+        split.data,
+        np.arange(len(split.rows)),
+        np.arange(split.table.views),
+        batch_size=EVALUATION_BATCH,
+        device=device,
+    )
+    usable = np.zeros(split.table.rows, np.bool_)
+    usable[split.rows] = True
+    logits = {}
+    for head, value in found.items():
+        logits[head] = np.full((split.table.rows, *value.shape[1:]), np.nan, np.float32)
+        logits[head][split.rows] = value
+    scores = score_split(split.table, logits, usable)
+    metrics = scores.metrics(clip_set.manifest.split(name))
+    if mixtures is not None:
+        missing = recipe.teacher.missing
+        for head, found_agreement in agreement(
+            reader, name, logits, usable, mixtures=mixtures, missing=missing
+        ).items():
+            metrics[name][head] |= found_agreement
+    return scores, metrics
+
+
+def agreement(
+    reader: CacheReader,
+    split: str,
+    logits: Mapping[str, Float32Array],
+    usable: npt.NDArray[np.bool_],
+    *,
+    mixtures: HeadMixtures,
+    missing: Missing,
+) -> dict[str, dict[str, float]]:
+    """Return head -> agreement of a student's logits (rows, V, C) with the teacher's, over clips that both have."""
+    try:
+        teacher = mix_split(reader, split, mixtures, missing)
+    except InputError as error:  # a trained student is worth its metrics even where it has no teacher
+        log.warning("agreement with the teacher is not known: %s", error)
+        return {}
+    both = usable & teacher.valid.all(axis=1)
+    if not both.any():
+        return {}
+    result = {}
+    for head, value in logits.items():
+        ours, theirs = average_views(value[both]), average_views(teacher.logits[head][both])
+        result[head] = {
+            "teacher_agreement": float((ours.argmax(1) == theirs.argmax(1)).mean()),
+            "teacher_kl": float(kl_divergence(theirs, ours).mean()),
+        }
+    return result
+
+
+def new_network(recipe: TrainRecipe, reader: CacheReader) -> VideoClassifier:
+    """Return the RGB network, initialised from the seed alone (and from a weights file, if there is one)."""
+    torch.manual_seed(recipe.seed)
+    heads = {head.name: len(head.classes) for head in reader.heads}
+    return build_network(recipe, heads=heads, modality="rgb")
+
+
+def chosen_mixtures(recipe: StudentRecipe, reader: CacheReader) -> tuple[HeadMixtures, str | None]:
+    """Return the recipe's mixture of each head, and a warning or None."""
+    return choose_weights(
+        reader,
+        recipe.teacher.weights,
+        weights_temperature=recipe.teacher.weights_temperature,
+        train_split=recipe.train_split,
+    )
