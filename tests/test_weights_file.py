@@ -133,7 +133,7 @@ def test_a_cache_of_other_views_or_clips_is_refused(reader, path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda v: v.update(schema="mmkd-expert-2"), "is not a weights file; make one"),
+        (lambda v: v.update(schema="mmkd-expert-2"), "is not a weights file; it is the card of an expert"),
         (lambda v: v.update(schema="mmkd-weights-3"), "has schema 'mmkd-weights-3'; this version reads"),
         (lambda v: v.pop("teacher"), "is damaged"),
         (lambda v: v.update(schemes=[]), "is damaged"),
