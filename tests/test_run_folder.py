@@ -14,8 +14,9 @@ from mmkd.cache_tools.data import ClipSet, DataRecipe
 from mmkd.cache_tools.folder_lock import folder_lock
 from mmkd.cache_tools.sealed import open_seal
 from mmkd.data_manifests.errors import InputError, MmkdError, VerificationError
+from mmkd.student.evaluation_file import read_evaluation
 from mmkd.student.metrics import average_views, evaluate
-from mmkd.student.run_files import read_evaluation, read_model, read_run
+from mmkd.student.run_files import read_model, read_run
 from mmkd.student.trained import load_student
 
 from .conftest import ENVIRONMENT
@@ -66,7 +67,7 @@ def result_or_error(read, *arguments):
     ("name", "read", "count"),
     [
         ("run.json", lambda path: read_run(path.parent), 1500),
-        ("evaluation.json", read_evaluation, 800),
+        ("evaluation.json", lambda path: read_evaluation(path, "evaluate"), 800),
         ("model.safetensors", lambda path: read_model(path.parent, read_run(path.parent)), 40),
     ],
 )
@@ -104,8 +105,8 @@ def test_a_damaged_evaluation_is_named_with_the_command_that_makes_it_again(worl
     path = world / "run" / "evaluation.json"
     path.write_bytes(path.read_bytes().replace(b'"top1": ', b'"top1": 1'))
     table = ("mmkd-student", "compare", "--cache", "cache", "--manifest", "manifest.jsonl", "--run", "student=run")
-    assert "evaluation.json is damaged" in (said := refused(*table, code=4))
-    assert "run `mmkd-student evaluate run` again" in said
+    assert "evaluation.json is damaged" in (said := refused(*table))
+    assert "run `mmkd-student evaluate run --cache CACHE` again" in said
     call_ok(*EVALUATE)
     call_ok(*table)
 
@@ -129,7 +130,7 @@ def test_a_run_from_before_the_seal_is_read_with_a_warning_and_sealed_by_the_sam
 
 
 def test_a_student_is_read_from_its_folder_alone_and_says_what_the_evaluation_says(world):
-    _, stored = read_evaluation(world / "run" / "evaluation.json")
+    stored = read_evaluation(world / "run" / "evaluation.json", "evaluate").metrics
     clip_set = ClipSet(DataRecipe(manifest=Path("manifest.jsonl"), videos=Path("videos"), workers=0))
     items = list(clip_set.probe(clip_set.manifest.split("standard")))
     folder = shutil.move(world / "run", world / "elsewhere")
@@ -174,7 +175,7 @@ def test_a_cache_that_lacks_an_expert_of_the_run_leaves_the_agreement_out(world)
     call_ok("mmkd-cache", "build", "-c", "teacher.yaml", "--expert", "experts/rgb", "-o", "other")
     result = call("mmkd-student", "evaluate", "run", "--cache", "other", "--json")
     assert result.code == 0, result.err
-    assert "agreement with the teacher is left out: the cache lacks its expert boxes" in result.err
+    assert "agreement with the teacher is left out: the cache lacks boxes" in result.err
     metrics = json.loads(result.out)["standard"]["action"]
     assert "top1" in metrics
     assert "teacher_kl" not in metrics
