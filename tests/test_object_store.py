@@ -14,7 +14,7 @@ from mmkd.cache_tools.layout import SplitLayout
 from mmkd.cache_tools.mixing import Mixture
 from mmkd.cache_tools.object_store import ObjectStore
 from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.store import LocalStore, MissingObjectError, open_store
+from mmkd.cache_tools.store import LocalStore, MissingObjectError, TakenOverError, open_store
 from mmkd.cache_tools.tasks import Others, Task, live_tasks, new_task_id
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 from mmkd.data_manifests.records import Clip, Head, Manifest
@@ -125,6 +125,27 @@ def test_claims_and_signs_of_life(url):
             for shard in layout.shards():
                 own.release(shard)
     assert stores[0].list() == {}
+
+
+def test_a_task_taken_for_dead_changes_nothing_any_more(url):
+    first, second = open_store(url), open_store(url)
+    with Task(first, new_task_id(), beat_seconds=60) as dead, Task(second, new_task_id()) as own:
+        assert set(first.writers()) == {dead.id, own.id}
+        second.write("init.json", b"theirs")
+        Others(own).bury(dead.id)
+        changes = (
+            dead.beat,
+            lambda: first.write("init.json", b"mine"),
+            lambda: first.create("claims/init/0.json", b""),
+            lambda: first.delete("init.json"),
+        )
+        for change in changes:
+            with pytest.raises(TakenOverError, match="another task went on while this one slept; run it again"):
+                change()
+        assert second.read("init.json") == b"theirs"
+        assert live_tasks(first) == {own.id}
+    assert set(second.list()) == {"init.json"}
+    assert second.writers() == {}
 
 
 def test_a_server_without_conditional_puts_is_found_out(url, monkeypatch, caplog):
