@@ -124,7 +124,7 @@ def test_a_killed_build_resumes_to_the_same_bytes(tiny, tmp_path, commits):
     process.kill()
     process.communicate()
     assert not (tmp_path / "cache" / "root.json").exists(), "killed too late to mean anything"
-    refused = run_command("mmkd-cache", "inspect", tmp_path / "cache")
+    refused = run_command("mmkd-cache", "export", tmp_path / "cache", tmp_path / "cache.h5")
     assert refused.code == 2
     assert "not finished" in refused.err
     run_ok("mmkd-cache", "build", *tiny.stage_one, *tiny.experts, "-o", tmp_path / "cache")

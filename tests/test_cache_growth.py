@@ -153,7 +153,7 @@ def test_growing_interrupted_anywhere_goes_on(quick, wide, tmp_path, where):
     out = quick.copy(tmp_path / "cache")
     killed = quick.build(out, "--views", 4, faults={"acts": [{"match": where, "do": "kill"}]})
     assert killed.code == -9
-    assert quick.run("inspect", out).code == 2, "a cache that is growing is not finished"
+    assert quick.run("export", out, tmp_path / "x.h5").code == 2, "a cache that is growing is not finished"
     resumed = quick.build(out, "--views", 4)
     assert resumed.code == 0, resumed.err
     assert contents(out) == wide
