@@ -73,7 +73,8 @@ class VerifyReport:
             lines.append(f"leftovers {len(self.leftovers)}, e.g. {self.leftovers[0]}: {fate}")
         if self.foreign:
             lines.append(
-                f"foreign   {len(self.foreign)} files, e.g. {self.foreign[0]}: not the cache's, left alone"
+                f"foreign   {counted(len(self.foreign), 'file')}, e.g. {self.foreign[0]}: not the "
+                f"cache's, left alone"
             )
         if self.incomplete:
             lines.append(f"not finished: {counted(self.incomplete, 'commit record', ARE)} still to come")

@@ -40,14 +40,7 @@ from mmkd.pipeline.teacher import boxes_fields, open_boxes
 from mmkd.student.thumbprints import MEAN_DIFFERENCE_LIMIT
 
 MAX_KL_NATS = 2e-3
-"""Default tolerance: four times the worst benign difference, a fifth of the least harmful one.
-
-Measured by `python tests/benchmarks/drift.py demo` on the demo's trained experts, 64 views each (figures in
-tests/benchmarks/RESULTS.md), as the largest KL: bfloat16 autocast 5.5e-4, every pixel up to one grey level off
-3.0e-4; other batch sizes, thread counts and PyAV for decord 8e-8, which is what storing in fp16 costs. A crop one
-pixel off gave 1.1e-2 and more. Where device and versions are the build's, 1e-5 is a sharper question. A flipped bit
-of a weight moves most logits by less than any tolerance: the fingerprint finds that.
-"""
+"""Default tolerance: 1.7 times the worst benign difference, a fifth of the least harmful one (see RESULTS.md)."""
 
 SAME_TEACHER = "Give the data, recipe and experts that built it"
 
