@@ -106,7 +106,7 @@ def claim_key(folder: str, generation: int) -> str:
 
 
 def claims_in(store: Store, prefix: str) -> dict[str, list[int]]:
-    """Return folder of claims -> their numbers in order, of all below `prefix`; what is no claim is passed over."""
+    """Return folder of claims -> their numbers in order, of all below `prefix`; other objects are passed over."""
     found: dict[str, list[int]] = {}
     for key in own_keys(store.list(prefix), CLAIMS):
         folder, _, name = key.rpartition("/")

@@ -26,7 +26,7 @@ from mmkd.cache_tools.store import MissingObjectError, Store
 from mmkd.cache_tools.typed_json import STRICT, typed
 from mmkd.data_manifests.errors import VerificationError
 
-REPAIR = "run `mmkd-cache verify --repair` and then the build again, which computes that shard anew"
+REPAIR = "run `mmkd-cache verify --repair` and then the build again, which computes that shard again"
 
 
 @dataclass(frozen=True)

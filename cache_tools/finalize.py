@@ -16,7 +16,7 @@ NAMED_HOLES = 5
 
 def finalize(store: Store) -> None:
     """Finish a cache as a task of its own; see `finish`."""
-    read_init(store)  # what is no cache is refused before anything is written
+    read_init(store)  # what is not a cache is refused before anything is written
     with Task(store, new_task_id()) as own:
         finish(store, Claims(own, others := Others(own)), others)
     store.tidy()

@@ -104,7 +104,7 @@ class FolderLock:
             return False
         followed = read_holder(newest.path)
         if followed is not None and followed.id == newest.id:
-            log.warning("%s was held by %s, which is gone; going on in its place", self.folder, newest.who)
+            log.warning("%s was held by %s, which is gone; continuing in its place", self.folder, newest.who)
             return True
         # Others followed it, finished and went away since we looked; somebody new may hold a lower number.
         (self.folder / LOCK_FORM.format(newest.generation + 1)).unlink(missing_ok=True)

@@ -63,5 +63,5 @@ def unreadable(path: Path, error: OSError) -> StorageError:
 
 
 def in_the_way(path: Path) -> StorageError:
-    """Return the error of something that is no file where a file of the cache belongs."""
+    """Return the error of something that is not a file where a file of the cache belongs."""
     return StorageError(f"{path} is in the way: a file of the cache has that name; remove it and run again")

@@ -15,7 +15,7 @@ from mmkd.cache_tools.store import MissingObjectError, Store
 from mmkd.cache_tools.typed_json import PART, typed
 
 PART_ENTRIES = 256
-"""Entries of one file: it is written anew with each of them, since an object store cannot append."""
+"""Entries of one file: it is written again with each of them, since an object store cannot append."""
 
 
 @dataclass(frozen=True)

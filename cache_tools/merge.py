@@ -2,7 +2,7 @@
 
 Two labs, or two sites, each cache the videos that they have, with the same recipe and experts; the merged manifest
 says which clips there are and in which order. Splits of one name become one, rows go to their places in the
-manifest, and blocks are encoded anew; statuses, reasons, thumbprints and views come along. What cannot come along
+manifest, and blocks are encoded again; statuses, reasons, thumbprints and views come along. What cannot come along
 is the error bound of a single shard: a merged shard has the largest of those that its rows came from.
 
 One array of one node at a time lies uncompressed in a temporary file (`TMPDIR`), so memory is bounded by a shard.

@@ -2,7 +2,7 @@
 
 A put replaces an object whole and is durable when it is answered; `create` is a conditional put (If-None-Match), of
 which the server lets one win; times are the server's. Credentials and endpoints are found where the tools of each
-store look (for S3: AWS_* variables, AWS_ENDPOINT_URL, ~/.aws, the machine's role); none is taken from an URL and
+store look (for S3: AWS_* variables, AWS_ENDPOINT_URL, ~/.aws, the machine's role); none is taken from a URL and
 none is ever written. Nothing is kept in between: every listing is fresh.
 
 A task's right to write is an object of its own, `.tmp/<task>/alive`, made once: who takes the task for dead deletes
@@ -44,7 +44,7 @@ class ObjectStore:
     def __init__(self, url: str) -> None:
         """Open `url`, e.g. `s3://bucket/cache`; nothing is read yet.
 
-        Raises InputError for an URL that nothing can read, that carries a password, or that goes through a copy
+        Raises InputError for a URL that nothing can read, that carries a password, or that goes through a copy
         kept elsewhere (`simplecache::...`), which could be stale.
         """
         self.url = url if url.endswith("://") else url.rstrip("/")
@@ -214,7 +214,7 @@ def alive_key(writer: str) -> str:
 
 
 def open_file_system(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of an URL and the path within it; raise InputError when there is none."""
+    """Return the fsspec file system of a URL and the path within it; raise InputError when there is none."""
     if not url.partition("://")[2]:
         raise InputError(f"{url} names no place within the store; name one, such as s3://bucket/cache")
     if "::" in url:

@@ -111,7 +111,7 @@ class CacheReader:
         try:
             data = self.store.read(ROOT)
         except MissingObjectError:
-            read_init(self.store)  # tells a folder that is no cache from an unfinished one
+            read_init(self.store)  # tells a folder that is not a cache from an unfinished one
             raise InputError(
                 f"the cache {self.store.locate()} is not finished; run the same `mmkd-cache build` again"
             ) from None

@@ -2,7 +2,7 @@
 
 zarr-python encodes through an event loop and a thread for every inner chunk: 3 ms of processor time and, on a busy
 machine, a hundred times that in waiting, for each of a shard's dozen small objects. This is the same encoding in
-line, and a test holds its bytes equal to zarr-python's, which goes on to read them.
+line, and a test holds its bytes equal to zarr-python's, which continues to read them.
 """
 
 import json

@@ -127,7 +127,7 @@ class LocalStore:
     def create(self, key: str, data: bytes) -> bool:
         """Write beside, sync, and link: the name appears with its whole content, or not at all.
 
-        Raises StorageError when something that is no file has the name.
+        Raises StorageError when something that is not a file has the name.
         """
         try:
             self._place(key, data, link_or_move)

@@ -48,7 +48,7 @@ class TaskId:
 
     @classmethod
     def parse(cls, text: str) -> "TaskId | None":
-        """Return the parts, or None for a text that is no task id."""
+        """Return the parts, or None for a text that is not a task id."""
         if not re.fullmatch(TASK_ID, text):
             return None
         machine, pid, started, _ = text.split("-")

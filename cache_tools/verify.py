@@ -57,7 +57,7 @@ class VerifyReport:
     repaired: bool = False
     """Whether what is damaged or left over was removed."""
     shards: list[str] = field(default_factory=list)
-    """Shards that the next build computes anew, after a repair."""
+    """Shards that the next build computes again, after a repair."""
 
     def lines(self, cache: Path | str) -> list[str]:
         """Return the report for people."""
@@ -79,7 +79,7 @@ class VerifyReport:
         if self.incomplete:
             lines.append(f"not finished: {counted(self.incomplete, 'commit record', ARE)} still to come")
         if self.repaired and self.shards:
-            lines.append(f"removed; run the build again to compute {', '.join(self.shards[:LISTED])} anew")
+            lines.append(f"removed; run the build again to compute {', '.join(self.shards[:LISTED])} again")
         return lines
 
     def check(self, cache: Path | str) -> None:
@@ -94,14 +94,14 @@ class VerifyReport:
 
 
 def verify(location: Path | str | Store, *, repair: bool = False) -> VerifyReport:
-    """Read all of a cache; with `repair`, remove what is damaged, so that the next build computes it anew.
+    """Read all of a cache; with `repair`, remove what is damaged, so that the next build computes it again.
 
-    Raises InputError for what is no cache, or is being built while it is to be repaired.
+    Raises InputError for what is not a cache, or is being built while it is to be repaired.
     """
     store = open_store(location) if isinstance(location, (Path, str)) else location
     if not repair:
         return check(store, live_tasks(store))
-    with suppress(VerificationError):  # a damaged one can be repaired, but what is no cache is refused at once
+    with suppress(VerificationError):  # a damaged one can be repaired, but what is not a cache is refused at once
         read_init(store)
     with Task(store, new_task_id()) as own:
         others = Others(own)

@@ -39,7 +39,7 @@ class Head:
     """Class names in the order of their label numbers; unique, at least two."""
 
     def __post_init__(self) -> None:
-        """Raise InputError when the name is no identifier or the classes are not unique."""
+        """Raise InputError when the name is not an identifier or the classes are not unique."""
         if not self.name.isidentifier() or self.name != self.name.lower():
             raise InputError(f"head name {self.name!r} is not a lower-case identifier")
         if len(self.classes) < 2:

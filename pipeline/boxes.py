@@ -3,7 +3,7 @@
 Frames are matched by time, never by list position (the published loader's way, off where frames are not
 annotated). Boxes come out as parts of the frame, in a fixed number of slots, ready for the boxes expert. A
 video whose annotation is absent or malformed is no error of the file: asking for its track raises
-`BoxesMissingError` with the reason, so that the build records `boxes missing` and goes on.
+`BoxesMissingError` with the reason, so that the build records `boxes missing` and continues.
 """
 
 import hashlib

@@ -97,7 +97,7 @@ def build(
 ) -> BuildReport:
     """Build the cache in `out`, or finish or extend the one there; `task` is (i, n) for task i of n.
 
-    Experts of the cache that are not given stay as they are; those named in `replace` are computed anew. With
+    Experts of the cache that are not given stay as they are; those named in `replace` are computed again. With
     `retry` the clips that are recorded as unusable and can be read now are computed again.
     Raises InputError, FingerprintError, StorageError, or InterruptedByUserError after a clean stop.
     """
@@ -139,7 +139,7 @@ def build(
                 f"Nothing else was lost; run "
                 "again"
             )
-        # Read anew: the cache may have been given more views or experts meanwhile.
+        # Read again: the cache may have been given more views or experts meanwhile.
         report.left_shards = len({shard.name for shard, _ in read_init(store).missing(store)})
         if not report.left_shards:
             finish(store, claims, others)
@@ -340,7 +340,9 @@ def refuse_many_faults(before: int, clip: object) -> int:
     """Return how many of the latest clips in a row the machine could not read; StorageError when they are many."""
     faults = before + 1 if isinstance(clip, StorageError) else 0
     if faults == FAULTS_IN_A_ROW:
-        raise StorageError(f"stopped, since the machine cannot read {faults} clips in a row; the last one: {clip}")
+        raise StorageError(
+            f"stopped, since the machine cannot read {counted(faults, 'clip')} in a row; the last one: {clip}"
+        )
     return faults
 
 

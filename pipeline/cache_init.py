@@ -280,7 +280,7 @@ def check_same(
         {"experts": kept},
         {"experts": {name: experts[name] for name in kept}},
         what=f"{where}: the teacher",
-        advice="Give --replace NAME to compute that expert anew, or build into another directory",
+        advice="Give --replace NAME to compute that expert again, or build into another directory",
     )
 
 

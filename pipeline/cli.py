@@ -255,7 +255,7 @@ def verify(cache: Path | str, repair: bool, as_json: bool) -> None:
 @click.option(
     "--max-kl",
     type=click.FloatRange(0),
-    help="Largest KL(stored || fresh) in nats that is no drift [default: 0.002].",
+    help="Largest KL(stored || fresh) in nats that is not drift [default: 0.002].",
 )
 @as_json
 def drift(cache: Path | str, files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:

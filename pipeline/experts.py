@@ -80,7 +80,7 @@ class ExpertCard:
         }
 
 
-REPAIR = "delete it and run the same `mmkd-cache teach` again, which goes on from what training left"
+REPAIR = "delete it and run the same `mmkd-cache teach` again, which continues from what training left"
 
 
 @dataclass(frozen=True)

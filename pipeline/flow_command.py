@@ -5,7 +5,7 @@
     compute  blocks of pairs in decoding processes: on a CPU they also compute and encode, else this process does
     write    one writer for each video, then its mark
 
-Stopped at any instant it loses the video in hand; the next run goes on with it.
+Stopped at any instant it loses the video in hand; the next run continues with it.
 """
 
 import dataclasses

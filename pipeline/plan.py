@@ -31,17 +31,17 @@ from mmkd.pipeline.rates import WriteRate, measure_clips, measure_folder, measur
 from mmkd.pipeline.recipe import TeacherRecipe
 
 SHARD_SECONDS = 600.0
-"""What a killed task loses at most."""
+"""Longest time of a shard: what a killed task loses at most."""
 TASK_SHARDS = 8
 """Shards of a task at least, so that tasks end at about the same time."""
 ROOT_BYTES = 512
-"""Of root.json; a little less."""
+"""Bytes of root.json, at most."""
 FIXED_OBJECTS = 3
-"""init.json, index.jsonl, root.json."""
+"""Objects that every cache has: init.json, index.jsonl, root.json."""
 INNER_ROWS = 64
-"""Shards of whole inner chunks read and write best."""
+"""Rows of an inner chunk: shards of whole ones read and write best."""
 JOURNAL_BYTES = 400
-"""Of a shard's line in the journal."""
+"""Bytes of a shard's line in the journal, about."""
 
 
 def plan(

@@ -25,13 +25,13 @@ class SplitForecast:
     unusable: int = 0
     """Rows that cannot be used: their video is missing or broken. They cost no time."""
     prepare_seconds: float = 0.0
-    """Of a clip, in one decoding process."""
+    """Seconds of a clip, in one decoding process."""
     device_seconds: float = 0.0
-    """Of a clip, in the build's own process."""
+    """Seconds of a clip, in the build's own process."""
     clip_seconds: float = 0.0
-    """From one clip to the next."""
+    """Seconds from one clip to the next."""
     shard_seconds: float = 0.0
-    """For a whole shard."""
+    """Seconds of a whole shard."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Disk:
     needed_bytes: int
     """What the cache takes there at most, each object in whole blocks of the file system."""
     bytes_per_second: float
-    """Rate of a large synced write."""
+    """Bytes a second of a large synced write."""
     object_seconds: float
-    """Time of a small synced write."""
+    """Seconds of a small synced write."""
     writing_seconds: float
     """Time that writing the cache takes at this rate, one object after the other."""
 
@@ -81,13 +81,13 @@ class PlanReport:
     sizes: Sizes
     """Bytes."""
     device: str
-    """`cpu` or `cuda`."""
+    """Kind of device that the experts run on, `cpu` or `cuda`."""
     workers: int
     """Decoding processes."""
     clips_per_second: float
-    """Of one task."""
+    """Clips a second of one task."""
     seconds: float
-    """Of one task that does everything."""
+    """Seconds of one task that does everything."""
     core_hours: float
     """Hours of all processor cores that are kept busy, together."""
     tasks: int

@@ -62,7 +62,7 @@ class STLT(nn.Module):
         """Build for `heads` (head name -> number of classes); the defaults are the published sizes (85 M)."""
         super().__init__()
         if hidden % attention_heads:
-            raise InputError(f"layout: hidden {hidden} is no multiple of attention_heads {attention_heads}")
+            raise InputError(f"layout: hidden {hidden} is not a multiple of attention_heads {attention_heads}")
         self.max_frames = max_frames
         self.embedding = BoxEmbedding(hidden, dropout)
         self.spatial_cls = nn.Parameter(torch.randn(hidden) * INITIAL_STD)

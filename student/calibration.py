@@ -23,7 +23,7 @@ from mmkd.cache_tools.records import Float32Array, Float64Array, IntArray
 PRIOR_STD = 2.0
 """Standard deviation of log T under the prior: e^2 times too large costs half a nat, over all views together."""
 MIN_WEIGHT = 1e-3
-"""An expert that weighs less is left out: where it is missing it would be missed."""
+"""An expert that weighs less is left out: it changes little, and views that lack it would count as incomplete."""
 MAX_VALUES = 2**27
 """Logits that are fitted on (1 GiB in float64); of more views every n-th is taken."""
 

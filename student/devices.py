@@ -49,7 +49,7 @@ def keep_freed_memory() -> None:
     """Tell glibc to reuse large freed blocks instead of returning them to the system; elsewhere do nothing.
 
     A training step on a CPU frees and allocates the same tensors again: without this, zeroing their pages
-    anew took 10 to 20 % of a small network's step. The process then keeps the memory of its largest step.
+    again took 10 to 20 % of a small network's step. The process then keeps the memory of its largest step.
     """
     if not sys.platform.startswith("linux"):
         return

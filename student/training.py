@@ -96,7 +96,7 @@ def fit(
     progress: bool = True,
     what: str = "training",
 ) -> FitReport:
-    """Train `network` (inputs dict -> logits per head) in place, going on from `run_dir`'s checkpoint if any.
+    """Train `network` (inputs dict -> logits per head) in place, continuing from `run_dir`'s checkpoint if any.
 
     Without `targets` it learns from labels alone. `identity` (JSON values) is all that could change a number
     and that the loop cannot see, e.g. the cache's fingerprint: a checkpoint of another identity is refused. `lock`

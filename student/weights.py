@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmkd.data_manifests.errors import InputError
 
 CLASSIFIERS = ("head.", "fc.", "heads.")
-"""Prefixes of the parameters that a file may hold in vain: its classifier is for other classes."""
+"""Prefixes of the parameters that a file may hold without use: its classifier is for other classes."""
 SHOWN = 3
 UNWRAPPED = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training programs put the parameters, beside the optimiser and the like."""

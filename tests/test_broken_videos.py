@@ -1,6 +1,6 @@
 """Bad input that is recorded: broken videos, dying and hanging decoders, missing boxes, logits that are not finite.
 
-Each clip gets a status and its reason, the build goes on, and `--max-unusable` decides on the exit code.
+Each clip gets a status and its reason, the build continues, and `--max-unusable` decides on the exit code.
 """
 
 import json

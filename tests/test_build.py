@@ -182,7 +182,7 @@ def test_any_flipped_bit_is_detected_and_mended_by_repair_and_build(tiny, tmp_pa
         r"targets\.zarr/train/rgb/logits/action/c/0/0/0: its hash .*rgb, train rows 0\.\.7", refused.out
     )
     assert "shards built" in run_ok("mmkd-cache", "build", *tiny.stage_one, *tiny.experts, "-o", cache)
-    assert "compute train/0-0 anew" in run_ok("mmkd-cache", "verify", cache, "--repair")
+    assert "compute train/0-0 again" in run_ok("mmkd-cache", "verify", cache, "--repair")
     assert ": 1 shard built" in run_ok("mmkd-cache", "build", *tiny.stage_one, *tiny.experts, "-o", cache)
     assert files_of(cache) == files_of(tiny.root / "cache")
     run_ok("mmkd-cache", "verify", cache)

@@ -48,7 +48,7 @@ def test_a_truncated_shard_is_found_on_reading_and_by_verify_and_mended(quick, t
         CacheReader(out).logits("train", "rgb")
     repaired = quick.run("verify", out, "--repair")
     assert repaired.code == 0
-    assert "run the build again to compute train/1-0 anew" in repaired.out
+    assert "run the build again to compute train/1-0 again" in repaired.out
     assert quick.run("export", out, tmp_path / "x.h5").code == 2, "what was repaired is not finished"
     heal(quick, out)
 
@@ -339,7 +339,7 @@ def test_missing_videos_are_counted_first_and_no_process_looks_for_them(quick, t
 
 
 def test_missing_videos_that_are_back_are_computed_when_asked_for(quick, tmp_path):
-    """To the bytes of a build that had them all along; killed in between, the same command goes on."""
+    """To the bytes of a build that had them all along; killed in between, the same command continues."""
     out, videos = tmp_path / "c", shutil.copytree(quick.root / "videos", tmp_path / "videos")
     places = ["--videos", videos, "--facts", tmp_path / "facts"]
     names = [rows_of(quick.root / "manifest.jsonl")[number]["video"] for number in (2, 9, 20)]

@@ -116,7 +116,7 @@ def test_an_expert_is_replaced_only_when_told_so_and_the_others_stay(quick, tmp_
     refused = quick.build(out, experts=("other",))
     assert refused.code == 5
     assert re.search(r"experts\.rgb\.weights: cache .*, now .*", refused.err), refused.err
-    assert "Give --replace NAME to compute that expert anew" in refused.err
+    assert "Give --replace NAME to compute that expert again" in refused.err
     assert contents(out) == contents(quick.cache)
     before = times(out)
     replaced = quick.build(out, "--replace", "rgb", experts=("other",))

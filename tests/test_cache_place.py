@@ -162,7 +162,7 @@ def test_a_folder_in_the_place_of_a_file_is_named_and_waits_for_nobody(quick: Fo
     assert re.search(rf"{key}( is in the way|: Is a directory)", result.err.splitlines()[-1]), result.err
 
 
-# ---- what is no file
+# ---- what is not a file
 
 
 def test_pipes_devices_and_huge_files_are_refused_at_once(tmp_path):

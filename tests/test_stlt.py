@@ -134,7 +134,7 @@ def test_layers_start_from_different_weights(network):
 
 
 def test_bad_sizes_are_refused(network):
-    with pytest.raises(InputError, match="hidden 32 is no multiple of attention_heads 5"):
+    with pytest.raises(InputError, match="hidden 32 is not a multiple of attention_heads 5"):
         STLT({"action": 2}, **TINY | {"attention_heads": 5})
     small = STLT({"action": 2}, **TINY, max_frames=3)
     with pytest.raises(InputError, match="4 frames, but positions exist for 3 only"):

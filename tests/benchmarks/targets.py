@@ -38,7 +38,7 @@ Lookup = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def blocks_of(shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
-    """Yield the logits in blocks of a shard's rows, drawn anew each time from the same seed."""
+    """Yield the logits in blocks of a shard's rows, drawn again each time from the same seed."""
     random = np.random.default_rng(0)
     for start in range(0, shape[0], SHARD_ROWS):
         yield random.standard_normal((min(SHARD_ROWS, shape[0] - start), *shape[1:]), np.float32)
