@@ -131,6 +131,10 @@ class Manifest:
         """Names of the splits in order of first appearance."""
         return tuple(self._by_split)
 
+    def unlabelled(self, name: str) -> int:
+        """Return how many clips of a split have no label of any head."""
+        return sum(all(label is None for label in clip.labels.values()) for clip in self.split(name))
+
     def split(self, name: str) -> tuple[Clip, ...]:
         """Return the clips of one split; raise InputError, naming the splits there are, for another."""
         if name not in self._by_split:

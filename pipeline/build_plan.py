@@ -25,7 +25,7 @@ from mmkd.cache_tools.layout import (
 from mmkd.cache_tools.records import View
 from mmkd.cache_tools.storage_formats import FORMATS, format_of
 from mmkd.cache_tools.store import Store
-from mmkd.data_manifests.counted import counted
+from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import Manifest
 from mmkd.pipeline.boxes import BoxFile
@@ -125,6 +125,9 @@ def cached_splits(manifest: Manifest, recipe: TeacherRecipe) -> tuple[str, ...]:
     names = recipe.build.splits
     if names is None:
         names = tuple(name for name in manifest.splits if name in labelled)
+        for name in (name for name in manifest.splits if name not in labelled):
+            clips = counted(len(manifest.split(name)), "clip", ARE)
+            log.info("split %s: %s left out, without a label; --set build.splits=... caches them", name, clips)
     if not names:
         raise InputError(
             "no clip of the manifest has a label; name the splits to cache, e.g. --set build.splits=[test]"

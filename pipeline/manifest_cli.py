@@ -107,6 +107,11 @@ def _write_manifest(made: Manifest, options: dict[str, Any]) -> None:
                 err=True,
             )
     save_manifest(made, options["out"])
-    counts = ", ".join(f"{name} {len(made.split(name))}" for name in made.splits)
+    counts = ", ".join(f"{name} {len(made.split(name))}{_without_labels(made, name)}" for name in made.splits)
     classes = ", ".join(f"{head.name} {len(head.classes)}" for head in made.heads)
     click.echo(f"{options['out']}: clips {counts}; classes {classes}")
+
+
+def _without_labels(made: Manifest, split: str) -> str:
+    count = made.unlabelled(split)
+    return f" ({count} without a label)" if count else ""

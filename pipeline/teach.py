@@ -109,6 +109,8 @@ def train_expert(
     items = clip_set.probe(clips)
     held = HeldOut(**recipe.held_out.model_dump()).mask(clip_set.manifest.dataset, [c.clip_id for c in clips])
     seen_items = [item for item, out_ in zip(items, held, strict=True) if not out_]
+    if unlabelled := clip_set.manifest.unlabelled(recipe.train_split):
+        log.warning("%d of %s have no label, and teach nothing", unlabelled, counted(len(clips), "training clip"))
     training = expert_data(recipe, expert, clip_set, items=seen_items, device=device)
     torch.manual_seed(expert.train.seed)
     network = make_network(expert, {head.name: len(head.classes) for head in clip_set.manifest.heads})
