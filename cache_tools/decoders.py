@@ -117,15 +117,9 @@ class PyavDecoder:
 def check_count(decoder: PyavDecoder, index: PacketIndex, stream: Any) -> None:
     """Raise VideoError unless decoding a counted stream whole gives as many frames as its packets show."""
     count = decoder.count()
-    if count == len(index.pts):
-        return
-    if index.codec == "mpeg4":
-        raise VideoError(
-            f"packed B-frames: {counted(len(index.pts), 'packet', ('gives', 'give'))} {counted(count, 'frame')}; "
-            "unpack them: ffmpeg -i IN.avi -c copy -bsf:v mpeg4_unpack_bframes OUT.avi"
-        )
-    packets = counted(len(index.pts), "packet", ("gives", "give"))
-    raise VideoError(f"{packets} {counted(count, 'frame')}; {reencode(stream)}")
+    if count != len(index.pts):
+        packets = counted(len(index.pts), "packet", ("gives", "give"))
+        raise VideoError(f"{packets} {counted(count, 'frame')}; {reencode(stream)}")
 
 
 def quarter_turns(frame: Any) -> int:

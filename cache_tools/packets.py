@@ -142,14 +142,16 @@ def check_header(container: Any, stream: Any, limits: Limits) -> None:
         raise VideoError(f"the video takes {seconds:.0f} s; the limit is {limits.max_duration_seconds:g} s")
 
 
-def reencode(stream: Any) -> str:
+def reencode(stream: Any, *, untimed: bool = False) -> str:
     """Return the command that makes a copy of the opened video which is read exactly, with all its frames.
 
-    Matroska, for into MP4 ffmpeg repeats frames at a constant rate where time stamps are missing.
+    Matroska, for into MP4 ffmpeg repeats frames at a constant rate. Untimed frames are given the times of a
+    constant rate: those that ffmpeg guesses may meet others, and it leaves out a frame then.
     """
     odd = stream.codec_context.width % 2 or stream.codec_context.height % 2
-    crop = '-vf "crop=trunc(iw/2)*2:trunc(ih/2)*2" ' if odd else ""
-    return f"re-encode it: ffmpeg -i IN {crop}-c:v libx264 -crf 18 OUT.mkv"
+    filters = ["setpts=N/FRAME_RATE/TB"] * untimed + ["crop=trunc(iw/2)*2:trunc(ih/2)*2"] * bool(odd)
+    option = f'-vf "{",".join(filters)}" ' if filters else ""
+    return f"re-encode it: ffmpeg -i IN {option}-c:v libx264 -crf 18 OUT.mkv"
 
 
 @dataclass
@@ -164,6 +166,8 @@ class _Scan:
     keys: list[tuple[int, int]] = field(default_factory=list)
     """(pts, time stamp to seek to) of each key frame."""
     sizes: set[tuple[int, int]] = field(default_factory=set)
+    headless: bool = False
+    """Whether frames come before the first key frame."""
     hidden: int = 0
     packed: bool = False
     false_marks: int = 0
@@ -177,7 +181,7 @@ class _Scan:
             self.packets += packet.dts is not None
             return
         if packet.pts is None or (self.reordered and packet.dts is None):
-            raise VideoError(f"frames without time stamps; {reencode(self.stream)}")
+            raise VideoError(f"frames without time stamps; {reencode(self.stream, untimed=True)}")
         if packet.is_corrupt:
             raise VideoError("the container marks a packet as damaged")
         self.packets += 1
@@ -185,8 +189,7 @@ class _Scan:
         codec = self.stream.codec_context.name
         if self._is_key(packet):
             self.keys.append((packet.pts, packet.pts if packet.dts is None else min(packet.pts, packet.dts)))
-        elif not self.keys:
-            raise VideoError(f"the video does not begin with a key frame: cut or damaged; {reencode(self.stream)}")
+        self.headless |= not self.keys
         if codec == "mpeg4" and bytes(packet).count(MPEG4_FRAME_START) > 1:
             self.packed = True
         self.sizes.update(coded_sizes(codec, packet))
@@ -236,6 +239,10 @@ def index_packets(path: Path, container: Any, stream: Any) -> PacketIndex:
         expected = len(stream.index_entries)
         raise VideoError(f"damaged: {scan.packets} of the {expected} packets in its index can be read")
     check_complete(container, len(scan.pts), end_seconds)
+    if not scan.keys:
+        raise VideoError("the video has no key frame, so nothing of it can be decoded: get it again")
+    if scan.headless:
+        raise VideoError(f"the video does not begin with a key frame: cut or damaged; {reencode(stream)}")
     keys = np.array(sorted(scan.keys), dtype=np.int64)
     pts = shown_pts(scan.pts, int(keys[0, int(reordered)]), stream)
     avi = container.format.name == "avi"  # knows decode times alone: what FFmpeg adds to reorder is no lateness

@@ -64,7 +64,7 @@ class Clip:
     labels: Mapping[str, int | None]
     """Label number per head; None where the label is not known."""
     start_seconds: float = 0.0
-    """First moment of the segment, from the start of the video, in seconds."""
+    """First moment of the segment, in seconds from the start of the file, its sound included, as players count."""
     end_seconds: float | None = None
     """End of the segment (exclusive) in seconds; None means the end of the video."""
     groups: tuple[str, ...] = ()
