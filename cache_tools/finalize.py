@@ -44,8 +44,10 @@ def finish_claimed(store: Store, claims: Claims, others: Others) -> None:
     if not claims.holds_cache():
         raise TakenOverError(store.locate())
     store.write(ROOT, RootRecord(hashes).to_bytes())
+    nodes = init.fingerprints()
     for key in set(own_keys(store.list(COMMITS), COMMITS)) - {commit_key(*node) for node in wanted}:
-        store.delete(key)  # of an expert that was replaced
+        if key.split("/")[2] in nodes:  # of an expert that was replaced; one that is not known may come back
+            store.delete(key)
     claims.clear()
 
 

@@ -278,6 +278,16 @@ def test_what_was_computed_of_other_videos_does_not_survive_a_lost_init(quick: F
     assert other["skipped_shards"] == 0, "blocks of other rows vouch for nothing"
 
 
+def test_experts_that_a_lost_init_knew_come_back_without_being_computed_again(quick: Forked, tmp_path):
+    out = quick.copy(tmp_path / "cache")
+    for name in ("init.json", "root.json", "index.jsonl"):
+        (out / name).unlink()
+    for expert in ("rgb", "boxes"):
+        built = quick.build(out, "--json", experts=(expert,))
+        assert (built.code, json.loads(built.out)["shards"]) == (0, 0), built.err
+    assert contents(out) == contents(quick.cache)
+
+
 def test_two_tasks_never_share_a_writers_folder(tmp_path):
     stores = [LocalStore(tmp_path) for _ in range(4)]
     start = threading.Barrier(4)
