@@ -17,10 +17,8 @@ writes records for the bytes of its own, and says so. The journal stays behind.
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +37,9 @@ from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.root_record import RootRecord
 from mmkd.cache_tools.start import writing_whole
 from mmkd.cache_tools.store import MissingObjectError, Store, open_store
-from mmkd.data_manifests.atomic import sync_directory
+from mmkd.data_manifests.atomic import atomic_path
 from mmkd.data_manifests.counted import counted
-from mmkd.data_manifests.errors import InputError, MmkdError, StorageError, VerificationError
+from mmkd.data_manifests.errors import InputError, MmkdError, VerificationError
 
 EXPORT_SCHEMA = "mmkd-cache-hdf5-1"
 ABOUT = "mmkd-cache"
@@ -88,22 +86,10 @@ def export_cache(location: Path | str | Store, path: Path) -> int:
     the file cannot be written.
     """
     reader = CacheReader(location)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Files from HDF5 1.10 on have checksums over their metadata, too.
-        with h5py.File(temporary, "w-", libver=("v110", "v110")) as file:
-            _write_file(reader, file)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-        return path.stat().st_size
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {_one_line(error)}; nothing was lost") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    # Files from HDF5 1.10 on have checksums over their metadata, too.
+    with atomic_path(path) as temporary, h5py.File(temporary, "w-", libver=("v110", "v110")) as file:
+        _write_file(reader, file)
+    return path.stat().st_size
 
 
 def _write_file(reader: CacheReader, file: h5py.File) -> None:
