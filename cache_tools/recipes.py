@@ -7,6 +7,7 @@ value at fault. What it gives up: no includes, no anchors, no inheritance; a val
 """
 
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.kinds import RECIPES, what_is
 
+UNNAMEABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 DEFAULT_ORIGIN = "default"
 
 
@@ -198,6 +200,8 @@ def _validate(
     model: type[AnyRecipe], layers: Sequence[Layer], env_prefix: str, flags: Collection[str]
 ) -> tuple[AnyRecipe, dict[Dotted, str]]:
     """Return the recipe and the origin of each value that some layer gave."""
+    for layer in layers:
+        _refuse_unnameable(layer)
     values, origins, texts = _merged(layers)
     for name, field in model.model_fields.items():
         if field.is_required() and any(flag.startswith(f"{name}.") for flag in flags):
@@ -217,6 +221,17 @@ def _validate(
         raise InputError("\n  ".join([f"{title} in the configuration:", *lines]))
     given = {path: origin for path, origin in origins.items() if not isinstance(_at(values, path), dict)}
     return model.model_validate(values), given
+
+
+def _refuse_unnameable(layer: Layer) -> None:
+    """Raise InputError for text that no file's name can hold; bytes that are not UTF-8 come as U+DC80 to U+DCFF."""
+    for path, value in _leaves(layer.values):
+        texts = value if isinstance(value, list | tuple) else (value,)
+        if bad := next(
+            (text for text in texts if isinstance(text, str | Path) and UNNAMEABLE.search(str(text))), None
+        ):
+            origin = nearest_origin(layer.origins, path) or DEFAULT_ORIGIN
+            raise InputError(f"{origin}: {'.'.join(path)}: {bad!r} holds a character that no name can have")
 
 
 def _faults(model: type[BaseModel], values: Mapping[str, Any]) -> list[ErrorDetails]:

@@ -44,7 +44,9 @@ class ViewPolicy(Recipe):
         "uniform", description="uniform: one frame from each of T equal segments; dense: T frames, strided"
     )
     frames: int = Field(16, ge=1, le=256, description="T, frames in a view")
-    stride: int = Field(2, ge=1, description="dense only: distance of neighbouring frames, in native frames")
+    stride: int = Field(
+        2, ge=1, le=100_000, description="dense only: distance of neighbouring frames, in native frames"
+    )
     size_px: int = Field(224, ge=8, le=1024, description="S, side of the square view in pixels")
     scale: tuple[float, float] = Field(
         (1.15, 1.43), description="(a, b): the short side is scaled to S times a factor drawn from U(a, b)"

@@ -42,10 +42,10 @@ class BoxesRecipe(Recipe):
 class LayoutRecipe(Recipe):
     """Size of the layout transformer (STLT); the defaults are the published ones."""
 
-    hidden: int = Field(768, ge=8, description="width")
-    attention_heads: int = Field(8, ge=1, description="divides hidden")
-    spatial_layers: int = Field(6, ge=1, description="layers over the boxes of a frame")
-    temporal_layers: int = Field(6, ge=1, description="layers over frames")
+    hidden: int = Field(768, ge=8, le=16384, description="width")
+    attention_heads: int = Field(8, ge=1, le=256, description="divides hidden")
+    spatial_layers: int = Field(6, ge=1, le=128, description="layers over the boxes of a frame")
+    temporal_layers: int = Field(6, ge=1, le=128, description="layers over frames")
     dropout: float = Field(0.1, ge=0, lt=1)
 
 
@@ -93,6 +93,9 @@ class BuildRecipe(Recipe):
             raise ValueError(
                 f"shard_views {self.shard_views} must divide views {self.views}; with it, give {possible} views"
             )
+        splits = self.splits or ()
+        if twice := [name for name in splits if splits.count(name) > 1]:
+            raise ValueError(f"splits: {twice[0]!r} stands there twice")
         return self
 
 

@@ -53,9 +53,9 @@ class LossOptions(LossRecipe):
 class LoopRecipe(Recipe):
     """The optimiser and the length of a run: all that the training loop itself reads."""
 
-    epochs: int = Field(30, ge=1, description="passes over the training clips")
+    epochs: int = Field(30, ge=1, le=1_000_000, description="passes over the training clips")
     batch_size: int = Field(
-        16, ge=1, description="clips per step; an epoch is cut into ceil(clips / batch_size) even batches"
+        16, ge=1, le=65536, description="clips per step; an epoch is cut into ceil(clips / batch_size) even batches"
     )
     learning_rate: float = Field(1e-4, gt=0, le=1, description="peak rate of AdamW")
     weight_decay: float = Field(

@@ -4,13 +4,11 @@ Reads safetensors, and torch files with `weights_only=True`, so a hostile file c
 torchvision's names for its own networks and the names of networks trained here.
 """
 
-import pickle
 import re
 import shlex
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -39,16 +37,24 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a file that is not what it seems makes torch and pickle raise anything
         raise InputError(
             f"cannot read the weights {path}: {reason(path, str(error) or type(error).__name__)}"
         ) from error
     for key in UNWRAPPED:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(is_parameter(*item) for item in loaded.items()):
         raise InputError(f"the weights {path} are not a dict of tensors; save the network's state_dict()")
     return dict(loaded)
+
+
+def is_parameter(name: object, value: object) -> bool:
+    """Return whether an entry of a file is a named tensor that has its values, each by itself."""
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
+    return isinstance(name, str) and plain and not value.is_meta  # type: ignore[attr-defined]  # a tensor here
 
 
 def reason(path: Path, text: str) -> str:
