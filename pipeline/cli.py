@@ -20,7 +20,7 @@ from mmkd.cache_tools.help_text import WholeHelpGroup, example
 from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
 from mmkd.data_manifests.counted import ARE, counted
-from mmkd.data_manifests.errors import InputError, TooManyUnusableError
+from mmkd.data_manifests.errors import InputError, StorageError, TooManyUnusableError
 from mmkd.pipeline.manifest_cli import manifest
 from mmkd.pipeline.options import (
     FILE,
@@ -369,6 +369,7 @@ def weigh(cache: Path | str, out: Path | None, as_json: bool, **options: Any) ->
 @click.argument("videos", nargs=-1, metavar="VIDEO...")
 @click.option("--list", "lists", multiple=True, type=FILE, help="Text file with a video's path on each line.")
 @click.option("--class-folder", is_flag=True, help="Call results CLASS/NAME, after the folder a video lies in.")
+@click.option("--keep-ending", is_flag=True, help="Call results NAME.mp4, with the video's ending, not NAME.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder, or one file NAME.h5.")
 @click.option(
     "--layout",
@@ -412,7 +413,10 @@ def weigh(cache: Path | str, out: Path | None, as_json: bool, **options: Any) ->
     "new_short",
     type=int,
     default=0,
-    help="Short side of the frames [default: 256 for epic and i3d, else the video's]; only epic and i3d enlarge.",
+    help="Short side of larger frames [default: 256 for epic and i3d, else the video's].",
+)
+@click.option(
+    "--enlarge", is_flag=True, help="Enlarge smaller frames to the short side, too; EPIC's tool and I3D do."
 )
 @click.option("--new-width", type=int, default=0, help="Width of the frames, the height in proportion or as given.")
 @click.option(
@@ -428,7 +432,8 @@ def weigh(cache: Path | str, out: Path | None, as_json: bool, **options: Any) ->
 def flow(videos: tuple[str, ...], **options: Any) -> None:
     """Compute optical flow of videos, folders or @LIST into the files that denseflow, EPIC or I3D would write.
 
-    What is there already is kept. Exit code 3: finished, but videos failed; 75: interrupted, run me again.
+    What is there already is kept; several runs into one folder share the work. Exit code 3: finished, but videos
+    failed; 75: interrupted, run me again.
     """
     from mmkd.pipeline.flow_command import run_flow
 
@@ -437,6 +442,11 @@ def flow(videos: tuple[str, ...], **options: Any) -> None:
     print_result(value, as_json=options["as_json"], lines=report.lines(options["out"]))
     for video, reason in report.failed.items():
         click.echo(f"{video}: {reason}", err=True)
+    if report.faults:
+        raise StorageError(
+            f"{counted(len(report.faults), 'video')} failed by a fault of the machine, not of its own; fix it and "
+            "run again: the flow of the others is kept"
+        )
     if len(report.failed) > options["max_unusable"]:
         raise TooManyUnusableError(
             f"{counted(len(report.failed), 'video', ('has', 'have'))} no flow, more than "

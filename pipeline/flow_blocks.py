@@ -5,6 +5,7 @@ overlap by the frames that their pairs share, and the values do not depend on wh
 decoding from the key frame before it.
 """
 
+import errno
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkd.cache_tools.frames import VideoFiles
+from mmkd.cache_tools.frames import VideoFiles, frame_interval_seconds
 from mmkd.cache_tools.records import Float32Array, IntArray, UInt8Array, VideoFacts
+from mmkd.data_manifests.atomic import FULL
 from mmkd.data_manifests.counted import counted
-from mmkd.data_manifests.errors import InputError, VideoError
+from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.flow_conventions import (
     I3D_BOUND_PX,
     I3D_FPS,
@@ -37,8 +39,24 @@ BLOCK_PIXELS_CPU, BLOCK_PIXELS_DEVICE = 2_800_000, 33_000_000
 """Pixels of one block's frames: 32 and 380 at 340x256. Larger: fewer frames decoded twice, more memory."""
 LEAST_BLOCK, MOST_BLOCK = 16, 512
 """Pairs of a block at least and at most."""
+MOST_PX = 16384
+"""Pixels, or frames, that an option may ask for at most: more than any video has."""
 SHORT_SIDES = {"epic": 256, "i3d": 256}
 """Layouts whose frames have a short side by their convention; the others keep the video's size."""
+
+OF_ONE_NAME = frozenset(
+    {
+        errno.ENAMETOOLONG,
+        errno.EILSEQ,
+        errno.EINVAL,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.EEXIST,
+        errno.ENOTEMPTY,
+    }
+)
+"""What the system says of a name that cannot be, or is taken: a fault of one result, whatever the disk is like."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +79,8 @@ class FlowOptions:
     """Width of the frames, 0: in proportion."""
     new_height: int = 0
     """Height likewise."""
+    enlarge: bool = False
+    """Whether frames that are smaller than the short side are enlarged to it, as EPIC's tool and I3D do."""
 
     def __post_init__(self) -> None:
         """Raise InputError, naming the option, for what a layout cannot hold."""
@@ -76,15 +96,28 @@ class FlowOptions:
             raise InputError(f"--bound {self.bound_px}: I3D's flow is clipped to {I3D_BOUND_PX} px")
         if (self.new_width or self.new_height) and (self.new_short or self.layout in SHORT_SIDES):
             raise InputError("--new-width and --new-height exclude --short-side and the layouts epic and i3d")
-        if self.bound_px < 1 or min(self.new_short, self.new_width, self.new_height) < 0:
-            raise InputError("--bound must be at least 1, and sizes not negative")
+        if self.enlarge and not (self.new_short or self.layout in SHORT_SIDES):
+            raise InputError("--enlarge needs --short-side, or a layout that has one (epic, i3d)")
+        for option, value, least in (
+            ("--bound", self.bound_px, 1),
+            ("--step", abs(self.step), 1),
+            ("--stride", self.stride, 1),
+            ("--short-side", self.new_short, 0),
+            ("--new-width", self.new_width, 0),
+            ("--new-height", self.new_height, 0),
+        ):
+            if not least <= value <= MOST_PX:
+                raise InputError(f"{option} {value}: from {least} to {MOST_PX}")
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Return the (width, height) at which the flow of a video of this size is computed."""
+        short_side = self.new_short or SHORT_SIDES.get(self.layout, 0)
+        if short_side and not self.enlarge:
+            short_side = min(short_side, width, height)
         if self.layout == "epic":
-            return epic_size(width, height, short_side=self.new_short or SHORT_SIDES["epic"])
-        if self.layout == "i3d":
-            return short_side_size(width, height, self.new_short or SHORT_SIDES["i3d"])
+            return epic_size(width, height, short_side=short_side)
+        if self.layout == "i3d" or self.enlarge:
+            return short_side_size(width, height, short_side)
         return denseflow_size(
             width, height, new_short=self.new_short, new_width=self.new_width, new_height=self.new_height
         )
@@ -92,7 +125,8 @@ class FlowOptions:
     def sequence(self, facts: VideoFacts) -> IntArray:
         """Return the frames that are paired, in order, repeats included: all of them, for I3D at 25 a second."""
         if self.layout == "i3d":
-            return frames_at_rate(facts.times_seconds, I3D_FPS)
+            end_seconds = float(facts.times_seconds[-1]) + frame_interval_seconds(facts)
+            return frames_at_rate(facts.times_seconds, I3D_FPS, end_seconds=end_seconds)
         return np.arange(facts.frame_count)
 
     def prepare(self, frame: UInt8Array, size: tuple[int, int]) -> UInt8Array:
@@ -214,7 +248,42 @@ def pairs_per_block(size: tuple[int, int], *, compute: bool) -> int:
 
 
 def do_block(block: FlowBlock) -> BlockResult:
-    """Decode a block and, where it says so, compute and encode its flow; VideoError when it cannot be read."""
+    """Decode a block and, where it says so, compute and encode its flow.
+
+    Raises VideoError for whatever is wrong with this video alone, StorageError for a fault of the machine.
+    """
+    try:
+        return _do_block(block)
+    except Exception as error:
+        raise fault_of(error, block.plan.size) from error
+
+
+def fault_of(error: Exception, size: tuple[int, int]) -> VideoError | StorageError:
+    """Return what anything raised in work on one video amounts to: a fault of the video, or of the machine."""
+    cause = error.__cause__ if isinstance(error, StorageError) else error
+    if isinstance(cause, OSError) and cause.errno in OF_ONE_NAME:
+        return VideoError(str(error))
+    if isinstance(error, VideoError | StorageError):
+        return error
+    text = (str(error).strip().splitlines() or [""])[0]
+    fault: VideoError | StorageError
+    if isinstance(error, OSError):
+        fault = StorageError(f"cannot read or write: {text}; fix that and run again")
+    elif isinstance(error, MemoryError | torch.OutOfMemoryError):
+        asked = f"frames of {size[0]} x {size[1]} pixels"
+        fault = StorageError(f"not enough memory for {asked}; give --workers or --short-side a smaller number")
+    else:
+        fault = VideoError(f"its flow cannot be computed: {type(error).__name__}: {text}")
+    fault.__cause__ = error
+    return fault
+
+
+def is_of_all(fault: VideoError | StorageError) -> bool:
+    """Return whether a fault would befall every other video, too: a disk that is full, or may not be written."""
+    return isinstance(fault.__cause__, OSError) and fault.__cause__.errno in FULL | {errno.EROFS}
+
+
+def _do_block(block: FlowBlock) -> BlockResult:
     began = time.perf_counter()
     frames = read_frames(block)
     seconds = {"decode": time.perf_counter() - began}

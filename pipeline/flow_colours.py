@@ -34,10 +34,11 @@ def colour_wheel() -> Float64Array:
 def colours_of_flow(flow: Float32Array, *, scale_px: float) -> UInt8Array:
     """Return RGB (h, w, 3) of flow (2, h, w) in pixels; a vector of `scale_px` has a full colour.
 
-    `computeColor` of colorcode.cpp.
+    `computeColor` of colorcode.cpp, and as there what is not known, here not finite, is black.
     """
     wheel = colour_wheel()
-    u, v = flow.astype(np.float64) / scale_px
+    known = np.isfinite(flow[0]) & np.isfinite(flow[1])
+    u, v = np.where(known, flow, 0).astype(np.float64) / scale_px
     length = np.hypot(u, v)
     place = (np.arctan2(-v, -u) / np.pi + 1) / 2 * (len(wheel) - 1)
     low = np.floor(place).astype(int)
@@ -45,14 +46,19 @@ def colours_of_flow(flow: Float32Array, *, scale_px: float) -> UInt8Array:
     colour = (1 - share) * wheel[low] + share * wheel[(low + 1) % len(wheel)]
     inside = (length <= 1)[..., None]
     colour = np.where(inside, 1 - length[..., None] * (1 - colour), 0.75 * colour)
-    levels: UInt8Array = np.floor(255 * colour).astype(np.uint8)
+    levels: UInt8Array = np.floor(255 * colour * known[..., None]).astype(np.uint8)
     return levels
 
 
 def flow_scale(flows: Sequence[Float32Array]) -> float:
-    """Return the length that has a full colour over several fields: their 99th percentile, at least 1 px."""
-    lengths = np.concatenate([np.hypot(*flow).ravel() for flow in flows])
-    return max(LEAST_SCALE_PX, float(np.percentile(lengths, 99)))
+    """Return the length that has a full colour over several fields: their 99th percentile, at least 1 px.
+
+    A percentile that is one of the lengths, not a mean of two: of a small field, too, the one wild vector among
+    a hundred sets nothing. Lengths that are not finite are left out.
+    """
+    lengths = np.concatenate([np.hypot(*flow.astype(np.float64)).ravel() for flow in flows])
+    lengths = lengths[np.isfinite(lengths)]
+    return max(LEAST_SCALE_PX, float(np.percentile(lengths, 99, method="lower")) if len(lengths) else 0.0)
 
 
 def legend(side: int, *, scale_px: float) -> UInt8Array:
@@ -101,6 +107,8 @@ def _colours(pair: ShownPair, scale_px: float) -> UInt8Array:
 
 def _caption(width: int, text: str) -> UInt8Array:
     image = np.full((CAPTION, width, 3), 255, np.uint8)
+    # OpenCV's fonts hold ASCII alone, and a name that is not valid UTF-8 ends the process within OpenCV.
+    text = text.encode("ascii", "replace").decode()
     cv2.putText(image, text, (2, CAPTION - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
     return image
 

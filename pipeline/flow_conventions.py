@@ -248,14 +248,19 @@ class Pairs:
         return first, first + self.step
 
 
-def frames_at_rate(times_seconds: Float64Array, fps: float) -> IntArray:
-    """Return the index of the frame shown at each tick of a constant rate, as FFmpeg's `fps` filter chooses.
+def frames_at_rate(times_seconds: Float64Array, fps: float, *, end_seconds: float) -> IntArray:
+    """Return the index of the frame shown at each tick of a constant rate, as `ffmpeg -vf fps=...` chooses.
 
     Each frame goes to its nearest tick (a half away from zero); the last one at a tick wins, and a tick without
     one repeats the frame before it. The sequence begins at 0, where ffmpeg's program repeats a first frame that
-    comes later, and ends with the last frame's tick.
+    comes later, and ends before the tick of `end_seconds`, the end of the last frame, which the program tells the
+    filter; a filter graph that is not told ends one frame earlier.
     """
+    ticks = _ticks(times_seconds, fps)
+    count = max(1, int(_ticks(np.array([end_seconds]), fps)[0]))
+    return np.maximum(np.searchsorted(ticks, np.arange(count), side="right").astype(np.int64) - 1, 0)
+
+
+def _ticks(times_seconds: Float64Array, fps: float) -> IntArray:
     # Times are multiples of a time base, seldom exact in binary: 0.58 s · 25 is 14.499999999999998.
-    ticks = np.floor(np.round(times_seconds * fps, 6) + 0.5).astype(np.int64)
-    shown = np.searchsorted(ticks, np.arange(int(ticks[-1]) + 1), side="right").astype(np.int64) - 1
-    return np.maximum(shown, 0)
+    return np.floor(np.round(times_seconds * fps, 6) + 0.5).astype(np.int64)

@@ -1,5 +1,8 @@
 """The colour code of the Middlebury benchmark, and the strips that a preview shows."""
 
+import subprocess
+import sys
+
 import cv2
 import numpy as np
 import pytest
@@ -52,6 +55,34 @@ def test_a_still_video_is_not_shown_as_noise(length, expected):
     flow = np.zeros((2, 10, 10), np.float32)
     flow[0] = length
     assert flow_scale([flow, flow]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("wild", [1e3, np.inf, np.nan])
+@pytest.mark.parametrize("side", [3, 16, 100])
+def test_one_wild_vector_does_not_set_the_colours(wild, side):
+    flow = np.full((2, side, side), 3.0, np.float32)
+    calm = flow_scale([flow])
+    flow[0, 1, 1] = wild
+    assert flow_scale([flow]) == pytest.approx(calm)
+    colours = colours_of_flow(flow, scale_px=calm)
+    assert (colours[0] == colours[0, 0]).all()
+
+
+def test_what_is_not_known_is_black():
+    assert colour(np.nan, 0) == colour(0, np.inf) == [0, 0, 0]
+    assert flow_scale([np.full((2, 4, 4), np.nan, np.float32)]) == 1
+
+
+def test_a_name_that_is_not_utf8_or_not_ascii_is_written_all_the_same():
+    """In a process of its own: OpenCV may end it."""
+    program = (
+        "import numpy as np; from mmkd.pipeline.flow_blocks import ShownPair; "
+        "from mmkd.pipeline.flow_colours import strip; "
+        "pair = ShownPair(0, np.zeros((48, 64), np.uint8), np.zeros((2, 48, 64), np.float32)); "
+        "print(len({strip([pair], title=title).tobytes() for title in ('caf\\udce9', 'caf?', 'caf\\u00e9')}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
 
 
 def test_the_legend_shows_each_direction_where_it_points():

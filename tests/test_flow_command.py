@@ -130,7 +130,8 @@ def test_denseflow_s_files_are_those_of_its_own_loop(tmp_path, kind, step):
 @pytest.mark.parametrize(("kind", "stride", "step"), [("synthetic", 2, 3), ("synthetic", 1, 1), ("real", 2, 3)])
 def test_epic_s_files_are_those_of_its_own_loop(tmp_path, kind, stride, step):
     path = a_video(tmp_path, kind)
-    flow(path, "-o", tmp_path / "out", "--layout", "epic", "--stride", stride, "--step", step, "--bound", 25)
+    sizes = ("--layout", "epic", "--enlarge", "--bound", 25)
+    flow(path, "-o", tmp_path / "out", *sizes, "--stride", stride, "--step", step)
     expected = epic_files(path, bound=25, stride=stride, dilation=step)
     assert len(expected) >= 4
     assert files_below(tmp_path / "out" / path.stem) == expected
@@ -146,9 +147,9 @@ def test_mmaction_s_names_and_size(tmp_path, videos):
 def test_i3d_s_floats_at_25_frames_a_second(tmp_path, videos):
     flow(videos / "one.webm", "-o", tmp_path, "--layout", "i3d", "--short-side", 48)
     stored = np.load(tmp_path / "one.npy")
-    assert stored.shape == (17, 48, 64, 2)  # 9 frames at 12 a second last to tick 17
+    assert stored.shape == (18, 48, 64, 2)  # 9 frames at 12 a second last 0.75 s: 19 frames at 25 a second
     still = np.abs(stored).max((1, 2, 3)) == 0
-    assert still.sum() == 9, "a frame that is shown twice has not moved"
+    assert still.sum() == 10, "a frame that is shown twice has not moved"
     assert np.median(stored[~still][..., 0]) == pytest.approx(2 / 20, abs=0.02)
     assert read_i3d(tmp_path / "one.npy", np.array([1])).max() > 1
 
@@ -192,7 +193,7 @@ def test_what_another_device_computes_goes_the_same_way(tmp_path, videos, monkey
     flow(*options, "-o", tmp_path / "cpu")
     assert len(flow_files(tmp_path / "cpu")) == 2 * (8 + 4)
     assert flow_files(tmp_path / "elsewhere") == flow_files(tmp_path / "cpu")
-    assert "flow of 0 videos written, 2 were there" in flow(*options, "-o", tmp_path / "cpu")
+    assert "flow of 0 videos written, 2 there already" in flow(*options, "-o", tmp_path / "cpu")
     with pytest.raises(AssertionError, match="computed_by 'elsewhere, torch', now 'cpu, "):
         flow(*options, "-o", tmp_path / "elsewhere")
 
@@ -263,8 +264,8 @@ def test_i3d_s_floats_in_one_file(tmp_path, videos):
     more = ("--layout", "i3d", "--short-side", 48)
     flow(videos / "one.webm", "-o", tmp_path / "i3d.h5", *more)
     flow(videos / "one.webm", "-o", tmp_path, *more)
-    read = read_hdf5(tmp_path / "i3d.h5", "one", np.arange(17), bound_px=20)
-    np.testing.assert_array_equal(read, read_i3d(tmp_path / "one.npy", np.arange(17)))
+    read = read_hdf5(tmp_path / "i3d.h5", "one", np.arange(18), bound_px=20)
+    np.testing.assert_array_equal(read, read_i3d(tmp_path / "one.npy", np.arange(18)))
 
 
 # ---- resuming
@@ -278,13 +279,13 @@ def test_a_video_that_is_done_is_left_alone_and_a_changed_one_done_again(tmp_pat
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.jpg")}
     shutil.copy(videos / "one.webm", source / "one.webm")  # a copy: another time, the same packets
     write_texture(source / "more" / "two.webm", 4, size=(50, 66), shift=(-1, 2), seed=3)
-    assert "flow of 1 video written, 1 were there" in flow(source, "-o", tmp_path / "out")
+    assert "flow of 1 video written, 1 there already" in flow(source, "-o", tmp_path / "out")
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "one").rglob("*.jpg")}
     assert after.items() <= times.items()
     assert jpeg_pairs(tmp_path / "out" / "more" / "two", layout="denseflow").tolist() == [0, 1, 2]
-    assert "flow of 0 videos written, 2 were there" in flow(source, "-o", tmp_path / "out")
+    assert "flow of 0 videos written, 2 there already" in flow(source, "-o", tmp_path / "out")
     (tmp_path / "out" / "one" / "flow_y_00007.jpg").unlink()
-    assert "flow of 1 video written, 1 were there" in flow(source, "-o", tmp_path / "out")
+    assert "flow of 1 video written, 1 there already" in flow(source, "-o", tmp_path / "out")
     ours = {name: data for name, data in flow_files(tmp_path / "out").items() if name.startswith("one/")}
     assert ours.items() <= before.items()
 
@@ -348,7 +349,7 @@ def test_sigterm_stops_with_exit_75_and_a_killed_run_goes_on_to_the_same_files(t
     for folder in (tmp_path / "out").glob("v*"):
         assert len(list(folder.iterdir())) == 2 * pairs, "a folder that shows is whole"
     said = call_ok("mmkd-cache", "flow", *options, "-o", tmp_path / "out", "--workers", 0)
-    assert f"{len(finished)} were there" in said
+    assert f"{len(finished)} there already" in said
     call_ok("mmkd-cache", "flow", *options, "-o", tmp_path / "again", "--workers", 0)
     assert flow_files(tmp_path / "out") == flow_files(tmp_path / "again")
     assert not (tmp_path / "out" / ".part").exists()
@@ -365,7 +366,7 @@ def test_videos_that_fail_are_named_and_the_others_finished(tmp_path, videos):
     write_texture(source / "short.webm", 1)
     result = call("mmkd-cache", "flow", *QUICK, source, "-o", tmp_path / "out")
     assert result.code == 3
-    assert "flow of 2 videos written, 0 were there" in result.out
+    assert "flow of 2 videos written, 0 there already" in result.out
     assert "3 failed" in result.out
     lines = result.err.splitlines()
     for name, reason in (
@@ -377,7 +378,7 @@ def test_videos_that_fail_are_named_and_the_others_finished(tmp_path, videos):
     assert lines[-1].startswith("error: 3 videos have no flow, more than --max-unusable 0")
     assert set(jpeg_pairs(tmp_path / "out" / "one", layout="denseflow").tolist()) == set(range(8))
     tolerant = ("--max-unusable", 3)
-    assert "2 were there" in flow(source, "-o", tmp_path / "out", *tolerant)
+    assert "2 there already" in flow(source, "-o", tmp_path / "out", *tolerant)
 
 
 def test_a_video_that_breaks_half_way_leaves_nothing(tmp_path, videos, monkeypatch):
@@ -435,11 +436,13 @@ def test_wrong_usage_is_refused_in_one_line(tmp_path, videos, monkeypatch):
         (("@list.txt",), "list.txt:2: video not found: none.mp4"),
         (("@none.txt",), "none.txt cannot be read"),
         (("empty",), "no video lies below empty"),
-        ((one, "one.webm"), "would both be 'one'; use --class-folder"),
+        ((one, "one.webm"), "would both be 'one'; give --class-folder"),
         ((one, "--step", 0), "--step must not be 0"),
         ((one, "--step", -1, "--layout", "epic"), "cannot tell backward flow"),
         ((one, "--stride", 2), "--stride is EPIC's"),
-        ((one, "--bound", 0), "--bound must be at least 1"),
+        ((one, "--bound", 0), "--bound 0: from 1 to 16384"),
+        ((one, "--new-width", 10**9), "--new-width 1000000000: from 0 to 16384"),
+        ((one, "--enlarge"), "--enlarge needs --short-side"),
         ((one, "--bound", 15, "--layout", "i3d"), "I3D's flow is clipped to 20 px"),
         ((one, "--new-width", 9, "--new-short", 9), "exclude --short-side"),
         ((one, "--method", "raft"), "the method raft has no presets"),

@@ -261,15 +261,16 @@ def test_impossible_pairs_are_refused(step, stride):
 # ---- frame rates
 
 
-def ffmpeg_fps(stamps, time_base, fps):
-    """Which frame FFmpeg's own filter shows at each tick; it drops the last, whose duration is not known."""
+def ffmpeg_fps(stamps, time_base, fps, *, end):
+    """Which frame FFmpeg's own filter shows at each tick, told as by its program where the last frame ends."""
     graph = Graph()
     source = graph.add_buffer(width=16, height=16, format="gray", time_base=time_base)
     rate, sink = graph.add("fps", f"fps={fps}"), graph.add("buffersink")
     source.link_to(rate)
     rate.link_to(sink)
     graph.configure()
-    for number, stamp in enumerate(stamps):
+    # A frame that begins where the last one ends: the filter, which drops what lies at its end, then stops there.
+    for number, stamp in enumerate([*stamps, end]):
         frame = VideoFrame.from_ndarray(np.full((16, 16), number, np.uint8), format="gray")
         frame.pts, frame.time_base = stamp, time_base
         source.push(frame)
@@ -279,24 +280,31 @@ def ffmpeg_fps(stamps, time_base, fps):
         try:
             shown.append(int(sink.pull().to_ndarray()[0, 0]))
         except (NothingYetError, NothingMoreError):
-            return shown
+            return [number for number in shown if number < len(stamps)]
 
 
 @settings(quick, max_examples=40)
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=30), st.sampled_from([12, 24, 25, 30, 50, 60]))
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=30), st.sampled_from([5, 10, 12, 15, 24, 25, 30, 50, 60]))
 def test_25_frames_a_second_are_chosen_as_ffmpeg_does(gaps, rate):
     stamps = np.cumsum([0, *gaps])
-    ours = frames_at_rate(stamps / rate, 25.0).tolist()
-    theirs = ffmpeg_fps(stamps.tolist(), Fraction(1, rate), 25)
-    assert ours[: len(theirs)] == theirs
-    assert len(theirs) <= len(ours) <= len(theirs) + 1
-    assert ours[-1] == len(gaps)
+    end = int(stamps[-1]) + 1
+    ours = frames_at_rate(stamps / rate, 25.0, end_seconds=end / rate).tolist()
+    assert ours == (ffmpeg_fps(stamps.tolist(), Fraction(1, rate), 25, end=end) or [0])
 
 
 def test_a_video_at_that_rate_stays_as_it_is():
-    assert frames_at_rate(np.arange(100) / 25, 25.0).tolist() == list(range(100))
+    assert frames_at_rate(np.arange(100) / 25, 25.0, end_seconds=4).tolist() == list(range(100))
 
 
 def test_before_a_late_first_frame_it_is_repeated_from_0():
     """As `ffmpeg -i LATE -r 25` does where the sound begins before the picture."""
-    assert frames_at_rate(np.array([0.12, 0.16, 0.20]), 25).tolist() == [0, 0, 0, 0, 1, 2]
+    times = np.array([0.12, 0.16, 0.20])
+    assert frames_at_rate(times, 25, end_seconds=0.24).tolist() == [0, 0, 0, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("rate", "count"), [(5, 120), (10, 60), (12, 50), (15, 40), (24, 25), (25, 24), (30, 20), (50, 12), (59.94, 10)]
+)
+def test_24_frames_fill_their_whole_time(rate, count):
+    """`ffmpeg -vf fps=25` of 24 frames at these rates."""
+    assert len(frames_at_rate(np.arange(24) / rate, 25.0, end_seconds=24 / rate)) == count

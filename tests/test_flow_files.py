@@ -1,5 +1,9 @@
 """Flow files: what a writer leaves, what a reader gives back, and that nothing half-written looks whole."""
 
+import errno
+import os
+from pathlib import Path
+
 import cv2
 import h5py
 import numpy as np
@@ -8,10 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.errors import InputError, StorageError
 from mmkd.pipeline.flow_conventions import codes_of_flow, flow_of_codes
 from mmkd.pipeline.flow_files import (
-    PARTS,
     EncodedFlow,
     Hdf5Writer,
     JpegFolderWriter,
@@ -44,6 +47,18 @@ def add_in_two(writer, flow, layout):
     writer.add(encoded(flow[2:], layout))
 
 
+def jpeg_writer(out, name, *, layout, step):
+    return JpegFolderWriter(out / name, out / ".part" / "run" / "x", layout=layout, step=step)
+
+
+def npy_writer(out, name, *, pairs):
+    return NpyWriter(out / f"{name}.npy", out / ".part" / "run" / "x.npy", pairs=pairs)
+
+
+def hdf5_writer(out, name, *, attributes):
+    return Hdf5Writer(out / f"{name}.h5", out / ".part" / "run" / "x.h5", name, attributes=attributes)
+
+
 def files_below(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
@@ -60,7 +75,7 @@ def files_below(folder):
 )
 def test_jpeg_folders_are_read_back(tmp_path, layout, step, names):
     flow = smooth_flow()
-    writer = JpegFolderWriter(tmp_path, "class/clip.one", layout=layout, step=step)
+    writer = jpeg_writer(tmp_path, "class/clip.one", layout=layout, step=step)
     add_in_two(writer, flow, layout)
     folder = tmp_path / "class" / "clip.one"
     assert not folder.exists(), "nothing shows before it is whole"
@@ -77,7 +92,7 @@ def test_jpeg_folders_are_read_back(tmp_path, layout, step, names):
 
 
 def test_one_plane_alone_is_no_pair_and_a_missing_file_is_named(tmp_path):
-    writer = JpegFolderWriter(tmp_path, "clip", layout="denseflow", step=1)
+    writer = jpeg_writer(tmp_path, "clip", layout="denseflow", step=1)
     writer.add(encoded(smooth_flow(), "denseflow"))
     writer.finish()
     (tmp_path / "clip" / "flow_y_00001.jpg").unlink()
@@ -92,7 +107,7 @@ def test_one_plane_alone_is_no_pair_and_a_missing_file_is_named(tmp_path):
 def test_a_folder_that_is_there_keeps_its_frames_and_loses_old_flow(tmp_path):
     """denseflow puts frames and flow into one folder; a video that became shorter leaves no old pairs behind."""
     for pairs in (5, 3):
-        writer = JpegFolderWriter(tmp_path, "clip", layout="denseflow", step=1)
+        writer = jpeg_writer(tmp_path, "clip", layout="denseflow", step=1)
         writer.add(encoded(smooth_flow(pairs, seed=pairs), "denseflow"))
         writer.finish()
         (tmp_path / "clip" / "img_00000.jpg").write_bytes(b"a frame")
@@ -106,9 +121,9 @@ def test_a_folder_that_is_there_keeps_its_frames_and_loses_old_flow(tmp_path):
 
 def test_i3d_floats_are_read_back_exactly_where_they_are_not_clipped(tmp_path):
     flow = smooth_flow() * 4
-    writer = NpyWriter(tmp_path, "a/clip", pairs=5)
+    writer = npy_writer(tmp_path, "a/clip", pairs=5)
     add_in_two(writer, flow, "i3d")
-    assert files_below(tmp_path) == {f"{PARTS}/a/clip.npy"}
+    assert files_below(tmp_path) == {".part/run/x.npy"}
     writer.finish()
     stored = np.load(tmp_path / "a" / "clip.npy")
     assert (stored.shape, stored.dtype) == ((5, 24, 32, 2), np.float32)
@@ -119,7 +134,7 @@ def test_i3d_floats_are_read_back_exactly_where_they_are_not_clipped(tmp_path):
 
 
 def test_an_npy_file_must_get_all_its_pairs(tmp_path):
-    writer = NpyWriter(tmp_path, "clip", pairs=6)
+    writer = npy_writer(tmp_path, "clip", pairs=6)
     writer.add(encoded(smooth_flow(), "i3d"))
     with pytest.raises(ValueError, match="5 of 6 pairs"):
         writer.finish()
@@ -131,7 +146,7 @@ def test_an_npy_file_must_get_all_its_pairs(tmp_path):
 def test_hdf5_holds_the_very_jpegs_or_floats(tmp_path, name):
     flow = smooth_flow()
     for layout in ("hdf5", "i3d"):
-        writer = Hdf5Writer(tmp_path / layout, name, attributes={"bound_px": 20})
+        writer = hdf5_writer(tmp_path / layout, name, attributes={"bound_px": 20})
         add_in_two(writer, flow, layout)
         writer.finish()
     path = tmp_path / "hdf5" / f"{name}.h5"
@@ -162,30 +177,68 @@ def test_broken_files_are_refused_by_name(tmp_path):
         read_i3d(tmp_path / "b.npy", PAIRS)
 
 
-@pytest.mark.parametrize("make", ["jpeg", "npy", "hdf5"])
-def test_what_is_abandoned_or_left_by_a_killed_run_leaves_nothing(tmp_path, make):
-    def writer():
-        if make == "jpeg":
-            return JpegFolderWriter(tmp_path, "clip", layout="epic", step=1)
-        if make == "npy":
-            return NpyWriter(tmp_path, "clip", pairs=5)
-        return Hdf5Writer(tmp_path, "clip", attributes={})
+def writer_of(kind, out):
+    if kind == "jpeg":
+        return jpeg_writer(out, "clip", layout="epic", step=1), "epic"
+    if kind == "npy":
+        return npy_writer(out, "clip", pairs=5), "i3d"
+    return hdf5_writer(out, "clip", attributes={}), "hdf5"
 
-    layout = {"jpeg": "epic", "npy": "i3d", "hdf5": "hdf5"}[make]
-    first = writer()
-    first.add(encoded(smooth_flow(), layout))
-    first.abandon()
+
+@pytest.mark.parametrize("kind", ["jpeg", "npy", "hdf5"])
+def test_what_is_abandoned_leaves_nothing(tmp_path, kind):
+    writer, layout = writer_of(kind, tmp_path)
+    writer.add(encoded(smooth_flow(), layout))
+    writer.abandon()
     assert files_below(tmp_path) == set()
-    killed = writer()
-    killed.add(encoded(smooth_flow(seed=1)[:3], layout))
-    if make == "hdf5":
-        killed._file.close()
-    again = writer()
-    again.add(encoded(smooth_flow(seed=2), layout))
-    again.finish()
-    found = files_below(tmp_path)
-    assert len(found) == (10 if make == "jpeg" else 1)
-    assert not any(PARTS in name for name in found)
+
+
+def test_a_folder_whose_parts_somebody_deletes_is_not_moved_into_place(tmp_path):
+    writer = jpeg_writer(tmp_path, "clip", layout="denseflow", step=1)
+    writer.add(encoded(smooth_flow(), "denseflow"))
+    next((tmp_path / ".part").rglob("flow_y_00003.jpg")).unlink()
+    with pytest.raises(StorageError, match="another program deletes its parts; run again"):
+        writer.finish()
+    assert not (tmp_path / "clip").exists()
+
+
+def test_an_npy_file_is_byte_for_byte_numpy_s(tmp_path):
+    writer = npy_writer(tmp_path, "clip", pairs=5)
+    add_in_two(writer, smooth_flow(), "i3d")
+    writer.finish()
+    np.save(tmp_path / "numpy.npy", encoded(smooth_flow(), "i3d").floats)
+    assert (tmp_path / "clip.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+
+
+@pytest.mark.parametrize("pairs", [1, 5])
+def test_hdf5_holds_jpegs_of_equal_length(tmp_path, pairs):
+    """As a still video's all are, and as a single one is."""
+    still = torch.zeros(pairs, 2, 24, 32)
+    writer = hdf5_writer(tmp_path, "clip", attributes={})
+    writer.add(encoded(still, "hdf5"))
+    writer.finish()
+    read = read_hdf5(tmp_path / "clip.h5", "clip", np.arange(pairs), bound_px=20)
+    assert read.shape == (pairs, 2, 24, 32)
+    assert np.abs(read).max() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "npy", "hdf5"])
+def test_results_in_a_folder_that_is_a_link_to_another_disk(tmp_path, kind, monkeypatch):
+    """The system refuses to move between disks; the result still appears whole or not at all."""
+    rename = Path.rename
+
+    def between_disks(path, target):
+        if ".part" in path.parts:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(path, target)
+
+    writer, layout = writer_of(kind, tmp_path)
+    writer.add(encoded(smooth_flow(), layout))
+    monkeypatch.setattr(Path, "rename", between_disks)
+    writer.finish()
+    monkeypatch.undo()
+    writer.abandon()
+    assert len(files_below(tmp_path)) == (10 if kind == "jpeg" else 1)
 
 
 @given(st.integers(1, 9), st.integers(1, 40))
