@@ -146,7 +146,7 @@ def test_an_unfinished_claim_is_waited_for_and_then_taken(tmp_path):
 def test_two_runs_share_a_folder_and_each_file_is_there_once_and_whole(tmp_path, videos, expected):
     out = tmp_path / "out"
     program = Path(sys.executable).with_name("mmkd-cache")
-    command = [program, "flow", videos, "-o", out, *QUICK[:-1], 1]
+    command = [program, "flow", videos, "-o", out, *QUICK]
     both = [
         subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
         for _ in range(2)
