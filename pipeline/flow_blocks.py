@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mmkd.cache_tools.frames import VideoFiles, frame_interval_seconds
 from mmkd.cache_tools.records import Float32Array, IntArray, UInt8Array, VideoFacts
-from mmkd.data_manifests.atomic import FULL
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
+from mmkd.data_manifests.system_errors import FULL
 from mmkd.pipeline.flow_conventions import (
     I3D_BOUND_PX,
     I3D_FPS,
