@@ -191,7 +191,7 @@ def _open_decord(path: Path, index: PacketIndex) -> Any:
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(str(path), num_threads=1)  # 0 (automatic) aborts on some VP9 files
-    except (decord.DECORDError, IndexError) as error:
+    except (decord.DECORDError, IndexError, UnicodeEncodeError) as error:  # it takes names in UTF-8 alone
         raise DecordRefusedError from error
     if len(reader) != len(index.pts):
         raise DecordRefusedError
