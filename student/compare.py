@@ -1,6 +1,5 @@
 """The comparison table: experts and teacher from cached logits, students from their runs, side by side."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from mmkd.cache_tools.typed_json import typed
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.records import Clip, Manifest
 from mmkd.student.evaluation import SplitMetrics, SplitScores, evaluation_splits, refuse_nothing, score_cached
-from mmkd.student.evaluation_file import read_evaluation, read_scores
+from mmkd.student.evaluation_file import check_metrics, defined, read_evaluation, read_scores
 from mmkd.student.run_data import check_manifest
 from mmkd.student.run_files import evaluation_path, run_mixtures
 
@@ -141,7 +140,7 @@ def run_row(directory: Path, reader: CacheReader) -> TableRow:
 def load_table(path: Path) -> Table:
     """Read a table that `compare` wrote."""
     try:
-        value = json.loads(path.read_bytes())
+        value = defined(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read the table {path}: {error}") from error
     if not isinstance(value, dict) or value.get("schema") != SCHEMA or not value.get("rows"):
@@ -150,6 +149,8 @@ def load_table(path: Path) -> Table:
         table = Table(typed(dict[str, list[SplitMetrics]], value["rows"]))
         if not all(table.rows.values()):
             raise ValueError("rows: one has no metrics")
+        for metrics in (seed for seeds in table.rows.values() for seed in seeds):
+            check_metrics(metrics)
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); make it again with `mmkd-student compare --out`") from error
     return table

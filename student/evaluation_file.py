@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mmkd.cache_tools.sealed import open_seal, seal
-from mmkd.cache_tools.typed_json import STRICT, typed
+from mmkd.cache_tools.typed_json import PART, STRICT, typed
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.evaluation import HeadScores, SplitMetrics, SplitScores
@@ -25,14 +25,27 @@ Score = tuple[int, float, float] | None
 
 
 @dataclass(frozen=True)
+class StoredMetrics:
+    """Those metrics of one part and head that the table shows; others are passed over."""
+
+    __pydantic_config__ = PART
+    top1: float | None
+    top5: float | None
+    ece: float | None
+    count: int = 0
+    left_out: int = 0
+    clips: str = ""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A run's evaluation with one cache."""
 
     __pydantic_config__ = STRICT
     cache: str
     """Fingerprint of the cache."""
-    metrics: dict[str, dict[str, dict[str, int | float | str | None]]]
-    """See SplitMetrics."""
+    metrics: SplitMetrics
+    """Of all splits."""
     clips_sha256: str | None = None
     """Of the file of single clips; evaluations of earlier versions have none."""
 
@@ -84,17 +97,27 @@ def read_evaluation(path: Path, again: str) -> Evaluation:
     """Return an evaluation; raise InputError, with what to run `again`, when there is none or it is damaged."""
     try:
         data = path.read_bytes()
-        value = json.loads(data)
-        if isinstance(value, dict) and value.keys() != {
-            "cache",
-            "metrics",
-        }:  # those of earlier versions have no seal
+        value = defined(data)
+        # Those of earlier versions hold nothing else, and no seal.
+        if isinstance(value, dict) and value.keys() != {"cache", "metrics"}:
             value = open_seal(data)
-        return typed(Evaluation, value)
+        found = typed(Evaluation, value)
+        check_metrics(found.metrics)
+        return found
     except FileNotFoundError:
         raise InputError(f"{path} is missing; run {again} first") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); run {again} again") from error
+
+
+def defined(data: bytes) -> Any:
+    """Parse JSON in which earlier versions wrote NaN, which JSON has not, for what is undefined."""
+    return json.loads(data, parse_constant=lambda _: None)
+
+
+def check_metrics(metrics: SplitMetrics) -> None:
+    """Raise ValueError for metrics that a table could not show."""
+    typed(dict[str, dict[str, StoredMetrics]], metrics)
 
 
 def read_scores(path: Path, evaluation: Evaluation, again: str) -> dict[str, SplitScores] | None:

@@ -175,6 +175,11 @@ def weigh(
     nothing was held out, or when no clip has a label and every expert.
     """
     name = split or train_split
+    if split is None and train_split not in reader.layouts:
+        raise InputError(
+            f"the cache has no training split {train_split!r}, on whose held-out part weights are fitted; name "
+            f"another labelled split with --split (it has {', '.join(reader.layouts)})"
+        )
     table = reader.split(name)
     clips = chosen_clips(reader, table, train_split)
     views, left_out, rows, bound_views = {}, {}, {}, {}

@@ -130,6 +130,9 @@ def test_a_run_of_an_earlier_version_stands_in_the_table_and_has_no_common_clips
     (tmp_path / "evaluation.json").write_text(json.dumps({"cache": reader.fingerprint, "metrics": stored}))
     table = compared(reader, {"old": tmp_path})
     assert table.rows["old"] == [stored]
+    undefined = json.dumps({"cache": reader.fingerprint, "metrics": stored}).replace("0.1", "NaN")
+    (tmp_path / "evaluation.json").write_text(undefined)  # as earlier versions wrote it without a labelled clip
+    assert re.search(r"\| old +\| 12 +\| 50.0 +\| 100.0 +\| - +\|", render(compared(reader, {"old": tmp_path})))
     assert re.search(r"\| old +\| 12 +\| 50.0 ", render(table))
     with pytest.raises(InputError, match="which the evaluation of 'old' lacks; run `mmkd-student evaluate`"):
         compared(reader, {"old": tmp_path}, common=True)
@@ -147,6 +150,26 @@ def test_no_bit_of_an_evaluation_changes_without_being_noticed(reader, student):
     again = read_scores(path, read_evaluation(path, "EVALUATE"), "EVALUATE")["test"]
     stored = read_evaluation(path, "EVALUATE").metrics
     assert again.metrics(make_manifest().split("test")) == stored
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top1": "high"}, r"verb\.top1.*should be"),
+        ({"count": None}, r"verb\.count"),
+        ({"top5": NotImplemented}, r"verb\.top5.*missing|verb\.top5.*required"),
+    ],
+)
+def test_metrics_that_a_table_cannot_show_are_refused_by_name(reader, tmp_path, change, message):
+    metrics = {"count": 12, "left_out": 0, "top1": 0.5, "top5": 1.0, "ece": float("nan")} | change
+    parts = {"test": {"verb": {key: value for key, value in metrics.items() if value is not NotImplemented}}}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"cache": reader.fingerprint, "metrics": parts}))
+    with pytest.raises(InputError, match=rf"evaluation\.json is damaged.*{message}"):
+        compared(reader, {"run": tmp_path})
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"schema": "mmkd-table-1", "rows": {"run": [parts]}}))
+    with pytest.raises(InputError, match=rf"table\.json is damaged.*{message}"):
+        load_table(path)
 
 
 def test_an_expert_without_any_logits_is_a_row_of_no_clips(tmp_path):

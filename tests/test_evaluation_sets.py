@@ -140,6 +140,9 @@ def test_a_cache_for_evaluation_alone_serves_students_baselines_and_the_table(wo
     assert "the cache has no split 'train'" in heldout.err
     train = ("mmkd-student", "train", *FAST, *world.data(manifest), "--cache", cache, "-o", world.root / "no")
     assert "has no split 'train'" in refused(*train)
+    weigh = ("mmkd-cache", "weigh", cache, "-o", world.root / "weights.json")
+    assert "name another labelled split with --split (it has standard)" in refused(*weigh)
+    assert call(*weigh, "--split", "standard").code == 0
     assert "'boxes' is unknown" in refused(*table, "--weights", "boxes=1")
 
 
