@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mmkd.cache_tools.data import ClipSet
+from mmkd.cache_tools.fingerprints import differences
 from mmkd.cache_tools.mixing import HeadMixtures, Missing
 from mmkd.cache_tools.precision import kl_divergence
 from mmkd.cache_tools.reader import CacheReader
@@ -62,6 +63,9 @@ def evaluate_run(
         refuse_nothing(reader, clip_set.manifest, names, recipe.train_split)
     for line in left_out_splits(reader, clip_set.manifest, recipe.train_split):
         log.warning(line)
+    if record.input and (lines := list(differences(record.input.views, reader.init.base["views"]))):
+        lines = [line.replace(": cache ", ": run ").replace(", now ", ", cache ") for line in lines]
+        log.warning("the student learned from other views than this cache's: %s", "; ".join(lines))
     network = new_network(without_weights(recipe.train), reader)
     load_model(network, run, record)
     mixtures = teacher_of_run(recipe, reader, run)

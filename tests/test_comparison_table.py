@@ -14,6 +14,7 @@ from mmkd.student.compare import Table, compare, load_table, mixtures_of_runs
 from mmkd.student.evaluation import score_split
 from mmkd.student.evaluation_file import clips_path, read_evaluation, read_scores, write_evaluation
 from mmkd.student.metrics import evaluate
+from mmkd.student.run_files import RunRecord, write_run
 from mmkd.student.table_text import render
 
 from .small_cache import write_cache
@@ -186,9 +187,8 @@ def test_an_expert_without_any_logits_is_a_row_of_no_clips(tmp_path):
 
 def test_the_teacher_of_the_runs_is_one_that_the_cache_has(reader, tmp_path):
     for name, weights in {"far": {"audio": 1.0}, "near": {"rgb": 1.0}}.items():
-        run = {"recipe": {}, "cache": "", "heads": {}, "weights": {"verb": weights}}
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "run.json").write_text(json.dumps(run))
+        record = RunRecord({}, "", {}, labels_only=False, fresh_views=False, weights={"verb": weights}, versions={})
+        write_run(tmp_path / name, record)
     far, near = tmp_path / "far", tmp_path / "near"
     assert mixtures_of_runs({"far": far, "near": near}, reader) == ({"verb": Mixture({"rgb": 1.0})}, None)
     assert mixtures_of_runs({"far": far}, reader) == (None, "the runs learned from audio, which this cache lacks")
