@@ -91,9 +91,9 @@ def read_run(directory: Path) -> RunRecord:
     with storage_errors(path, verb="read"):
         try:
             data = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            told = it_is(directory) or f": {RUN_FILE} is missing"
-            raise InputError(f"{directory} is not a run of `mmkd-student train`{told}") from None
+        except (FileNotFoundError, NotADirectoryError) as error:
+            told = it_is(directory) or f": {RUN_FILE}: {error.strerror}"
+            raise InputError(f"{directory} is not a run of `mmkd-student train`{told}") from error
     value = open_versions(data, str(path), schema=SCHEMA, before=None, advice=REPAIR)
     try:
         value["recipe"].get("loss", {}).pop("without_target", None)  # an earlier setting, always overwritten
