@@ -13,6 +13,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,11 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of everything that the manifest says, independent of its file's form."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        # Once: of a million clips it takes seconds, and every split that is opened asks for it.
         digest = hashlib.sha256()
         for number, line in enumerate(manifest_lines(self)):
             digest.update(f"\n{line}".encode() if number else line.encode())

@@ -1,10 +1,13 @@
 """What a run is trained and evaluated on: parts of a manifest, caches for evaluation alone or of fewer experts."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 
 from mmkd.cache_tools.reader import CacheReader
+from mmkd.student.run_files import read_run, write_run
 
 from .in_process import call, call_ok, refused
 
@@ -163,6 +166,16 @@ def test_random_training_views_are_never_scored(world, runs):
     )
     assert "train" not in call_ok(*table, "--train-split", "other")
     assert "there is no split to evaluate on" in refused(*table, "--train-split", "standard")
+
+
+def test_a_cache_of_other_views_than_the_student_s_own_is_evaluated_and_that_is_said(world, runs, tmp_path):
+    run = shutil.copytree(runs["student"], tmp_path / "run")
+    record = read_run(run)
+    seen = replace(record.input, views=record.input.views | {"frames": 8})
+    write_run(run, replace(record, input=seen))
+    done = call("mmkd-student", "evaluate", run, "--cache", world.quick.cache, *world.data())
+    assert done.code == 0, done.err
+    assert "the student learned from other views than this cache's: frames: run 8, cache 4" in done.err
 
 
 def test_a_mistyped_training_split_builds_no_cache_for_evaluation_alone(world, tmp_path):
