@@ -30,6 +30,7 @@ import numpy.typing as npt
 from mmkd.cache_tools.arrays import array_form, array_of, encode_object
 from mmkd.cache_tools.commits import CommitRecord, hash_objects, publish
 from mmkd.cache_tools.fingerprints import canonical_json
+from mmkd.cache_tools.hdf5_file import Hdf5Output, writing_hdf5
 from mmkd.cache_tools.init_record import CacheInit
 from mmkd.cache_tools.layout import INDEX, INIT, ROOT, Shard, Status, group_key, label_array, status_array
 from mmkd.cache_tools.progress import Progress
@@ -87,12 +88,13 @@ def export_cache(location: Path | str | Store, path: Path) -> int:
     """
     reader = CacheReader(location)
     # Files from HDF5 1.10 on have checksums over their metadata, too.
-    with atomic_path(path) as temporary, h5py.File(temporary, "w-", libver=("v110", "v110")) as file:
-        _write_file(reader, file)
+    with atomic_path(path) as temporary, writing_hdf5(temporary, libver=("v110", "v110")) as output:
+        _write_file(reader, output)
     return path.stat().st_size
 
 
-def _write_file(reader: CacheReader, file: h5py.File) -> None:
+def _write_file(reader: CacheReader, output: Hdf5Output) -> None:
+    file = output.file
     file.attrs["schema"] = EXPORT_SCHEMA
     file.attrs["dataset"] = reader.dataset
     file.attrs["fingerprint"] = reader.fingerprint
@@ -104,7 +106,7 @@ def _write_file(reader: CacheReader, file: h5py.File) -> None:
         "exporting", total=sum(not key.endswith("zarr.json") for key in reader.objects), unit="object"
     ) as progress:
         for name in reader.arrays:
-            hashes |= _write_array(reader, file, name)
+            hashes |= _write_array(reader, output, name)
             progress.advance(len(hashes) - progress.done)
     _explain(reader, file)
     about = {INIT: reader.store.read(INIT), INDEX: reader.store.read(INDEX)}
@@ -116,7 +118,7 @@ def _write_file(reader: CacheReader, file: h5py.File) -> None:
         )
 
 
-def _write_array(reader: CacheReader, file: h5py.File, name: str) -> dict[str, str]:
+def _write_array(reader: CacheReader, output: Hdf5Output, name: str) -> dict[str, str]:
     """Write one array without its padding, an object at a time; return object key -> hash of its values."""
     form = reader.form(name)
     rows = reader.layout(name.partition("/")[0]).rows
@@ -126,9 +128,10 @@ def _write_array(reader: CacheReader, file: h5py.File, name: str) -> dict[str, s
         longest = max(len(str(value).encode()) for value in reader.array(name))
         dtype = h5py.string_dtype("utf-8", max(longest, 1))
     chunk = _chunk(tuple(min(pair) for pair in zip(form.block, shape, strict=True)), np.dtype(dtype).itemsize)
-    dataset = file.create_dataset(name, shape, dtype, **_filters(chunk, rows))
+    dataset = output.file.create_dataset(name, shape, dtype, **_filters(chunk, rows))
     hashes = {}
     for key, region, padded in reader.objects_of(name):
+        output.check()
         values = padded[: rows - region[0].start]
         dataset[_clipped(region, rows)] = _as_bytes(values, dataset.dtype) if is_text(form.dtype) else values
         hashes[key] = value_hash(values)

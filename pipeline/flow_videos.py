@@ -25,6 +25,8 @@ class NamedVideo:
     """Name below the output, `/` between folders."""
     path: str
     """Whole path of the file."""
+    was_named: bool = True
+    """Whether the file itself was named, and not a folder that it lies in."""
 
     @property
     def stamp(self) -> str:
@@ -93,7 +95,7 @@ def _below(folder: Path, naming: Naming) -> list[NamedVideo]:
     paths = sorted(path for path in _walk(whole) if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise InputError(f"no video lies below {folder}; known endings: {' '.join(sorted(SUFFIXES))}")
-    return [NamedVideo(naming.below(path.relative_to(whole)), str(path)) for path in paths]
+    return [NamedVideo(naming.below(path.relative_to(whole)), str(path), was_named=False) for path in paths]
 
 
 def _walk(top: Path) -> Iterator[Path]:
@@ -185,8 +187,7 @@ def _advice(one: NamedVideo, other: NamedVideo, naming: Naming) -> str:
     first, second = Path(one.path), Path(other.path)
     if first.suffix != second.suffix and not naming.keep_ending:
         return "give --keep-ending, and their results keep the endings"
-    were_named = "/" not in one.name and "/" not in other.name
-    if were_named and not naming.class_folder and first.parent.name != second.parent.name:
+    if one.was_named and other.was_named and not naming.class_folder and first.parent.name != second.parent.name:
         return "give --class-folder, and they are called after their folders, too"
     above = os.path.commonpath([first.parent, second.parent])
     return f"name the folder {above}, and results keep the paths below it; or rename one"

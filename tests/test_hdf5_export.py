@@ -1,6 +1,7 @@
 """A cache as one HDF5 file: readable with h5py alone, back to the same bytes, and never from a damaged file."""
 
 import os
+import resource
 
 import h5py
 import numpy as np
@@ -48,6 +49,24 @@ def test_it_comes_back_byte_for_byte(cache, exported, tmp_path):
     assert report.clips == 20
     assert not verify(tmp_path / "back").damaged
     assert import_cache(exported, tmp_path / "back") == report, "the same again is harmless"
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.7, 0.99])
+def test_a_file_that_cannot_grow_leaves_the_old_export_and_says_so(cache, exported, tmp_path, share):
+    path = tmp_path / "cache.h5"
+    path.write_bytes(b"the export before")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * exported.stat().st_size), before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot write .*cache\.h5: File too large; free some space"):
+            export_cache(cache, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"the export before"
+    assert list(tmp_path.iterdir()) == [path]
+    assert h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE) == 0, (
+        "HDF5 has nothing left to write when the process ends"
+    )
 
 
 def test_h5py_alone_reads_logits_and_labels(cache, exported):
