@@ -39,6 +39,8 @@ DECORD_STREAMS = {("matroska,webm", "vp8", "yuv420p"), ("matroska,webm", "vp9", 
 At odd heights its old FFmpeg converts colours otherwise: other bits than PyAV, and than libvpx for VP9."""
 DECORD_SIDE_PX = 32
 """Shorter side from which decord is asked: it refuses most streams of 16 px and less."""
+USUAL_FPS = 120
+"""Frames a second up to which decord opens what has a duration; it refuses 1,000."""
 PYAV_RULES = "1: all pyav"
 DECODER_RULES = "1: vp8, vp9 in webm of even height decord; else pyav" if HAS_DECORD else PYAV_RULES
 """Name of the table for fingerprints: it changes with the table, and where decord is missing."""
@@ -110,13 +112,14 @@ class VideoFiles:
             if index.counted:
                 check_count(decoder, index, stream)
             first, turns = decoder.rgb(0)
+            plain = is_plain(container, stream)
         height, width = first.shape[:2]
         decord = not turns and not self.force_pyav and choose_decoder(index, width, height) == "decord"
         return VideoFacts(
             width=width,
             height=height,
             times_seconds=index.times_seconds,
-            decoder="decord" if decord and decord_can_read(path, index) else "pyav",
+            decoder="decord" if decord and (plain or decord_can_read(path, index)) else "pyav",
             identity=index.identity,
         )
 
@@ -174,6 +177,12 @@ def choose_decoder(index: PacketIndex, width: int, height: int) -> str:
     usual = index.one_size and not index.hidden and len(index.pts) > 1
     fits = height % 2 == 0 and min(width, height) >= DECORD_SIDE_PX
     return "decord" if listed and usual and fits and HAS_DECORD else "pyav"
+
+
+def is_plain(container: Any, stream: Any) -> bool:
+    """Return whether the header states what decord wants, a duration and a usual rate: asking doubles a probe."""
+    rate = stream.average_rate
+    return bool(container.duration) and rate is not None and 1 <= rate <= USUAL_FPS
 
 
 def frame_interval_seconds(facts: VideoFacts) -> float:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmkd.cache_tools import facts as facts_module
 from mmkd.cache_tools.facts import decode_facts, encode_facts, facts_path, probe_all
 from mmkd.cache_tools.frames import Limits, VideoFiles
 from mmkd.cache_tools.records import VideoFacts
@@ -352,3 +353,13 @@ def test_kept_files_spread_over_folders(tmp_path):
     assert len(folders) == 256
     header, _, _ = encode_facts(VideoFacts(64, 48, np.zeros(1), "pyav", "a"), video="v", stamp="s").partition(b"\n")
     assert json.loads(header)["schema"] == "mmkd-facts-3"
+
+
+def test_facts_whose_times_count_from_the_first_frame_are_probed_again(monkeypatch):
+    """The second form: where the sound starts first, its times are not those of the container."""
+    facts = VideoFacts(64, 48, np.zeros(1), "pyav", "a")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(facts_module, "SCHEMA", "mmkd-facts-2")
+        kept = encode_facts(facts, video="v", stamp="s")
+    assert decode_facts(kept, video="v", stamp="s") is None
+    assert decode_facts(encode_facts(facts, video="v", stamp="s"), video="v", stamp="s").identity == "a"
