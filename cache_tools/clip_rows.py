@@ -19,7 +19,7 @@ from mmkd.cache_tools.layout import group_key, label_array
 from mmkd.cache_tools.records import IntArray
 from mmkd.cache_tools.store import Store
 from mmkd.data_manifests.counted import counted
-from mmkd.data_manifests.records import Clip, Manifest
+from mmkd.data_manifests.manifest import Clip, Manifest
 
 NAMED_CLIPS = 3
 

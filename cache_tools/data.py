@@ -17,7 +17,7 @@ from mmkd.cache_tools.records import ClipFacts, FactsTable, VideoFacts
 from mmkd.cache_tools.video_paths import Links
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, VideoError
-from mmkd.data_manifests.records import Clip, Manifest, load_manifest
+from mmkd.data_manifests.manifest import Clip, Manifest, load_manifest
 
 
 class DataRecipe(Recipe):

@@ -30,7 +30,7 @@ from mmkd.cache_tools.packets import PacketIndex, index_packets, open_video
 from mmkd.cache_tools.records import ClipFacts, ClipFrames, IntArray, UInt8Array, VideoFacts
 from mmkd.cache_tools.video_paths import ADVICE, Links, reading, video_path
 from mmkd.data_manifests.errors import StorageError, VideoError
-from mmkd.data_manifests.records import Clip
+from mmkd.data_manifests.manifest import Clip
 
 HAS_DECORD = importlib.util.find_spec("decord") is not None
 DECORD_STREAMS = {("matroska,webm", "vp8", "yuv420p"), ("matroska,webm", "vp9", "yuv420p")}

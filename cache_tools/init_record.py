@@ -31,7 +31,7 @@ from mmkd.cache_tools.typed_json import PART, STRICT, typed
 from mmkd.cache_tools.views import ViewPolicy
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.kinds import it_is
-from mmkd.data_manifests.records import Head
+from mmkd.data_manifests.manifest import Head
 
 
 @dataclass(frozen=True)

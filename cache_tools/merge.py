@@ -30,7 +30,7 @@ from mmkd.cache_tools.start import writing_whole
 from mmkd.cache_tools.store import Store, open_store, same_place
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError
-from mmkd.data_manifests.records import Manifest
+from mmkd.data_manifests.manifest import Manifest
 
 ADVICE = "Merge caches that one recipe and the same experts made over disjoint clips of one data set"
 

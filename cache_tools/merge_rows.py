@@ -12,7 +12,7 @@ from mmkd.cache_tools.records import IntArray, View
 from mmkd.cache_tools.views import evaluation_views, random_views
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.records import Clip, Manifest
+from mmkd.data_manifests.manifest import Clip, Manifest
 
 SAMPLED_ROWS = 256
 """Rows of each cache's split whose views are drawn again."""

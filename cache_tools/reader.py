@@ -39,7 +39,7 @@ from mmkd.cache_tools.sealed import damaged
 from mmkd.cache_tools.storage_formats import StorageFormat, format_of
 from mmkd.cache_tools.store import MissingObjectError, Store, open_store
 from mmkd.data_manifests.errors import InputError, VerificationError
-from mmkd.data_manifests.records import Head
+from mmkd.data_manifests.manifest import Head
 
 
 @dataclass(frozen=True)

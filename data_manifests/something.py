@@ -16,7 +16,7 @@ from typing import Any
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.json_file import read_json
-from mmkd.data_manifests.records import Clip, Head, Manifest
+from mmkd.data_manifests.manifest import Clip, Head, Manifest
 
 SOMETHING_SOMETHING = "something-something-v2"
 SOMETHING_ELSE = "something-else"

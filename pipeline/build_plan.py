@@ -27,7 +27,7 @@ from mmkd.cache_tools.storage_formats import FORMATS, format_of
 from mmkd.cache_tools.store import Store
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.records import Manifest
+from mmkd.data_manifests.manifest import Manifest
 from mmkd.pipeline.boxes import BoxFile
 from mmkd.pipeline.cache_init import ExpertNode, SplitPlan, base_fields, draw_views
 from mmkd.pipeline.experts import Expert

@@ -26,7 +26,7 @@ from mmkd.cache_tools.storage_formats import format_of
 from mmkd.cache_tools.store import MissingObjectError, Store, TakenOverError
 from mmkd.cache_tools.views import VIEW_RULES, ViewPolicy, evaluation_view_table, random_view_table
 from mmkd.data_manifests.errors import FingerprintError, InputError, VideoError
-from mmkd.data_manifests.records import Clip, Manifest
+from mmkd.data_manifests.manifest import Clip, Manifest
 
 NEW_PLACE = "Build into another directory, or restore what changed"
 

@@ -26,7 +26,7 @@ from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.records import Float32Array, View
 from mmkd.cache_tools.store import Store
 from mmkd.data_manifests.errors import FingerprintError, StorageError, VerificationError, VideoError
-from mmkd.data_manifests.records import Manifest
+from mmkd.data_manifests.manifest import Manifest
 from mmkd.pipeline.boxes import BoxesMissingError, BoxFile
 from mmkd.pipeline.build_plan import expert_node
 from mmkd.pipeline.cache_init import base_fields

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mmkd.cache_tools.data import ClipVideo
 from mmkd.cache_tools.view_streams import ViewStream
-from mmkd.data_manifests.records import Head
+from mmkd.data_manifests.manifest import Head
 from mmkd.pipeline.boxes import BoxTrack
 from mmkd.pipeline.flow import FlowFields, pair_starts, view_flow
 from mmkd.pipeline.flow_store import FlowStore

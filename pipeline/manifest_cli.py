@@ -8,7 +8,7 @@ import click
 from mmkd.cache_tools.help_text import WholeHelpGroup, example
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.records import Manifest, save_manifest
+from mmkd.data_manifests.manifest import Manifest, save_manifest
 from mmkd.pipeline.options import FILE, FOLDER
 
 

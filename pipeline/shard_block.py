@@ -27,7 +27,7 @@ from mmkd.cache_tools.layout import (
 from mmkd.cache_tools.records import Float32Array, View
 from mmkd.cache_tools.storage_formats import FORMATS, StorageFormat, storable, worst_kl
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.records import Clip
+from mmkd.data_manifests.manifest import Clip
 from mmkd.pipeline.boxes import BoxesMissingError, BoxFile
 from mmkd.pipeline.experts import Expert
 from mmkd.pipeline.modalities import Inputs, InputShapes, view_inputs

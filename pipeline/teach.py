@@ -19,7 +19,7 @@ from mmkd.cache_tools.progress import Progress
 from mmkd.cache_tools.view_streams import DrawnViews
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
-from mmkd.data_manifests.records import Head
+from mmkd.data_manifests.manifest import Head
 from mmkd.pipeline.boxes import BoxesMissingError, BoxFile, boxes_at
 from mmkd.pipeline.expert_views import BoxViews, FlowViews
 from mmkd.pipeline.experts import (

@@ -8,7 +8,7 @@ import torch
 
 from mmkd.cache_tools.fingerprints import differences, file_sha256
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.records import Manifest
+from mmkd.data_manifests.manifest import Manifest
 from mmkd.pipeline.boxes import BoxFile, load_boxes
 from mmkd.pipeline.experts import Expert, ExpertCard, load_expert
 from mmkd.pipeline.flow import flow_identity, stated_flow

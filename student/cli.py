@@ -20,7 +20,7 @@ from mmkd.cache_tools.command import (
 from mmkd.cache_tools.help_text import WholeHelpGroup, example
 from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.records import load_manifest
+from mmkd.data_manifests.manifest import load_manifest
 from mmkd.student.run_files import EVALUATION_FILE, RUN_FILE, read_run
 from mmkd.student.student_recipe import StudentRecipe
 

@@ -13,7 +13,7 @@ from mmkd.cache_tools.mixing import HeadMixtures, Missing
 from mmkd.cache_tools.reader import CacheReader, SplitTable
 from mmkd.cache_tools.records import Float32Array
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.records import Clip, Manifest
+from mmkd.data_manifests.manifest import Clip, Manifest
 from mmkd.student.cached_targets import mix_split, teacher_views
 from mmkd.student.metrics import ClipScores, average_views, clip_scores
 

@@ -10,7 +10,7 @@ from mmkd.cache_tools.data import ClipVideo
 from mmkd.cache_tools.frames import FrameSource
 from mmkd.cache_tools.records import IntArray, UInt8Array
 from mmkd.cache_tools.view_streams import ViewStream
-from mmkd.data_manifests.records import Head
+from mmkd.data_manifests.manifest import Head
 
 
 class RGBViews:

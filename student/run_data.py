@@ -14,7 +14,7 @@ from mmkd.cache_tools.records import IntArray
 from mmkd.cache_tools.view_streams import DrawnViews, StoredViews, ViewStream
 from mmkd.cache_tools.views import ViewPolicy
 from mmkd.data_manifests.errors import InputError, VerificationError, VideoError
-from mmkd.data_manifests.records import Manifest
+from mmkd.data_manifests.manifest import Manifest
 from mmkd.student.rgb_views import RGBViews
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmkd.data_manifests.demo import encode_video
+from mmkd.data_manifests.demo.write import encode_video
 
 
 def texture(frames: int, *, size=(64, 48), shift=(2, 1), seed=0) -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmkd.data_manifests.records import Clip, Head, Manifest
+from mmkd.data_manifests.manifest import Clip, Head, Manifest
 
 HEADS = (Head("verb", ("öffnen", "shut", "lift")), Head("noun", tuple(f"noun {i}" for i in range(7))))
 EXPERTS = ("rgb", "flow")

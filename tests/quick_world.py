@@ -11,9 +11,9 @@ import yaml
 
 from mmkd.cache_tools.data import ClipSet
 from mmkd.cache_tools.recipes import load_recipe
-from mmkd.data_manifests.demo import write_demo
-from mmkd.data_manifests.demo_plan import DemoOptions
-from mmkd.data_manifests.records import save_manifest
+from mmkd.data_manifests.demo.plan import DemoOptions
+from mmkd.data_manifests.demo.write import write_demo
+from mmkd.data_manifests.manifest import save_manifest
 from mmkd.data_manifests.something import read_something_something
 from mmkd.pipeline.experts import ExpertCard, make_network, save_expert
 from mmkd.pipeline.recipe import TeacherRecipe

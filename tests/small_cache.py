@@ -27,7 +27,7 @@ from mmkd.cache_tools.records import ClipFacts, View
 from mmkd.cache_tools.storage_formats import FORMATS, StorageFormat
 from mmkd.cache_tools.store import LocalStore, Store
 from mmkd.cache_tools.views import ViewPolicy, evaluation_views, random_views
-from mmkd.data_manifests.records import Manifest
+from mmkd.data_manifests.manifest import Manifest
 from mmkd.pipeline.cache_init import base_fields
 
 POLICY, VIEW_SEED = ViewPolicy(frames=2, size_px=24), 3

@@ -11,7 +11,7 @@ from mmkd.cache_tools.data import clip_videos
 from mmkd.cache_tools.heldout import HeldOut
 from mmkd.cache_tools.layout import ROOT
 from mmkd.data_manifests.errors import VideoError
-from mmkd.data_manifests.records import Clip
+from mmkd.data_manifests.manifest import Clip
 
 from .conftest import Tiny
 from .in_process import call_ok, refused

@@ -11,7 +11,7 @@ from mmkd.cache_tools.layout import GROUP
 from mmkd.cache_tools.mixing import Mixture, mean_cross_entropy, softmin_weights
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.data_manifests.errors import InputError, VerificationError
-from mmkd.data_manifests.records import Clip, Head, Manifest
+from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student.cached_targets import choose_weights, mix_split
 from mmkd.student.compare import Table, compare, load_table, merge_tables
 from mmkd.student.table_text import cell, render

@@ -14,7 +14,7 @@ from torch.nn import functional
 from mmkd.cache_tools.canonical import canonical_view
 from mmkd.cache_tools.data import ClipVideo
 from mmkd.cache_tools.records import ClipFacts, ClipFrames, VideoFacts, View
-from mmkd.data_manifests.records import Clip
+from mmkd.data_manifests.manifest import Clip
 from mmkd.pipeline import flow_methods, flow_store
 from mmkd.pipeline.flow import (
     FlowFields,

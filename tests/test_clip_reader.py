@@ -10,7 +10,7 @@ from mmkd.cache_tools.clip_reader import ClipReader
 from mmkd.cache_tools.data import ClipVideo
 from mmkd.cache_tools.records import ClipFacts, ClipFrames, VideoFacts
 from mmkd.data_manifests.errors import VideoError
-from mmkd.data_manifests.records import Clip
+from mmkd.data_manifests.manifest import Clip
 
 FRAME_BYTES = 4 * 2 * 3
 

@@ -7,7 +7,7 @@ from mmkd.cache_tools import data
 from mmkd.cache_tools.frames import clip_facts
 from mmkd.cache_tools.records import ClipFacts, VideoFacts, facts_table
 from mmkd.data_manifests.errors import VideoError
-from mmkd.data_manifests.records import Clip
+from mmkd.data_manifests.manifest import Clip
 
 SPANS = [(0, 0.35), (0.2, 1.1), (0, 0.31), (0, 0.35), (0.5, None), (0, None)]
 

@@ -9,7 +9,7 @@ import pytest
 from mmkd.cache_tools.mixing import Mixture
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.records import Clip, Head, Manifest
+from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student.compare import Table, compare, load_table, mixtures_of_runs
 from mmkd.student.evaluation import score_split
 from mmkd.student.evaluation_file import clips_path, read_evaluation, read_scores, write_evaluation

@@ -11,13 +11,13 @@ import av
 import numpy as np
 import pytest
 
-from mmkd.data_manifests.demo import is_complete, write_demo
-from mmkd.data_manifests.demo_actions import ACTIONS
-from mmkd.data_manifests.demo_boxes import box_annotations, visible_box
-from mmkd.data_manifests.demo_draw import Draw
-from mmkd.data_manifests.demo_plan import SPLITS, DemoOptions, kinds_for, plan_clips
-from mmkd.data_manifests.demo_scene import MOMENTS, Layer, Scene, make_scene, render
-from mmkd.data_manifests.demo_sprites import KINDS_A, KINDS_B
+from mmkd.data_manifests.demo.actions import ACTIONS
+from mmkd.data_manifests.demo.boxes import box_annotations, visible_box
+from mmkd.data_manifests.demo.draw import Draw
+from mmkd.data_manifests.demo.plan import SPLITS, DemoOptions, kinds_for, plan_clips
+from mmkd.data_manifests.demo.scene import MOMENTS, Layer, Scene, make_scene, render
+from mmkd.data_manifests.demo.sprites import KINDS_A, KINDS_B
+from mmkd.data_manifests.demo.write import is_complete, write_demo
 from mmkd.data_manifests.errors import InputError
 
 TINY = DemoOptions(

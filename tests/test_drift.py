@@ -23,7 +23,7 @@ from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.recipes import load_recipe
 from mmkd.cache_tools.store import LocalStore
 from mmkd.cache_tools.verify import verify
-from mmkd.data_manifests.records import Clip, Head, Manifest
+from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.pipeline.drift import drift
 from mmkd.pipeline.drift_sample import draw_sample
 from mmkd.pipeline.experts import Expert, load_expert, read_card, write_card

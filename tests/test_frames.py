@@ -20,7 +20,7 @@ from mmkd.cache_tools.frames import Limits, VideoFiles, choose_decoder, clip_fac
 from mmkd.cache_tools.packets import index_packets, open_video
 from mmkd.cache_tools.records import VideoFacts
 from mmkd.data_manifests.errors import StorageError, VideoError
-from mmkd.data_manifests.records import Clip
+from mmkd.data_manifests.manifest import Clip
 
 
 def sibling(name: str):

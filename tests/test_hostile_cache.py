@@ -25,7 +25,7 @@ from mmkd.cache_tools.status import read_status
 from mmkd.cache_tools.store import LocalStore
 from mmkd.cache_tools.verify import verify
 from mmkd.data_manifests.errors import MmkdError, VerificationError
-from mmkd.data_manifests.records import Clip, Head, Manifest
+from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.pipeline.inspect import describe
 
 from .small_cache import write_cache

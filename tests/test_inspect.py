@@ -2,7 +2,7 @@
 
 import json
 
-from mmkd.data_manifests.records import load_manifest
+from mmkd.data_manifests.manifest import load_manifest
 from mmkd.pipeline.build_plan import cached_splits
 from mmkd.pipeline.recipe import TeacherRecipe
 

@@ -19,7 +19,13 @@ from mmkd.data_manifests.kinds import (
     TEACHER_RECIPE,
     what_is,
 )
-from mmkd.data_manifests.records import Clip, Head, Manifest, load_manifest, save_manifest
+from mmkd.data_manifests.manifest import (
+    Clip,
+    Head,
+    Manifest,
+    load_manifest,
+    save_manifest,
+)
 from mmkd.pipeline.experts import CARD_FILE
 from mmkd.student.run_files import RUN_FILE
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmkd.data_manifests.errors import InputError, StorageError
-from mmkd.data_manifests.records import (
+from mmkd.data_manifests.manifest import (
     SCHEMA,
     Clip,
     Head,

@@ -12,7 +12,7 @@ from mmkd.cache_tools.merge import merge
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.verify import verify
 from mmkd.data_manifests.errors import FingerprintError, InputError
-from mmkd.data_manifests.records import Manifest, save_manifest
+from mmkd.data_manifests.manifest import Manifest, save_manifest
 
 from .in_process import call_ok, refused
 from .many_clips import files_of, logits_of, manifest_of

@@ -15,7 +15,7 @@ from mmkd.cache_tools.containers import is_cut_short
 from mmkd.cache_tools.frame_headers import OWN_MARKS, coded_sizes
 from mmkd.cache_tools.frames import VideoFiles, clip_facts
 from mmkd.data_manifests.errors import VideoError
-from mmkd.data_manifests.records import Clip
+from mmkd.data_manifests.manifest import Clip
 
 
 def sibling(name: str):

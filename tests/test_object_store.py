@@ -17,7 +17,7 @@ from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.store import LocalStore, MissingObjectError, TakenOverError, open_store
 from mmkd.cache_tools.tasks import Others, Task, live_tasks, new_task_id
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
-from mmkd.data_manifests.records import Clip, Head, Manifest
+from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student.shared_targets import shared_targets
 
 from .conftest import ENVIRONMENT

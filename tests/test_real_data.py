@@ -14,7 +14,7 @@ from mmkd.cache_tools.data import ClipSet
 from mmkd.cache_tools.layout import Status
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.recipes import load_recipe
-from mmkd.data_manifests.records import load_manifest
+from mmkd.data_manifests.manifest import load_manifest
 from mmkd.pipeline.flow_store import FlowStore
 from mmkd.pipeline.recipe import TeacherRecipe
 

@@ -13,7 +13,7 @@ from mmkd.cache_tools.layout import Shard, SplitLayout
 from mmkd.cache_tools.mixing import Mixture
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.data_manifests.errors import InputError, VerificationError
-from mmkd.data_manifests.records import Clip, Head, Manifest
+from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student.cached_targets import mix_split
 from mmkd.student.networks import build_network
 from mmkd.student.recipe import TrainRecipe

@@ -12,7 +12,7 @@ from mmkd.cache_tools.precision import kl_divergence
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.storage_error import half_widths, kl_bound, mixture_kl_bound
 from mmkd.cache_tools.storage_formats import FORMATS
-from mmkd.data_manifests.records import Clip, Head, Manifest
+from mmkd.data_manifests.manifest import Clip, Head, Manifest
 
 from .small_cache import write_cache
 

@@ -12,7 +12,7 @@ from mmkd.cache_tools.mixing import Mixture, sample_weights
 from mmkd.cache_tools.reader import CacheReader
 from mmkd.cache_tools.weights_file import weights_for
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.records import Clip, Head, Manifest
+from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student import weigh as weigh_module
 from mmkd.student.cached_targets import choose_weights, mix_split
 from mmkd.student.calibration import fit_calibrated

@@ -24,10 +24,10 @@ from mmkd.cache_tools.data import ClipSet
 from mmkd.cache_tools.pool import run_tasks
 from mmkd.cache_tools.recipes import load_recipe
 from mmkd.cache_tools.store import LocalStore
-from mmkd.data_manifests.demo import write_demo
-from mmkd.data_manifests.demo_plan import DemoOptions
-from mmkd.data_manifests.demo_recipes import write_recipes
-from mmkd.data_manifests.records import save_manifest
+from mmkd.data_manifests.demo.plan import DemoOptions
+from mmkd.data_manifests.demo.recipes import write_recipes
+from mmkd.data_manifests.demo.write import write_demo
+from mmkd.data_manifests.manifest import save_manifest
 from mmkd.data_manifests.something import read_something_something
 from mmkd.pipeline.build import build, clip_job
 from mmkd.pipeline.build_plan import BuildPlan, ShardWork, pending_shards, plan_build

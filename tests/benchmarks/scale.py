@@ -30,7 +30,13 @@ from mmkd.cache_tools.storage_formats import FORMATS
 from mmkd.cache_tools.store import LocalStore, Store
 from mmkd.cache_tools.tasks import Others, Task, new_task_id
 from mmkd.cache_tools.views import ViewPolicy
-from mmkd.data_manifests.records import Clip, Head, Manifest, load_manifest, save_manifest
+from mmkd.data_manifests.manifest import (
+    Clip,
+    Head,
+    Manifest,
+    load_manifest,
+    save_manifest,
+)
 from mmkd.pipeline.build_plan import committed_nodes
 from mmkd.pipeline.cache_init import ExpertNode, SplitPlan, base_fields, draw_views, initialise
 from mmkd.pipeline.shard_block import NodeResult

@@ -8,9 +8,9 @@ what an object looks like, a useful hint in training, misleads there.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mmkd.data_manifests.demo_actions import ACTIONS, Action
-from mmkd.data_manifests.demo_draw import Draw
-from mmkd.data_manifests.demo_sprites import KINDS_A, KINDS_B, Kind
+from mmkd.data_manifests.demo.actions import ACTIONS, Action
+from mmkd.data_manifests.demo.draw import Draw
+from mmkd.data_manifests.demo.sprites import KINDS_A, KINDS_B, Kind
 from mmkd.data_manifests.errors import InputError
 
 SPLITS = ("train", "standard", "compositional")

@@ -24,11 +24,11 @@ import cv2
 import numpy as np
 
 from mmkd.data_manifests.atomic import atomic_path, sweep_abandoned, write_atomically
-from mmkd.data_manifests.demo_actions import ACTIONS
-from mmkd.data_manifests.demo_boxes import box_annotations
-from mmkd.data_manifests.demo_plan import SPLITS, ClipPlan, DemoOptions, plan_clips
-from mmkd.data_manifests.demo_scene import make_scene, render
-from mmkd.data_manifests.demo_shapes import UInt8Array
+from mmkd.data_manifests.demo.actions import ACTIONS
+from mmkd.data_manifests.demo.boxes import box_annotations
+from mmkd.data_manifests.demo.plan import SPLITS, ClipPlan, DemoOptions, plan_clips
+from mmkd.data_manifests.demo.scene import make_scene, render
+from mmkd.data_manifests.demo.shapes import UInt8Array
 from mmkd.data_manifests.errors import InputError
 
 SCHEMA = "mmkd-demo-1"

@@ -9,10 +9,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mmkd.data_manifests.demo_draw import Draw
-from mmkd.data_manifests.demo_plan import ClipPlan, DemoOptions
-from mmkd.data_manifests.demo_scene import Layer, Scene, outline_at
-from mmkd.data_manifests.demo_sprites import Float32Array
+from mmkd.data_manifests.demo.draw import Draw
+from mmkd.data_manifests.demo.plan import ClipPlan, DemoOptions
+from mmkd.data_manifests.demo.scene import Layer, Scene, outline_at
+from mmkd.data_manifests.demo.sprites import Float32Array
 
 MISSED = 0.06
 """Share of boxes that the detector misses."""

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.data_manifests.demo_draw import Draw
+from mmkd.data_manifests.demo.draw import Draw
 
 FloatArray = npt.NDArray[np.float64]
 

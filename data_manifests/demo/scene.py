@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.data_manifests.demo_actions import FloatArray, Setting, Track, draw_setting
-from mmkd.data_manifests.demo_draw import Draw
-from mmkd.data_manifests.demo_plan import ClipPlan, DemoOptions
-from mmkd.data_manifests.demo_shapes import UInt8Array
-from mmkd.data_manifests.demo_sprites import (
+from mmkd.data_manifests.demo.actions import FloatArray, Setting, Track, draw_setting
+from mmkd.data_manifests.demo.draw import Draw
+from mmkd.data_manifests.demo.plan import ClipPlan, DemoOptions
+from mmkd.data_manifests.demo.shapes import UInt8Array
+from mmkd.data_manifests.demo.sprites import (
     KINDS_A,
     KINDS_B,
     Float32Array,
