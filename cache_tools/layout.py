@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from mmkd.cache_tools.typed_json import STRICT
+from mmkd.data_manifests.typed_json import STRICT
 
 SCHEMA = "mmkd-cache-2"
 THUMBPRINT = "thumbprint"
@@ -41,7 +41,7 @@ OBJECT_KEY = re.compile(r"(?:\w+/)*(?:zarr\.json|c(?:/\d+)+)")
 VIEW_ARRAYS = {"frame_index", "crop_xywh", "flip"}
 """The static arrays whose second axis is the view."""
 TASK_ID = r"[0-9a-f]*-[0-9]+-[0-9]*-[0-9a-f]{8}"
-"""Pattern of the id of a task, see mmkd.cache_tools.tasks."""
+"""Pattern of the id of a task, see mmkd.cache_tools.tasks.heartbeat."""
 TEMPORARY = ".tmp"
 """Folder of what is being written; below it, one for each writer."""
 WRITER = re.compile(rf"{TASK_ID}|[0-9a-f]{{16}}")
@@ -190,7 +190,7 @@ def thumbprint_arrays(split: str) -> tuple[str, str]:
 
 
 def part_array(split: str, expert: str, part: str, *, head: str) -> str:
-    """Return the name of one of the arrays that hold an expert's logits (see mmkd.cache_tools.storage_formats)."""
+    """Return the name of one of the arrays that hold an expert's logits (see mmkd.cache_tools.cache.logit_formats)."""
     return f"{split}/{expert}/{part}/{head}"
 
 

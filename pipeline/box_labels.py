@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmkd.cache_tools.records import Float32Array, IntArray, UInt8Array
+from mmkd.cache_tools.frames.records import Float32Array, IntArray, UInt8Array
 
 EMPTY, HAND, OBJECT = 0, 1, 2
 Slot = tuple[str, int]

@@ -15,7 +15,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.records import Float32Array, Float64Array, IntArray, UInt8Array
+from mmkd.cache_tools.frames.records import (
+    Float32Array,
+    Float64Array,
+    IntArray,
+    UInt8Array,
+)
 from mmkd.data_manifests.errors import InputError, VideoError
 from mmkd.pipeline.box_labels import EMPTY, parse_video
 from mmkd.pipeline.boxes_json import iterate_members

@@ -2,12 +2,12 @@
 
     plan      manifest, facts of every video, views of every clip, experts   (mmkd.pipeline.build_plan)
     start     static part of the cache written, or the one there checked     (mmkd.pipeline.cache_init)
-    claim     each shard by one of any number of tasks                       (mmkd.cache_tools.claims)
+    claim     each shard by one of any number of tasks                       (mmkd.cache_tools.tasks.claims)
     prepare   decoding processes read each clip once for all its views       (mmkd.pipeline.prepare)
     flow      TV-L1 in the same processes on a CPU, here on a GPU            (mmkd.pipeline.flow)
     experts   logits in batches that depend on the shard alone               (mmkd.pipeline.shard_block)
-    write     objects, then the commit record of each node                   (mmkd.cache_tools.commits)
-    finalize  one root record over all records                               (mmkd.cache_tools.finalize)
+    write     objects, then the commit record of each node                   (mmkd.cache_tools.cache.commits)
+    finalize  one root record over all records                               (mmkd.cache_tools.tasks.finish)
 
 Killed at any instant it loses the shards in flight: the next run computes what has no commit record.
 """
@@ -22,20 +22,21 @@ from pathlib import Path
 
 import numpy as np
 
-from mmkd.cache_tools.arrays import Objects
-from mmkd.cache_tools.claims import Claims, claimed_shards
-from mmkd.cache_tools.commits import publish
-from mmkd.cache_tools.finalize import finish
-from mmkd.cache_tools.init_record import read_init
-from mmkd.cache_tools.interrupt import StopRequest, stop_on_signals
-from mmkd.cache_tools.journal import Journal
+from mmkd.cache_tools.cache.arrays import Objects
+from mmkd.cache_tools.cache.commits import publish
+from mmkd.cache_tools.cache.init_record import read_init
+from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import THUMBPRINT, commit_key
-from mmkd.cache_tools.pool import run_tasks
-from mmkd.cache_tools.progress import Progress
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.start import require_own_place
-from mmkd.cache_tools.store import Store, open_store
-from mmkd.cache_tools.tasks import Others, Task, new_task_id
+from mmkd.cache_tools.process.interrupt import StopRequest, stop_on_signals
+from mmkd.cache_tools.process.pool import run_tasks
+from mmkd.cache_tools.process.progress import Progress
+from mmkd.cache_tools.process.stages import Stages
+from mmkd.cache_tools.storage.store import Store, open_store
+from mmkd.cache_tools.tasks.claims import Claims, claimed_shards
+from mmkd.cache_tools.tasks.finish import finish
+from mmkd.cache_tools.tasks.heartbeat import Others, Task, new_task_id
+from mmkd.cache_tools.tasks.journal import Journal
+from mmkd.cache_tools.upkeep.free_place import require_own_place
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import FingerprintError, InterruptedByUserError, StorageError, VideoError
 from mmkd.pipeline.build_plan import BuildPlan, ShardWork, committed_nodes, count_clips, pending_shards, plan_build
@@ -46,7 +47,6 @@ from mmkd.pipeline.prepare import ClipJob, FlowJob, PreparedClip, prepare_clip, 
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.pipeline.retry_unusable import retry_unusable
 from mmkd.pipeline.shard_block import NodeResult, ShardBlock
-from mmkd.pipeline.stages import Stages
 
 
 @dataclass

@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmkd.cache_tools.claims import Claims
-from mmkd.cache_tools.data import ClipSet, unusable_line
-from mmkd.cache_tools.fingerprints import fingerprint
-from mmkd.cache_tools.init_record import CacheInit, expert_fingerprint
+from mmkd.cache_tools.cache.fingerprints import fingerprint
+from mmkd.cache_tools.cache.init_record import CacheInit, expert_fingerprint
+from mmkd.cache_tools.cache.logit_formats import FORMATS, format_of
+from mmkd.cache_tools.frames.clip_set import ClipSet, unusable_line
+from mmkd.cache_tools.frames.records import View
 from mmkd.cache_tools.layout import (
     GROUP,
     THUMBPRINT,
@@ -22,9 +23,8 @@ from mmkd.cache_tools.layout import (
     status_array,
     thumbprint_arrays,
 )
-from mmkd.cache_tools.records import View
-from mmkd.cache_tools.storage_formats import FORMATS, format_of
-from mmkd.cache_tools.store import Store
+from mmkd.cache_tools.storage.store import Store
+from mmkd.cache_tools.tasks.claims import Claims
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Manifest

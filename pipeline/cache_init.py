@@ -11,20 +11,31 @@ from typing import Any
 
 import numpy as np
 
-from mmkd.cache_tools.arrays import Objects, array_of, encode_group, split_arrays, static_arrays
-from mmkd.cache_tools.canonical import CANONICAL_RULES, THUMBNAIL_SIZE
-from mmkd.cache_tools.clip_rows import base_differences
-from mmkd.cache_tools.commits import drop_all, hash_objects
-from mmkd.cache_tools.data import ClipVideos
-from mmkd.cache_tools.fingerprints import refuse_differences, require_same
-from mmkd.cache_tools.frames import DECODER_RULES
-from mmkd.cache_tools.heldout import HeldOut
-from mmkd.cache_tools.init_record import CacheInit, read_init
+from mmkd.cache_tools.cache.arrays import (
+    Objects,
+    array_of,
+    encode_group,
+    split_arrays,
+    static_arrays,
+)
+from mmkd.cache_tools.cache.clip_rows import base_differences
+from mmkd.cache_tools.cache.commits import drop_all, hash_objects
+from mmkd.cache_tools.cache.fingerprints import refuse_differences, require_same
+from mmkd.cache_tools.cache.init_record import CacheInit, read_init
+from mmkd.cache_tools.cache.logit_formats import format_of
+from mmkd.cache_tools.frames.clip_set import ClipVideos
+from mmkd.cache_tools.frames.records import View, ViewTable
+from mmkd.cache_tools.frames.source import DECODER_RULES
 from mmkd.cache_tools.layout import GROUP, INDEX, INIT, ROOT, SCHEMA, SplitLayout, group_key
-from mmkd.cache_tools.records import View, ViewTable
-from mmkd.cache_tools.storage_formats import format_of
-from mmkd.cache_tools.store import MissingObjectError, Store, TakenOverError
-from mmkd.cache_tools.views import VIEW_RULES, ViewPolicy, evaluation_view_table, random_view_table
+from mmkd.cache_tools.storage.store import MissingObjectError, Store, TakenOverError
+from mmkd.cache_tools.views.canonical import CANONICAL_RULES, THUMBNAIL_SIZE
+from mmkd.cache_tools.views.drawing import (
+    VIEW_RULES,
+    ViewPolicy,
+    evaluation_view_table,
+    random_view_table,
+)
+from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import FingerprintError, InputError, VideoError
 from mmkd.data_manifests.manifest import Clip, Manifest
 

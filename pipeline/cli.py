@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mmkd.cache_tools.command import (
+from mmkd.cache_tools.process.command import (
     cache_location,
     data_options,
     example_argument,
@@ -16,9 +16,9 @@ from mmkd.cache_tools.command import (
     recipe_options,
     run_command,
 )
-from mmkd.cache_tools.help_text import WholeHelpGroup, example
-from mmkd.cache_tools.progress import Progress
-from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
+from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
+from mmkd.cache_tools.process.progress import Progress
+from mmkd.cache_tools.recipes.recipe import load_recipe, resolved_with_origins
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, StorageError, TooManyUnusableError
 from mmkd.pipeline.manifest_cli import manifest
@@ -212,7 +212,7 @@ def plan(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) ->
 @as_json
 def status(cache: Path | str, as_json: bool) -> None:
     """Print how far the build of a CACHE is: done, running, failed, rate, time left, bytes."""
-    from mmkd.cache_tools.status import read_status
+    from mmkd.cache_tools.tasks.build_status import read_status
 
     found = read_status(cache)
     print_result(asdict(found), as_json=as_json, lines=found.lines())
@@ -222,8 +222,8 @@ def status(cache: Path | str, as_json: bool) -> None:
 @cache_argument
 def finalize(cache: Path | str) -> None:
     """Finish a CACHE whose shards are all there (a build does so by itself); refuse one with holes."""
-    from mmkd.cache_tools.finalize import finalize as finalize_cache
-    from mmkd.cache_tools.store import open_store
+    from mmkd.cache_tools.storage.store import open_store
+    from mmkd.cache_tools.tasks.finish import finalize as finalize_cache
 
     finalize_cache(open_store(cache))
     click.echo(f"{cache}: finished")
@@ -235,7 +235,7 @@ def finalize(cache: Path | str) -> None:
 @as_json
 def verify(cache: Path | str, repair: bool, as_json: bool) -> None:
     """Read every byte of a CACHE against its stored checksums; exit code 4 when one is wrong."""
-    from mmkd.cache_tools.verify import verify as verify_cache
+    from mmkd.cache_tools.upkeep.verify import verify as verify_cache
 
     report = verify_cache(cache, repair=repair)
     print_result(asdict(report), as_json=as_json, lines=report.lines(cache))
@@ -284,7 +284,7 @@ def drift(cache: Path | str, files: tuple[Path, ...], overrides: tuple[str, ...]
 @click.argument("file", type=FILE)
 def export(cache: Path | str, file: Path) -> None:
     """Write a finished CACHE to one plain HDF5 FILE, which needs no Zarr to be read."""
-    from mmkd.cache_tools.hdf5_export import export_cache
+    from mmkd.cache_tools.upkeep.hdf5 import export_cache
 
     size_bytes = export_cache(cache, file)
     click.echo(f"{file}: {size_bytes / 2**20:.1f} MiB")
@@ -296,7 +296,7 @@ def export(cache: Path | str, file: Path) -> None:
 @as_json
 def import_(file: Path, out: Path | str, as_json: bool) -> None:
     """Make a cache again of a FILE that `export` wrote, every value checked."""
-    from mmkd.cache_tools.hdf5_export import import_cache
+    from mmkd.cache_tools.upkeep.hdf5 import import_cache
 
     report = import_cache(file, out)
     print_result(asdict(report), as_json=as_json, lines=report.lines(out))
@@ -313,7 +313,7 @@ def merge(caches: tuple[Path | str, ...], manifest_file: Path, out: Path | str, 
     The caches must have been built by one recipe with the same experts. The rows of the merged one are those of the
     --manifest, with which it trains.
     """
-    from mmkd.cache_tools.merge import merge as merge_caches
+    from mmkd.cache_tools.upkeep.merge import merge as merge_caches
     from mmkd.data_manifests.manifest import load_manifest
 
     report = merge_caches(caches, out, load_manifest(manifest_file))
@@ -325,7 +325,7 @@ def merge(caches: tuple[Path | str, ...], manifest_file: Path, out: Path | str, 
 @as_json
 def inspect(cache: Path | str, as_json: bool) -> None:
     """Print what is in a CACHE: splits, views, experts, classes, unusable clips, sizes."""
-    from mmkd.pipeline.inspect import describe, describe_lines
+    from mmkd.cache_tools.upkeep.inspect import describe, describe_lines
 
     found = describe(cache)
     print_result(found, as_json=as_json, lines=describe_lines(found))
@@ -352,9 +352,9 @@ def inspect(cache: Path | str, as_json: bool) -> None:
 @as_json
 def weigh(cache: Path | str, out: Path | None, as_json: bool, **options: Any) -> None:
     """Fit the experts' weights to the logits in a CACHE, and compare the schemes: top-1, NLL, calibration."""
-    from mmkd.cache_tools.reader import CacheReader
-    from mmkd.cache_tools.weights_file import weights_for
+    from mmkd.cache_tools.cache.reader import CacheReader
     from mmkd.data_manifests.atomic import write_atomically
+    from mmkd.student.teacher.mixture_file import weights_for
     from mmkd.student.weigh import weigh as weigh_cache
     from mmkd.student.weigh_table import report_lines
 

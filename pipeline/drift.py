@@ -16,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mmkd.cache_tools.clip_rows import base_differences
-from mmkd.cache_tools.data import ClipSet, ClipVideo
-from mmkd.cache_tools.fingerprints import differences, refuse_differences
-from mmkd.cache_tools.pool import run_tasks
-from mmkd.cache_tools.precision import kl_divergence
-from mmkd.cache_tools.progress import Progress
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.records import Float32Array, View
-from mmkd.cache_tools.store import Store
+from mmkd.cache_tools.cache.clip_rows import base_differences
+from mmkd.cache_tools.cache.fingerprints import differences, refuse_differences
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.cache.softmax import kl_divergence
+from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideo
+from mmkd.cache_tools.frames.records import Float32Array, View
+from mmkd.cache_tools.process.pool import run_tasks
+from mmkd.cache_tools.process.progress import Progress
+from mmkd.cache_tools.storage.store import Store
 from mmkd.data_manifests.errors import FingerprintError, StorageError, VerificationError, VideoError
 from mmkd.data_manifests.manifest import Manifest
 from mmkd.pipeline.boxes import BoxesMissingError, BoxFile

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.reader import CacheReader, SplitTable
-from mmkd.cache_tools.records import Float32Array, View
-from mmkd.cache_tools.views import KeyedWords
+from mmkd.cache_tools.cache.reader import CacheReader, SplitTable
+from mmkd.cache_tools.frames.records import Float32Array, View
+from mmkd.cache_tools.views.drawing import KeyedWords
 from mmkd.data_manifests.errors import InputError
 
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from mmkd.cache_tools.data import ClipVideo
-from mmkd.cache_tools.view_streams import ViewStream
+from mmkd.cache_tools.frames.clip_set import ClipVideo
 from mmkd.data_manifests.manifest import Head
 from mmkd.pipeline.boxes import BoxTrack
 from mmkd.pipeline.flow import FlowFields, pair_starts, view_flow
 from mmkd.pipeline.flow_store import FlowStore
 from mmkd.pipeline.modalities import Inputs, boxes_input
 from mmkd.pipeline.recipe import FlowRecipe
+from mmkd.student.data.view_streams import ViewStream
 from mmkd.student.rgb_views import label_arrays
 
 

@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmkd.cache_tools.fingerprints import file_sha256
-from mmkd.cache_tools.records import Float32Array
-from mmkd.cache_tools.sealed import SEAL, seal, unsealed
-from mmkd.cache_tools.typed_json import STRICT, typed
+from mmkd.cache_tools.cache.fingerprints import file_sha256
+from mmkd.cache_tools.cache.sealed import SEAL, seal, unsealed
+from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.kinds import it_is
+from mmkd.data_manifests.typed_json import STRICT, typed
 from mmkd.pipeline.recipe import ExpertRecipe
 from mmkd.pipeline.stlt import STLT
 from mmkd.student.devices import reproducible

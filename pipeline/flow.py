@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mmkd.cache_tools.records import ClipFacts, ClipFrames, Float32Array, IntArray, UInt8Array, View
+from mmkd.cache_tools.frames.records import (
+    ClipFacts,
+    ClipFrames,
+    Float32Array,
+    IntArray,
+    UInt8Array,
+    View,
+)
 from mmkd.pipeline.flow_conventions import codes_of_flow, flow_of_codes
 from mmkd.pipeline.flow_methods import FlowMethod, sequence_flow
 from mmkd.pipeline.recipe import FlowRecipe

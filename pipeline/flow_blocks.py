@@ -14,8 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkd.cache_tools.frames import VideoFiles, frame_interval_seconds
-from mmkd.cache_tools.records import Float32Array, IntArray, UInt8Array, VideoFacts
+from mmkd.cache_tools.frames.records import (
+    Float32Array,
+    IntArray,
+    UInt8Array,
+    VideoFacts,
+)
+from mmkd.cache_tools.frames.source import VideoFiles, frame_interval_seconds
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.data_manifests.system_errors import FULL

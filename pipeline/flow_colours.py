@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from mmkd.cache_tools.records import Float32Array, Float64Array, UInt8Array
+from mmkd.cache_tools.frames.records import Float32Array, Float64Array, UInt8Array
 from mmkd.pipeline.flow_blocks import ShownPair
 
 WHEEL = (("RY", 15), ("YG", 6), ("GC", 4), ("CB", 11), ("BM", 13), ("MR", 6))

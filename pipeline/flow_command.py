@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
-from mmkd.cache_tools.frames import VideoFiles
-from mmkd.cache_tools.interrupt import StopRequest, stop_on_signals
-from mmkd.cache_tools.pool import run_tasks
-from mmkd.cache_tools.progress import Progress
-from mmkd.cache_tools.records import VideoFacts
+from mmkd.cache_tools.frames.records import VideoFacts
+from mmkd.cache_tools.frames.source import VideoFiles
+from mmkd.cache_tools.process.interrupt import StopRequest, stop_on_signals
+from mmkd.cache_tools.process.pool import run_tasks
+from mmkd.cache_tools.process.progress import Progress
+from mmkd.cache_tools.process.stages import Stages
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
@@ -51,7 +52,6 @@ from mmkd.pipeline.flow_files import EncodedFlow, FlowWriter, encode_values, sto
 from mmkd.pipeline.flow_methods import FlowMethod
 from mmkd.pipeline.flow_output import FILE_SUFFIXES, DoneVideo, FlowOutput
 from mmkd.pipeline.flow_videos import NamedVideo, find_videos
-from mmkd.pipeline.stages import Stages
 from mmkd.pipeline.tvl1 import chosen_path
 from mmkd.student.devices import choose_device
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkd.cache_tools.records import Float64Array, IntArray, UInt8Array
+from mmkd.cache_tools.frames.records import Float64Array, IntArray, UInt8Array
 
 Axis = Literal["x", "y"]
 JPEG_QUALITY = 95

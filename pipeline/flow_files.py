@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkd.cache_tools.hdf5_file import Hdf5Output
-from mmkd.cache_tools.records import Float32Array, IntArray, UInt8Array
+from mmkd.cache_tools.frames.records import Float32Array, IntArray, UInt8Array
+from mmkd.cache_tools.storage.hdf5_file import Hdf5Output
 from mmkd.data_manifests.atomic import TEMPORARY, storage_errors, sync_directory, sync_file
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.flow_conventions import (

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkd.cache_tools.fingerprints import file_sha256
-from mmkd.cache_tools.records import IntArray
+from mmkd.cache_tools.cache.fingerprints import file_sha256
+from mmkd.cache_tools.frames.records import IntArray
 from mmkd.data_manifests.errors import InputError
 from mmkd.pipeline.tvl1 import TVL1Params, tvl1_clip_flow, tvl1_flow
 

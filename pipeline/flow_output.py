@@ -23,7 +23,7 @@ from typing import Any
 
 import h5py
 
-from mmkd.cache_tools.hdf5_file import writing_hdf5
+from mmkd.cache_tools.storage.hdf5_file import writing_hdf5
 from mmkd.data_manifests.atomic import TEMPORARY, storage_errors, sync_directory, sync_file, write_atomically
 from mmkd.data_manifests.errors import InputError, StorageError
 from mmkd.pipeline.flow_blocks import SHORT_SIDES, FlowOptions, VideoPlan

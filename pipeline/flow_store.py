@@ -24,10 +24,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mmkd.cache_tools.data import ClipVideo
-from mmkd.cache_tools.fingerprints import fingerprint
-from mmkd.cache_tools.frames import DECODER_RULES
-from mmkd.cache_tools.records import Float32Array, IntArray
+from mmkd.cache_tools.cache.fingerprints import fingerprint
+from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.frames.records import Float32Array, IntArray
+from mmkd.cache_tools.frames.source import DECODER_RULES
 from mmkd.data_manifests.atomic import storage_errors, write_atomically
 from mmkd.data_manifests.errors import StorageError
 from mmkd.pipeline.flow import (

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from mmkd.cache_tools.help_text import WholeHelpGroup, example
+from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Manifest, save_manifest

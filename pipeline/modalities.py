@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.data import ClipVideo
-from mmkd.cache_tools.records import View
-from mmkd.cache_tools.views import ViewPolicy
+from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.frames.records import View
+from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.pipeline.boxes import BoxFile, BoxTrack, boxes_at
 from mmkd.pipeline.prepare import PreparedClip
 

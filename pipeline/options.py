@@ -6,8 +6,14 @@ from typing import Any
 
 import click
 
-from mmkd.cache_tools.command import Function, cache_location, data_options, named_data, recipe_options
-from mmkd.cache_tools.recipes import load_recipe
+from mmkd.cache_tools.process.command import (
+    Function,
+    cache_location,
+    data_options,
+    named_data,
+    recipe_options,
+)
+from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.pipeline.recipe import TeacherRecipe
 
 FOLDER = click.Path(path_type=Path, file_okay=False)

@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 
-from mmkd.cache_tools.arrays import Objects
-from mmkd.cache_tools.commits import Unusable
-from mmkd.cache_tools.init_record import CacheInit
+from mmkd.cache_tools.cache.arrays import Objects
+from mmkd.cache_tools.cache.commits import Unusable
+from mmkd.cache_tools.cache.init_record import CacheInit
+from mmkd.cache_tools.cache.logit_formats import bytes_per_row, format_of
 from mmkd.cache_tools.layout import THUMBPRINT, Status
-from mmkd.cache_tools.sizes import node_size, unusable_bytes
-from mmkd.cache_tools.storage_formats import bytes_per_row, format_of
-from mmkd.cache_tools.store import LocalStore, Store, open_store
+from mmkd.cache_tools.storage.store import LocalStore, Store, open_store
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.build_plan import BuildPlan, ShardWork, pending_shards, plan_build
 from mmkd.pipeline.cache_init import SplitPlan, plan_init, stored_layouts
 from mmkd.pipeline.experts import Expert
+from mmkd.pipeline.forecast.sizes import node_size, unusable_bytes
 from mmkd.pipeline.plan_report import Disk, PlanReport, Sizes, SplitForecast
 from mmkd.pipeline.rates import WriteRate, measure_clips, measure_folder, measure_writes, readable_rows
 from mmkd.pipeline.recipe import TeacherRecipe

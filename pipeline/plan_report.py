@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mmkd.cache_tools.progress import duration
+from mmkd.cache_tools.process.progress import duration
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import StorageError
 

@@ -11,10 +11,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from mmkd.cache_tools.canonical import canonical_view, pixel_hash, thumbnail
-from mmkd.cache_tools.data import ClipVideo
-from mmkd.cache_tools.frames import FrameSource
-from mmkd.cache_tools.records import ClipFrames, Float32Array, IntArray, UInt8Array, UInt64Array, View
+from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.frames.records import (
+    ClipFrames,
+    Float32Array,
+    IntArray,
+    UInt8Array,
+    UInt64Array,
+    View,
+)
+from mmkd.cache_tools.frames.source import FrameSource
+from mmkd.cache_tools.views.canonical import canonical_view, pixel_hash, thumbnail
 from mmkd.data_manifests.errors import VideoError
 from mmkd.pipeline.flow import FlowFields, all_pairs, clip_flow, pair_ends, pair_starts, view_flow
 from mmkd.pipeline.flow_store import DamagedFlowError, FlowStore

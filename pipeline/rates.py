@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from mmkd.cache_tools.layout import THUMBPRINT, Shard, SplitLayout
-from mmkd.cache_tools.progress import Progress
-from mmkd.cache_tools.store import LocalStore, Store
+from mmkd.cache_tools.process.progress import Progress
+from mmkd.cache_tools.storage.store import LocalStore, Store
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.build import clip_job

@@ -5,9 +5,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmkd.cache_tools.data import DataRecipe
-from mmkd.cache_tools.recipes import Recipe
-from mmkd.cache_tools.views import ViewPolicy
+from mmkd.cache_tools.frames.clip_set import DataRecipe
+from mmkd.cache_tools.recipes.recipe import Recipe
+from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.student.recipe import TrainRecipe
 
 Modality = Literal["rgb", "flow", "boxes"]

@@ -12,14 +12,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from mmkd.cache_tools.clip_rows import base_differences, static_array
-from mmkd.cache_tools.commits import hash_objects, read_commit
-from mmkd.cache_tools.data import ClipVideos
-from mmkd.cache_tools.fingerprints import refuse_differences
-from mmkd.cache_tools.init_record import CacheInit
+from mmkd.cache_tools.cache.clip_rows import base_differences, static_array
+from mmkd.cache_tools.cache.commits import hash_objects, read_commit
+from mmkd.cache_tools.cache.fingerprints import refuse_differences
+from mmkd.cache_tools.cache.init_record import CacheInit
+from mmkd.cache_tools.frames.clip_set import ClipVideos
 from mmkd.cache_tools.layout import INDEX, INIT, ROOT, Status, commit_key
-from mmkd.cache_tools.store import Store
-from mmkd.cache_tools.tasks import Others
+from mmkd.cache_tools.storage.store import Store
+from mmkd.cache_tools.tasks.heartbeat import Others
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, VideoError
 from mmkd.pipeline.build_plan import BuildPlan

@@ -12,10 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mmkd.cache_tools.arrays import Objects, encode_block
-from mmkd.cache_tools.canonical import THUMBNAIL_SIZE
-from mmkd.cache_tools.commits import CommitRecord, Unusable, hash_objects
-from mmkd.cache_tools.data import ClipVideo
+from mmkd.cache_tools.cache.arrays import Objects, encode_block
+from mmkd.cache_tools.cache.commits import CommitRecord, Unusable, hash_objects
+from mmkd.cache_tools.cache.logit_formats import (
+    FORMATS,
+    StorageFormat,
+    storable,
+    worst_kl,
+)
+from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.frames.records import Float32Array, View
 from mmkd.cache_tools.layout import (
     THUMBPRINT,
     Shard,
@@ -24,8 +30,7 @@ from mmkd.cache_tools.layout import (
     status_array,
     thumbprint_arrays,
 )
-from mmkd.cache_tools.records import Float32Array, View
-from mmkd.cache_tools.storage_formats import FORMATS, StorageFormat, storable, worst_kl
+from mmkd.cache_tools.views.canonical import THUMBNAIL_SIZE
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip
 from mmkd.pipeline.boxes import BoxesMissingError, BoxFile

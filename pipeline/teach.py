@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmkd.cache_tools.data import ClipSet, ClipVideo
-from mmkd.cache_tools.folder_lock import FolderLock, folder_lock
-from mmkd.cache_tools.heldout import HeldOut
-from mmkd.cache_tools.interrupt import stop_on_signals
-from mmkd.cache_tools.pool import run_tasks
-from mmkd.cache_tools.progress import Progress
-from mmkd.cache_tools.view_streams import DrawnViews
+from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideo
+from mmkd.cache_tools.process.interrupt import stop_on_signals
+from mmkd.cache_tools.process.pool import run_tasks
+from mmkd.cache_tools.process.progress import Progress
+from mmkd.cache_tools.tasks.folder_lock import FolderLock, folder_lock
+from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.data_manifests.manifest import Head
@@ -39,6 +38,7 @@ from mmkd.pipeline.recipe import ExpertRecipe, TeacherRecipe
 from mmkd.pipeline.teacher import boxes_fields, open_boxes
 from mmkd.student.batches import ViewDataset
 from mmkd.student.checkpoint import encode_network
+from mmkd.student.data.view_streams import DrawnViews
 from mmkd.student.metrics import average_views, evaluate
 from mmkd.student.one_process import refuse_several_processes
 from mmkd.student.predict import predict

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mmkd.cache_tools.fingerprints import differences, file_sha256
+from mmkd.cache_tools.cache.fingerprints import differences, file_sha256
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Manifest
 from mmkd.pipeline.boxes import BoxFile, load_boxes

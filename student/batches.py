@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.records import IntArray
+from mmkd.cache_tools.frames.records import IntArray
 from mmkd.data_manifests.errors import InputError, VideoError
 
 AnyArray = npt.NDArray[Any]

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.cache_tools.layout import label_array
-from mmkd.cache_tools.mixing import (
+from mmkd.data_manifests.errors import InputError
+from mmkd.student.teacher.mixing import (
     HeadMixtures,
     Missing,
     Mixture,
@@ -22,10 +25,7 @@ from mmkd.cache_tools.mixing import (
     softmin_weights,
     uniform_weights,
 )
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.records import Float32Array
-from mmkd.cache_tools.weights_file import mixtures_from_file, split_spec
-from mmkd.data_manifests.errors import InputError
+from mmkd.student.teacher.mixture_file import mixtures_from_file, split_spec
 
 Block = tuple[slice, slice, Float32Array]
 """Rows, views, and the logits (rows, views, classes) there."""

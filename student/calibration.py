@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch user expects
 from torch import Tensor
 
-from mmkd.cache_tools.mixing import Mixture
-from mmkd.cache_tools.records import Float32Array, Float64Array, IntArray
+from mmkd.cache_tools.frames.records import Float32Array, Float64Array, IntArray
+from mmkd.student.teacher.mixing import Mixture
 
 PRIOR_STD = 2.0
 """Standard deviation of log T under the prior: e^2 times too large costs half a nat, over all views together."""

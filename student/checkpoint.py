@@ -21,8 +21,8 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.optim import Optimizer
 
-from mmkd.cache_tools.fingerprints import differences
-from mmkd.cache_tools.sealed import open_seal, seal
+from mmkd.cache_tools.cache.fingerprints import differences
+from mmkd.cache_tools.cache.sealed import open_seal, seal
 from mmkd.data_manifests.atomic import TEMPORARY as TEMPORARY_FILES
 from mmkd.data_manifests.atomic import storage_errors, sync_directory, write_atomically
 from mmkd.data_manifests.errors import FingerprintError, VerificationError

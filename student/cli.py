@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mmkd.cache_tools.command import (
+from mmkd.cache_tools.process.command import (
     cache_location,
     data_options,
     example_argument,
@@ -17,8 +17,8 @@ from mmkd.cache_tools.command import (
     recipe_options,
     run_command,
 )
-from mmkd.cache_tools.help_text import WholeHelpGroup, example
-from mmkd.cache_tools.recipes import load_recipe, resolved_with_origins
+from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
+from mmkd.cache_tools.recipes.recipe import load_recipe, resolved_with_origins
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import load_manifest
 from mmkd.student.run_files import EVALUATION_FILE, RUN_FILE, read_run
@@ -167,7 +167,7 @@ def compare(**options: Any) -> None:
 
 
 def _table(options: dict[str, Any]) -> Any:
-    from mmkd.cache_tools.reader import CacheReader
+    from mmkd.cache_tools.cache.reader import CacheReader
     from mmkd.student.cached_targets import choose_weights
     from mmkd.student.compare import compare as compare_runs
     from mmkd.student.compare import mixtures_of_runs

@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mmkd.cache_tools.data import ClipSet
-from mmkd.cache_tools.folder_lock import FolderLock, folder_lock
-from mmkd.cache_tools.mixing import HeadMixtures
-from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.frames.clip_set import ClipSet
+from mmkd.cache_tools.tasks.folder_lock import FolderLock, folder_lock
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.evaluation import evaluation_splits
@@ -34,6 +33,7 @@ from mmkd.student.run_files import (
 )
 from mmkd.student.shared_targets import CachedTargets, copies_folder, shared_targets
 from mmkd.student.student_recipe import StudentRecipe
+from mmkd.student.teacher.mixing import HeadMixtures
 from mmkd.student.thumbprints import check_thumbprints
 from mmkd.student.training import FitReport, fit
 

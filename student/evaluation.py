@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.mixing import HeadMixtures, Missing
-from mmkd.cache_tools.reader import CacheReader, SplitTable
-from mmkd.cache_tools.records import Float32Array
+from mmkd.cache_tools.cache.reader import CacheReader, SplitTable
+from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Manifest
 from mmkd.student.cached_targets import mix_split, teacher_views
 from mmkd.student.metrics import ClipScores, average_views, clip_scores
+from mmkd.student.teacher.mixing import HeadMixtures, Missing
 
 SplitMetrics = dict[str, dict[str, dict[str, Any]]]
 """`split` or `split/group` -> head -> metrics (see mmkd.student.metrics.Metrics; None where undefined), with

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from mmkd.cache_tools.sealed import open_seal, seal
-from mmkd.cache_tools.typed_json import PART, STRICT, typed
+from mmkd.cache_tools.cache.sealed import open_seal, seal
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.typed_json import PART, STRICT, typed
 from mmkd.student.evaluation import HeadScores, SplitMetrics, SplitScores
 from mmkd.student.metrics import ClipScores
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.records import Float32Array, Float64Array, IntArray
+from mmkd.cache_tools.frames.records import Float32Array, Float64Array, IntArray
 
 ECE_BINS = 15
 """Equal-width bins of the confidence, as the papers report it."""

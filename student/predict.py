@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmkd.cache_tools.progress import Progress
-from mmkd.cache_tools.records import Float32Array, IntArray
+from mmkd.cache_tools.frames.records import Float32Array, IntArray
+from mmkd.cache_tools.process.progress import Progress
 from mmkd.student.batches import ViewDataset, read_batches
 from mmkd.student.devices import reproducible, to_device
 

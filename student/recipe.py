@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmkd.cache_tools.recipes import Recipe
+from mmkd.cache_tools.recipes.recipe import Recipe
 
 NetworkName = Literal["small3d", "swin3d_t", "r3d_18"]
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mmkd.cache_tools.canonical import canonical_view
-from mmkd.cache_tools.clip_reader import ClipReader
-from mmkd.cache_tools.data import ClipVideo
-from mmkd.cache_tools.frames import FrameSource
-from mmkd.cache_tools.records import IntArray, UInt8Array
-from mmkd.cache_tools.view_streams import ViewStream
+from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.frames.records import IntArray, UInt8Array
+from mmkd.cache_tools.frames.source import FrameSource
+from mmkd.cache_tools.views.canonical import canonical_view
 from mmkd.data_manifests.manifest import Head
+from mmkd.student.data.clip_reader import ClipReader
+from mmkd.student.data.view_streams import ViewStream
 
 
 class RGBViews:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.clip_rows import named, subset_faults
-from mmkd.cache_tools.data import ClipSet, ClipVideo
+from mmkd.cache_tools.cache.clip_rows import named, subset_faults
+from mmkd.cache_tools.cache.reader import CacheReader, SplitTable
+from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideo
+from mmkd.cache_tools.frames.records import IntArray
 from mmkd.cache_tools.layout import Status
-from mmkd.cache_tools.reader import CacheReader, SplitTable
-from mmkd.cache_tools.records import IntArray
-from mmkd.cache_tools.view_streams import DrawnViews, StoredViews, ViewStream
-from mmkd.cache_tools.views import ViewPolicy
+from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.data_manifests.errors import InputError, VerificationError, VideoError
 from mmkd.data_manifests.manifest import Manifest
+from mmkd.student.data.view_streams import DrawnViews, StoredViews, ViewStream
 from mmkd.student.rgb_views import RGBViews
 
 

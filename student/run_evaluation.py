@@ -9,12 +9,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from mmkd.cache_tools.data import ClipSet
-from mmkd.cache_tools.fingerprints import differences
-from mmkd.cache_tools.mixing import HeadMixtures, Missing
-from mmkd.cache_tools.precision import kl_divergence
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.records import Float32Array
+from mmkd.cache_tools.cache.fingerprints import differences
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.cache.softmax import kl_divergence
+from mmkd.cache_tools.frames.clip_set import ClipSet
+from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.data_manifests.errors import FingerprintError, InputError
 from mmkd.student.cached_targets import choose_weights, mix_split
 from mmkd.student.evaluation import (
@@ -39,6 +38,7 @@ from mmkd.student.run_files import (
     run_mixtures,
 )
 from mmkd.student.student_recipe import StudentRecipe
+from mmkd.student.teacher.mixing import HeadMixtures, Missing
 from mmkd.student.trained import model_state, without_weights
 
 log = logging.getLogger("mmkd")

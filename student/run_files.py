@@ -13,11 +13,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from mmkd.cache_tools.mixing import HeadMixtures, Mixture
-from mmkd.cache_tools.sealed import open_versions, seal
+from mmkd.cache_tools.cache.sealed import open_versions, seal
 from mmkd.data_manifests.atomic import storage_errors, write_atomically
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.kinds import it_is
+from mmkd.student.teacher.mixing import HeadMixtures, Mixture
 
 log = logging.getLogger("mmkd")
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.copy_file import ArrayPlan
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.frames.records import Float32Array, IntArray
 from mmkd.cache_tools.layout import SplitLayout
-from mmkd.cache_tools.mixing import HeadMixtures, Missing
-from mmkd.cache_tools.node_copy import default_copies_folder, shared_arrays
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.records import Float32Array, IntArray
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.cached_targets import Block, mixed_blocks, valid_views
+from mmkd.student.teacher.copy_file import ArrayPlan
+from mmkd.student.teacher.mixing import HeadMixtures, Missing
+from mmkd.student.teacher.node_copy import default_copies_folder, shared_arrays
 
 CONTENTS = "mixed-teacher-1"
 """Rises when mixing the same experts would give other numbers, or the arrays lie otherwise."""

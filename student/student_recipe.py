@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from mmkd.cache_tools.data import DataRecipe
-from mmkd.cache_tools.recipes import Recipe
+from mmkd.cache_tools.frames.clip_set import DataRecipe
+from mmkd.cache_tools.recipes.recipe import Recipe
 from mmkd.student.recipe import LossOptions, LossRecipe, TrainRecipe
 
 

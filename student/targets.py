@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mmkd.cache_tools.records import Float32Array, IntArray
+from mmkd.cache_tools.frames.records import Float32Array, IntArray
 
 
 class TargetSource(Protocol):

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmkd.cache_tools.canonical import pixel_hash, thumbnail
-from mmkd.cache_tools.reader import CacheReader, SplitTable
-from mmkd.cache_tools.records import IntArray
-from mmkd.cache_tools.views import KeyedWords
+from mmkd.cache_tools.cache.reader import CacheReader, SplitTable
+from mmkd.cache_tools.frames.records import IntArray
+from mmkd.cache_tools.views.canonical import pixel_hash, thumbnail
+from mmkd.cache_tools.views.drawing import KeyedWords
 from mmkd.data_manifests.errors import VerificationError
 from mmkd.student.batches import read_item
 from mmkd.student.rgb_views import RGBViews

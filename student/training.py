@@ -22,9 +22,9 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from mmkd.cache_tools.folder_lock import FolderLock
-from mmkd.cache_tools.interrupt import stop_on_signals
-from mmkd.cache_tools.progress import Progress
+from mmkd.cache_tools.process.interrupt import stop_on_signals
+from mmkd.cache_tools.process.progress import Progress
+from mmkd.cache_tools.tasks.folder_lock import FolderLock
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError

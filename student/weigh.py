@@ -13,7 +13,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.mixing import (
+from mmkd.cache_tools.cache.reader import CacheReader, SplitTable
+from mmkd.cache_tools.frames.records import Float32Array, IntArray
+from mmkd.cache_tools.views.drawing import KeyedWords
+from mmkd.data_manifests.counted import counted
+from mmkd.data_manifests.errors import InputError
+from mmkd.student.calibration import fit_calibrated
+from mmkd.student.metrics import Metrics, evaluate
+from mmkd.student.teacher.mixing import (
     HeadMixtures,
     Mask,
     Mixture,
@@ -22,14 +29,7 @@ from mmkd.cache_tools.mixing import (
     softmin_weights,
     uniform_weights,
 )
-from mmkd.cache_tools.reader import CacheReader, SplitTable
-from mmkd.cache_tools.records import Float32Array, IntArray
-from mmkd.cache_tools.storage_error import half_widths, mixture_kl_bound
-from mmkd.cache_tools.views import KeyedWords
-from mmkd.data_manifests.counted import counted
-from mmkd.data_manifests.errors import InputError
-from mmkd.student.calibration import fit_calibrated
-from mmkd.student.metrics import Metrics, evaluate
+from mmkd.student.weighing.storage_error import half_widths, mixture_kl_bound
 
 How = Literal["not fitted", "cross-fitted", "same clips", "oracle"]
 """How figures relate to their clips: nothing was fitted; fitted on the other half; fitted on the very same clips;

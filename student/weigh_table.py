@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from mmkd.cache_tools.mixing import Mixture
 from mmkd.data_manifests.counted import counted
+from mmkd.student.teacher.mixing import Mixture
 from mmkd.student.weigh import FITTED, Row, WeighReport
 
 NOTES = {

@@ -21,8 +21,10 @@ import signal
 import threading
 from collections import Counter
 
-from mmkd.cache_tools import data, store, tasks
-from mmkd.cache_tools.store import LocalStore
+from mmkd.cache_tools.frames import clip_set as data
+from mmkd.cache_tools.storage import store
+from mmkd.cache_tools.storage.store import LocalStore
+from mmkd.cache_tools.tasks import heartbeat as tasks
 from mmkd.pipeline import build
 
 TASK = re.compile(r"[0-9a-f]{12}-\d+-\d+-[0-9a-f]{8}")

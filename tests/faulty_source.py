@@ -6,8 +6,8 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmkd.cache_tools.frames import VideoFiles
-from mmkd.cache_tools.records import ClipFrames, IntArray, VideoFacts
+from mmkd.cache_tools.frames.records import ClipFrames, IntArray, VideoFacts
+from mmkd.cache_tools.frames.source import VideoFiles
 from mmkd.data_manifests.errors import StorageError, VideoError
 
 

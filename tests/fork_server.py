@@ -20,7 +20,7 @@ import torch
 import mmkd.pipeline.build
 import mmkd.pipeline.cli
 import mmkd.pipeline.teacher  # so that no child has to import it
-from mmkd.cache_tools import command  # noqa: F401 - as above
+from mmkd.cache_tools.process import command  # noqa: F401 - as above
 
 sys.path.insert(0, str(Path(__file__).parent))
 import faults

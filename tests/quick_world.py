@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from mmkd.cache_tools.data import ClipSet
-from mmkd.cache_tools.recipes import load_recipe
+from mmkd.cache_tools.frames.clip_set import ClipSet
+from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.data_manifests.demo.plan import DemoOptions
 from mmkd.data_manifests.demo.write import write_demo
 from mmkd.data_manifests.manifest import save_manifest

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from mmkd.cache_tools.arrays import Objects, encode_block, encode_group, split_arrays, static_arrays
-from mmkd.cache_tools.canonical import THUMBNAIL_SIZE
-from mmkd.cache_tools.commits import CommitRecord, Unusable, hash_objects, publish
-from mmkd.cache_tools.finalize import finalize
-from mmkd.cache_tools.heldout import HeldOut
-from mmkd.cache_tools.init_record import CacheInit
+from mmkd.cache_tools.cache.arrays import (
+    Objects,
+    encode_block,
+    encode_group,
+    split_arrays,
+    static_arrays,
+)
+from mmkd.cache_tools.cache.commits import CommitRecord, Unusable, hash_objects, publish
+from mmkd.cache_tools.cache.init_record import CacheInit
+from mmkd.cache_tools.cache.logit_formats import FORMATS, StorageFormat
+from mmkd.cache_tools.frames.records import ClipFacts, View
 from mmkd.cache_tools.layout import (
     INIT,
     THUMBPRINT,
@@ -23,10 +28,11 @@ from mmkd.cache_tools.layout import (
     status_array,
     thumbprint_arrays,
 )
-from mmkd.cache_tools.records import ClipFacts, View
-from mmkd.cache_tools.storage_formats import FORMATS, StorageFormat
-from mmkd.cache_tools.store import LocalStore, Store
-from mmkd.cache_tools.views import ViewPolicy, evaluation_views, random_views
+from mmkd.cache_tools.storage.store import LocalStore, Store
+from mmkd.cache_tools.tasks.finish import finalize
+from mmkd.cache_tools.views.canonical import THUMBNAIL_SIZE
+from mmkd.cache_tools.views.drawing import ViewPolicy, evaluation_views, random_views
+from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.manifest import Manifest
 from mmkd.pipeline.cache_init import base_fields
 

@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 
-from mmkd.cache_tools.frames import VideoFiles
+from mmkd.cache_tools.frames.source import VideoFiles
 from mmkd.data_manifests.errors import VideoError
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from mmkd.cache_tools.data import clip_videos
-from mmkd.cache_tools.heldout import HeldOut
+from mmkd.cache_tools.frames.clip_set import clip_videos
 from mmkd.cache_tools.layout import ROOT
+from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import VideoError
 from mmkd.data_manifests.manifest import Clip
 

@@ -22,9 +22,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmkd.cache_tools.fingerprints import file_sha256
+from mmkd.cache_tools.cache.fingerprints import file_sha256
+from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import Status
-from mmkd.cache_tools.reader import CacheReader
 from mmkd.pipeline.experts import read_card, write_card
 
 from .conftest import ENVIRONMENT, Result, Tiny

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from mmkd.cache_tools.canonical import canonical_view, pixel_hash
-from mmkd.cache_tools.commits import CommitRecord, read_verified
-from mmkd.cache_tools.data import ClipSet
+from mmkd.cache_tools.cache.commits import CommitRecord, read_verified
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.cache.softmax import kl_divergence
+from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.layout import group_key
-from mmkd.cache_tools.precision import kl_divergence
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.recipes import load_recipe
-from mmkd.cache_tools.verify import verify
+from mmkd.cache_tools.recipes.recipe import load_recipe
+from mmkd.cache_tools.upkeep.verify import verify
+from mmkd.cache_tools.views.canonical import canonical_view, pixel_hash
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.pipeline.experts import load_expert
 from mmkd.pipeline.flow import all_pairs, clip_flow, crop_flow, pair_starts

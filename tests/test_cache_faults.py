@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import Status
-from mmkd.cache_tools.reader import CacheReader
 
 from .forked import Forked, contents
 from .tiny_data import rows_of, write_rows

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.data_manifests.errors import InputError
 
 from .forked import Forked, contents

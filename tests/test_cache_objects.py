@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkd.cache_tools.arrays import (
+from mmkd.cache_tools.cache.arrays import (
     ArraySpec,
     decode_array,
     encode_block,
@@ -23,7 +23,7 @@ from mmkd.cache_tools.arrays import (
     split_arrays,
     static_arrays,
 )
-from mmkd.cache_tools.commits import (
+from mmkd.cache_tools.cache.commits import (
     CommitRecord,
     Unusable,
     hash_objects,
@@ -31,9 +31,9 @@ from mmkd.cache_tools.commits import (
     read_commit,
     read_verified,
 )
+from mmkd.cache_tools.cache.logit_formats import FORMATS
 from mmkd.cache_tools.layout import Shard, SplitLayout, commit_key, group_key
-from mmkd.cache_tools.storage_formats import FORMATS
-from mmkd.cache_tools.store import LocalStore
+from mmkd.cache_tools.storage.store import LocalStore
 from mmkd.data_manifests import atomic
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError

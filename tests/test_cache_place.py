@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import SplitLayout, commit_key, is_own_key
-from mmkd.cache_tools.merge import merge
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.start import require_own_place
-from mmkd.cache_tools.store import LocalStore, open_store
-from mmkd.cache_tools.verify import verify
+from mmkd.cache_tools.storage.store import LocalStore, open_store
+from mmkd.cache_tools.upkeep.free_place import require_own_place
+from mmkd.cache_tools.upkeep.merge import merge
+from mmkd.cache_tools.upkeep.verify import verify
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 from mmkd.data_manifests.regular_file import read_regular
 

@@ -4,11 +4,11 @@ from collections import Counter
 
 import pytest
 
-from mmkd.cache_tools.finalize import finalize
-from mmkd.cache_tools.init_record import read_init
+from mmkd.cache_tools.cache.init_record import read_init
+from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import SplitLayout
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.store import LocalStore
+from mmkd.cache_tools.storage.store import LocalStore
+from mmkd.cache_tools.tasks.finish import finalize
 
 from .benchmarks.scale import SHARD_ROWS, make_manifest, start, write_shards
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from mmkd.cache_tools.verify import verify
+from mmkd.cache_tools.upkeep.verify import verify
 
 from .forked import Child, Forked, contents
 

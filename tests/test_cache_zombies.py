@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.cache_tools import store as store_module
-from mmkd.cache_tools.finalize import finalize
-from mmkd.cache_tools.hdf5_export import export_cache, import_cache
-from mmkd.cache_tools.merge import merge
-from mmkd.cache_tools.store import LocalStore, TakenOverError, open_store
-from mmkd.cache_tools.tasks import Others, Task, live_tasks, new_task_id
-from mmkd.cache_tools.verify import verify
+from mmkd.cache_tools.storage import store as store_module
+from mmkd.cache_tools.storage.store import LocalStore, TakenOverError, open_store
+from mmkd.cache_tools.tasks.finish import finalize
+from mmkd.cache_tools.tasks.heartbeat import Others, Task, live_tasks, new_task_id
+from mmkd.cache_tools.upkeep.hdf5 import export_cache, import_cache
+from mmkd.cache_tools.upkeep.merge import merge
+from mmkd.cache_tools.upkeep.verify import verify
 from mmkd.data_manifests.errors import InputError, MmkdError
 
 from .forked import Forked, contents

@@ -6,15 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mmkd.cache_tools.heldout import HeldOut
+from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import GROUP
-from mmkd.cache_tools.mixing import Mixture, mean_cross_entropy, softmin_weights
-from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student.cached_targets import choose_weights, mix_split
 from mmkd.student.compare import Table, compare, load_table, merge_tables
 from mmkd.student.table_text import cell, render
+from mmkd.student.teacher.mixing import Mixture, mean_cross_entropy, softmin_weights
 
 from .small_cache import write_cache
 

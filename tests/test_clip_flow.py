@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from mmkd.cache_tools.canonical import canonical_view
-from mmkd.cache_tools.data import ClipVideo
-from mmkd.cache_tools.records import ClipFacts, ClipFrames, VideoFacts, View
+from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.frames.records import ClipFacts, ClipFrames, VideoFacts, View
+from mmkd.cache_tools.views.canonical import canonical_view
 from mmkd.data_manifests.manifest import Clip
 from mmkd.pipeline import flow_methods, flow_store
 from mmkd.pipeline.flow import (

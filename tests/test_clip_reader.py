@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from mmkd.cache_tools.clip_reader import ClipReader
-from mmkd.cache_tools.data import ClipVideo
-from mmkd.cache_tools.records import ClipFacts, ClipFrames, VideoFacts
+from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.frames.records import ClipFacts, ClipFrames, VideoFacts
 from mmkd.data_manifests.errors import VideoError
 from mmkd.data_manifests.manifest import Clip
+from mmkd.student.data.clip_reader import ClipReader
 
 FRAME_BYTES = 4 * 2 * 3
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mmkd.cache_tools import data
-from mmkd.cache_tools.frames import clip_facts
-from mmkd.cache_tools.records import ClipFacts, VideoFacts, facts_table
+from mmkd.cache_tools.frames import clip_set as data
+from mmkd.cache_tools.frames.records import ClipFacts, VideoFacts, facts_table
+from mmkd.cache_tools.frames.source import clip_facts
 from mmkd.data_manifests.errors import VideoError
 from mmkd.data_manifests.manifest import Clip
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from mmkd.cache_tools.recipe_yaml import parse_yaml
+from mmkd.cache_tools.recipes.yaml_text import parse_yaml
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.student_recipe import StudentRecipe
 
@@ -191,7 +191,7 @@ def test_without_json_a_build_prints_lines_for_people(tiny):
 
 
 def test_undefined_numbers_are_null_in_json(capsys):
-    from mmkd.cache_tools.command import print_result
+    from mmkd.cache_tools.process.command import print_result
 
     print_result({"top1": float("nan"), "parts": [1.5, float("inf")]}, as_json=True, lines=[])
     assert json.loads(capsys.readouterr().out) == {"top1": None, "parts": [1.5, None]}

@@ -6,8 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from mmkd.cache_tools.mixing import Mixture
-from mmkd.cache_tools.reader import CacheReader
+from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student.compare import Table, compare, load_table, mixtures_of_runs
@@ -16,6 +15,7 @@ from mmkd.student.evaluation_file import clips_path, read_evaluation, read_score
 from mmkd.student.metrics import evaluate
 from mmkd.student.run_files import RunRecord, write_run
 from mmkd.student.table_text import render
+from mmkd.student.teacher.mixing import Mixture
 
 from .small_cache import write_cache
 

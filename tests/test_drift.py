@@ -13,16 +13,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from mmkd.cache_tools.arrays import decode_block, encode_block
-from mmkd.cache_tools.commits import hash_objects, read_commit
-from mmkd.cache_tools.finalize import finalize
-from mmkd.cache_tools.fingerprints import file_sha256
-from mmkd.cache_tools.init_record import read_init
+from mmkd.cache_tools.cache.arrays import decode_block, encode_block
+from mmkd.cache_tools.cache.commits import hash_objects, read_commit
+from mmkd.cache_tools.cache.fingerprints import file_sha256
+from mmkd.cache_tools.cache.init_record import read_init
+from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import block_key, commit_key, group_key
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.recipes import load_recipe
-from mmkd.cache_tools.store import LocalStore
-from mmkd.cache_tools.verify import verify
+from mmkd.cache_tools.recipes.recipe import load_recipe
+from mmkd.cache_tools.storage.store import LocalStore
+from mmkd.cache_tools.tasks.finish import finalize
+from mmkd.cache_tools.upkeep.verify import verify
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.pipeline.drift import drift
 from mmkd.pipeline.drift_sample import draw_sample

@@ -11,8 +11,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from mmkd.cache_tools.fingerprints import fingerprint
-from mmkd.cache_tools.folder_lock import folder_lock
+from mmkd.cache_tools.cache.fingerprints import fingerprint
+from mmkd.cache_tools.tasks.folder_lock import folder_lock
 from mmkd.data_manifests.errors import InputError, MmkdError
 from mmkd.pipeline.experts import (
     CARD_FILE,

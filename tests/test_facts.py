@@ -14,10 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkd.cache_tools import facts as facts_module
-from mmkd.cache_tools.facts import decode_facts, encode_facts, facts_path, probe_all
-from mmkd.cache_tools.frames import Limits, VideoFiles
-from mmkd.cache_tools.records import VideoFacts
+from mmkd.cache_tools.frames import probe as facts_module
+from mmkd.cache_tools.frames.probe import (
+    decode_facts,
+    encode_facts,
+    facts_path,
+    probe_all,
+)
+from mmkd.cache_tools.frames.records import VideoFacts
+from mmkd.cache_tools.frames.source import Limits, VideoFiles
 from mmkd.data_manifests.errors import StorageError, VideoError
 
 
@@ -293,7 +298,7 @@ def test_a_folder_that_never_held_a_video_is_no_fault_of_the_machine(root, tmp_p
 
 ABORTING = """
 import os
-from mmkd.cache_tools.frames import VideoFiles
+from mmkd.cache_tools.frames.source import VideoFiles
 
 class AbortingFiles(VideoFiles):
     def probe(self, video):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmkd.cache_tools.frames import VideoFiles
+from mmkd.cache_tools.frames.source import VideoFiles
 from mmkd.pipeline import flow_blocks, flow_command
 from mmkd.pipeline.flow_files import jpeg_pairs, read_hdf5, read_i3d, read_jpeg_folder
 from mmkd.pipeline.flow_methods import dis_flow

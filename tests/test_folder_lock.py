@@ -11,13 +11,13 @@ import time
 
 import pytest
 
-from mmkd.cache_tools.folder_lock import folder_lock, lock_files
+from mmkd.cache_tools.tasks.folder_lock import folder_lock, lock_files
 from mmkd.data_manifests.errors import InputError, StorageError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from mmkd.cache_tools.folder_lock import folder_lock
+from mmkd.cache_tools.tasks.folder_lock import folder_lock
 with folder_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

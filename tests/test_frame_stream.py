@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mmkd.cache_tools.decoders import PyavDecoder
-from mmkd.cache_tools.frames import VideoFiles
+from mmkd.cache_tools.frames.decoders import PyavDecoder
+from mmkd.cache_tools.frames.source import VideoFiles
 from mmkd.data_manifests.errors import StorageError, VideoError
 
 from . import barcode_videos as barcode

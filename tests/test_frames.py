@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmkd.cache_tools import frames as frames_module
-from mmkd.cache_tools.containers import is_cut_short
-from mmkd.cache_tools.frame_headers import is_hidden
-from mmkd.cache_tools.frames import Limits, VideoFiles, choose_decoder, clip_facts
-from mmkd.cache_tools.packets import index_packets, open_video
-from mmkd.cache_tools.records import VideoFacts
+from mmkd.cache_tools.frames import source as frames_module
+from mmkd.cache_tools.frames.containers import is_cut_short
+from mmkd.cache_tools.frames.frame_headers import is_hidden
+from mmkd.cache_tools.frames.packets import index_packets, open_video
+from mmkd.cache_tools.frames.records import VideoFacts
+from mmkd.cache_tools.frames.source import Limits, VideoFiles, choose_decoder, clip_facts
 from mmkd.data_manifests.errors import StorageError, VideoError
 from mmkd.data_manifests.manifest import Clip
 

@@ -7,10 +7,10 @@ import h5py
 import numpy as np
 import pytest
 
-from mmkd.cache_tools import hdf5_export
-from mmkd.cache_tools.hdf5_export import export_cache, import_cache
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.verify import verify
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.upkeep import hdf5 as hdf5_export
+from mmkd.cache_tools.upkeep.hdf5 import export_cache, import_cache
+from mmkd.cache_tools.upkeep.verify import verify
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 
 from .in_process import call_ok, refused

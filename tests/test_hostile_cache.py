@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmkd.cache_tools.arrays import decode_array, decode_block
-from mmkd.cache_tools.finalize import finalize
-from mmkd.cache_tools.init_record import CacheInit, read_init
+from mmkd.cache_tools.cache.arrays import decode_array, decode_block
+from mmkd.cache_tools.cache.init_record import CacheInit, read_init
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.cache.root_record import RootRecord
+from mmkd.cache_tools.cache.sealed import seal, unsealed
 from mmkd.cache_tools.layout import GROUP, INDEX, INIT, ROOT, commit_key
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.root_record import RootRecord
-from mmkd.cache_tools.sealed import seal, unsealed
-from mmkd.cache_tools.status import read_status
-from mmkd.cache_tools.store import LocalStore
-from mmkd.cache_tools.verify import verify
+from mmkd.cache_tools.storage.store import LocalStore
+from mmkd.cache_tools.tasks.build_status import read_status
+from mmkd.cache_tools.tasks.finish import finalize
+from mmkd.cache_tools.upkeep.inspect import describe
+from mmkd.cache_tools.upkeep.verify import verify
 from mmkd.data_manifests.errors import MmkdError, VerificationError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
-from mmkd.pipeline.inspect import describe
 
 from .small_cache import write_cache
 
@@ -236,7 +236,7 @@ def test_contents_that_no_build_writes_are_refused(cache, array, change, reason)
     reader = CacheReader(cache.store) if not cache.write({}) else None
     region = reader.form(name).region(own)
     values = decode_block(name, metadata, own, data=cache.objects[key], region=region)
-    from mmkd.cache_tools.arrays import encode_object
+    from mmkd.cache_tools.cache.arrays import encode_object
 
     data = encode_object(name, metadata, own, values=change(values).astype(values.dtype))
     init = cache.init()

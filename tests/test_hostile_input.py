@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from mmkd.cache_tools.recipes import load_recipe
+from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.data_manifests.errors import InputError
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.weights import read_state

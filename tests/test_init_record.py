@@ -6,9 +6,9 @@ import tarfile
 
 import pytest
 
-from mmkd.cache_tools.init_record import CacheInit
+from mmkd.cache_tools.cache.init_record import CacheInit
+from mmkd.cache_tools.cache.sealed import seal, unsealed
 from mmkd.cache_tools.layout import SCHEMA
-from mmkd.cache_tools.sealed import seal, unsealed
 from mmkd.data_manifests.errors import InputError, VerificationError
 
 from .test_before import ARCHIVE

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mmkd.cache_tools.commits import CommitRecord
-from mmkd.cache_tools.merge import merge
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.verify import verify
+from mmkd.cache_tools.cache.commits import CommitRecord
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.upkeep.merge import merge
+from mmkd.cache_tools.upkeep.verify import verify
 from mmkd.data_manifests.errors import FingerprintError, InputError
 from mmkd.data_manifests.manifest import Manifest, save_manifest
 
@@ -122,7 +122,7 @@ def test_clips_are_refused_by_name(parts, tmp_path):
 
 def test_a_stopped_merge_is_no_cache_and_goes_on(parts, tmp_path, monkeypatch):
     calls = iter(range(6))
-    from mmkd.cache_tools import merge as module
+    from mmkd.cache_tools.upkeep import merge as module
 
     publish = module.publish
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from mmkd.cache_tools.recipe_faults import leaf_paths
+from mmkd.cache_tools.recipes.faults import leaf_paths
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.student_recipe import StudentRecipe

@@ -10,10 +10,10 @@ import av
 import numpy as np
 import pytest
 
-from mmkd.cache_tools import frames as frames_module
-from mmkd.cache_tools.containers import is_cut_short
-from mmkd.cache_tools.frame_headers import OWN_MARKS, coded_sizes
-from mmkd.cache_tools.frames import VideoFiles, clip_facts
+from mmkd.cache_tools.frames import source as frames_module
+from mmkd.cache_tools.frames.containers import is_cut_short
+from mmkd.cache_tools.frames.frame_headers import OWN_MARKS, coded_sizes
+from mmkd.cache_tools.frames.source import VideoFiles, clip_facts
 from mmkd.data_manifests.errors import VideoError
 from mmkd.data_manifests.manifest import Clip
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from mmkd.cache_tools import mixing
-from mmkd.cache_tools.heldout import HeldOut
-from mmkd.cache_tools.mixing import (
+from mmkd.cache_tools.views.held_out import HeldOut
+from mmkd.data_manifests.errors import InputError
+from mmkd.student.teacher import mixing
+from mmkd.student.teacher.mixing import (
     Mixture,
     cross_entropies,
     mean_cross_entropy,
@@ -21,7 +22,6 @@ from mmkd.cache_tools.mixing import (
     sample_weights,
     softmin_weights,
 )
-from mmkd.data_manifests.errors import InputError
 
 EXPERTS = ("rgb", "flow", "boxes")
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=100)

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmkd.cache_tools import node_copy
-from mmkd.cache_tools.copy_file import BLOCK_BYTES, ArrayPlan
-from mmkd.cache_tools.node_copy import KEPT, default_copies_folder, shared_arrays
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
+from mmkd.student.teacher import node_copy
+from mmkd.student.teacher.copy_file import BLOCK_BYTES, ArrayPlan
+from mmkd.student.teacher.node_copy import KEPT, default_copies_folder, shared_arrays
 
 KEY = {"cache": "seal", "weights": {"verb": {"rgb": 0.25}}}
 
@@ -198,8 +198,8 @@ PROCESS = """
 import json, logging, os, sys, time
 from pathlib import Path
 import numpy as np
-from mmkd.cache_tools.copy_file import ArrayPlan
-from mmkd.cache_tools.node_copy import shared_arrays
+from mmkd.student.teacher.copy_file import ArrayPlan
+from mmkd.student.teacher.node_copy import shared_arrays
 
 folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
 logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
@@ -308,8 +308,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from mmkd.cache_tools.copy_file import ArrayPlan
-from mmkd.cache_tools.node_copy import shared_arrays
+from mmkd.student.teacher.copy_file import ArrayPlan
+from mmkd.student.teacher.node_copy import shared_arrays
 from mmkd.data_manifests.errors import StorageError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 block = np.ones((10, 1000))

@@ -9,16 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from mmkd.cache_tools.claims import Claims
+from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import SplitLayout
-from mmkd.cache_tools.mixing import Mixture
-from mmkd.cache_tools.object_store import ObjectStore
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.store import LocalStore, MissingObjectError, TakenOverError, open_store
-from mmkd.cache_tools.tasks import Others, Task, live_tasks, new_task_id
+from mmkd.cache_tools.storage.object_store import ObjectStore
+from mmkd.cache_tools.storage.store import (
+    LocalStore,
+    MissingObjectError,
+    TakenOverError,
+    open_store,
+)
+from mmkd.cache_tools.tasks.claims import Claims
+from mmkd.cache_tools.tasks.heartbeat import Others, Task, live_tasks, new_task_id
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student.shared_targets import shared_targets
+from mmkd.student.teacher.mixing import Mixture
 
 from .conftest import ENVIRONMENT
 from .in_process import call, call_ok, refused

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkd.cache_tools.arrays import encode_block, encode_group, split_arrays
+from mmkd.cache_tools.cache.arrays import encode_block, encode_group, split_arrays
+from mmkd.cache_tools.cache.logit_formats import FORMATS, bytes_per_row
 from mmkd.cache_tools.layout import SplitLayout
-from mmkd.cache_tools.sizes import block_bound, raw_bytes, zstd_bound
-from mmkd.cache_tools.storage_formats import FORMATS, bytes_per_row
 from mmkd.data_manifests.errors import StorageError
 from mmkd.pipeline.experts import read_card, write_card
+from mmkd.pipeline.forecast.sizes import block_bound, raw_bytes, zstd_bound
 from mmkd.pipeline.plan import SHARD_SECONDS, TASK_SHARDS, advise, better_shards
 from mmkd.pipeline.plan_report import Disk, PlanReport, Sizes, SplitForecast
 from mmkd.pipeline.rates import ClipCost, measure_folder

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkd.cache_tools import pool_worker
-from mmkd.cache_tools.pool import LOOK_AHEAD, run_tasks
+from mmkd.cache_tools.process import pool_worker
+from mmkd.cache_tools.process.pool import LOOK_AHEAD, run_tasks
 from mmkd.data_manifests.errors import StorageError, VideoError
 
 # The items are expressions and the function is `eval`: workers can import it, and never import this module.
@@ -338,7 +338,7 @@ def test_workers_that_cannot_start_stop_the_job(monkeypatch):
 PARENT = f"""
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
-from mmkd.cache_tools.pool import run_tasks
+from mmkd.cache_tools.process.pool import run_tasks
 for index, value in run_tasks(eval, ["'ready'", {HANG!r}, {HANG!r}], workers=2, timeout_seconds=300):
     print(value, flush=True)
 """

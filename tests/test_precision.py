@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.nn import functional
 
-from mmkd.cache_tools.precision import decode_logits, encode_logits, kl_divergence, log_softmax
+from mmkd.cache_tools.cache.softmax import (
+    decode_logits,
+    encode_logits,
+    kl_divergence,
+    log_softmax,
+)
 
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=150)
 rows = arrays(

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from mmkd.cache_tools.interrupt import STOP_SIGNALS, stop_on_signals
-from mmkd.cache_tools.progress import Progress, duration
+from mmkd.cache_tools.process.interrupt import STOP_SIGNALS, stop_on_signals
+from mmkd.cache_tools.process.progress import Progress, duration
 from mmkd.data_manifests.errors import InterruptedByUserError
 
 

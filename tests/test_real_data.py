@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 
-from mmkd.cache_tools.canonical import pixel_hash, thumbnail
-from mmkd.cache_tools.data import ClipSet
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.layout import Status
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.recipes import load_recipe
+from mmkd.cache_tools.recipes.recipe import load_recipe
+from mmkd.cache_tools.views.canonical import pixel_hash, thumbnail
 from mmkd.data_manifests.manifest import load_manifest
 from mmkd.pipeline.flow_store import FlowStore
 from mmkd.pipeline.recipe import TeacherRecipe

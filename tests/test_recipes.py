@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from mmkd.cache_tools.recipe_yaml import dump_yaml, parse_yaml
-from mmkd.cache_tools.recipes import Recipe, load_recipe, resolved_with_origins
+from mmkd.cache_tools.recipes.recipe import Recipe, load_recipe, resolved_with_origins
+from mmkd.cache_tools.recipes.yaml_text import dump_yaml, parse_yaml
 from mmkd.data_manifests.errors import InputError
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load, save
 
-from mmkd.cache_tools.canonical import canonical_view
-from mmkd.cache_tools.data import ClipSet, DataRecipe
-from mmkd.cache_tools.folder_lock import folder_lock
-from mmkd.cache_tools.sealed import open_seal
+from mmkd.cache_tools.cache.sealed import open_seal
+from mmkd.cache_tools.frames.clip_set import ClipSet, DataRecipe
+from mmkd.cache_tools.tasks.folder_lock import folder_lock
+from mmkd.cache_tools.views.canonical import canonical_view
 from mmkd.data_manifests.errors import InputError, MmkdError, VerificationError
 from mmkd.student.evaluation_file import read_evaluation
 from mmkd.student.metrics import average_views, evaluate

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from mmkd.cache_tools.arrays import encode_group, split_arrays
+from mmkd.cache_tools.cache.arrays import encode_group, split_arrays
+from mmkd.cache_tools.cache.logit_formats import FORMATS
+from mmkd.cache_tools.cache.shard_codec import encode_shard
 from mmkd.cache_tools.layout import SplitLayout
-from mmkd.cache_tools.shard_codec import encode_shard
-from mmkd.cache_tools.storage_formats import FORMATS
 
 
 def of_zarr(name: str, metadata: bytes, block: np.ndarray) -> tuple[bytes, np.ndarray]:

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmkd.cache_tools import copy_file
+from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import Shard, SplitLayout
-from mmkd.cache_tools.mixing import Mixture
-from mmkd.cache_tools.reader import CacheReader
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student.cached_targets import mix_split
@@ -19,6 +17,8 @@ from mmkd.student.networks import build_network
 from mmkd.student.recipe import TrainRecipe
 from mmkd.student.shared_targets import CachedTargets, copies_folder, in_order, shared_targets
 from mmkd.student.targets import ArrayTargets, fetch_targets
+from mmkd.student.teacher import copy_file
+from mmkd.student.teacher.mixing import Mixture
 from mmkd.student.training import fit
 
 from .in_process import refused

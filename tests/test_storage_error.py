@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkd.cache_tools.mixing import Mixture, mix_head
-from mmkd.cache_tools.precision import kl_divergence
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.storage_error import half_widths, kl_bound, mixture_kl_bound
-from mmkd.cache_tools.storage_formats import FORMATS
+from mmkd.cache_tools.cache.logit_formats import FORMATS
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.cache.softmax import kl_divergence
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
+from mmkd.student.teacher.mixing import Mixture, mix_head
+from mmkd.student.weighing.storage_error import half_widths, kl_bound, mixture_kl_bound
 
 from .small_cache import write_cache
 

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from mmkd.cache_tools.precision import FORMAT, encode_logits, kl_divergence
-from mmkd.cache_tools.storage_formats import (
+from mmkd.cache_tools.cache.logit_formats import (
     FORMATS,
     MAX_RANGE,
     SquareCompanded,
@@ -20,6 +19,7 @@ from mmkd.cache_tools.storage_formats import (
     unpack,
     worst_kl,
 )
+from mmkd.cache_tools.cache.softmax import FORMAT, encode_logits, kl_divergence
 from mmkd.data_manifests.errors import InputError
 
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=80)

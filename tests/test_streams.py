@@ -8,8 +8,8 @@ import pytest
 
 COMMAND = Path(sys.executable).with_name("mmkd-cache")
 POOL = (
-    "from mmkd.cache_tools.streams import guard_streams; guard_streams();"
-    "from mmkd.cache_tools.pool import run_tasks; from mmkd.cache_tools.progress import Progress;"
+    "from mmkd.cache_tools.process.streams import guard_streams; guard_streams();"
+    "from mmkd.cache_tools.process.pool import run_tasks; from mmkd.cache_tools.process.progress import Progress;"
     "found = [value for _, value in run_tasks(eval, ['1 + 1', 'print(5) or 7'], workers=1)];"
     "progress = Progress('counting', total=2); progress.__enter__(); progress.__exit__(None, None, None);"
     "assert sorted(found) == [2, 7], found; print('done')"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.sealed import open_seal, seal
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.cache.sealed import open_seal, seal
 from mmkd.student.cached_targets import choose_weights, mix_split
 from mmkd.student.compare import load_table
 

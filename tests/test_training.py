@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmkd.cache_tools.folder_lock import folder_lock, lock_files
-from mmkd.cache_tools.sealed import open_seal, seal
+from mmkd.cache_tools.cache.sealed import open_seal, seal
+from mmkd.cache_tools.tasks.folder_lock import folder_lock, lock_files
 from mmkd.data_manifests.errors import (
     FingerprintError,
     InputError,

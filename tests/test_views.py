@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mmkd.cache_tools.reader import SplitTable
-from mmkd.cache_tools.records import ClipFacts, ViewTable, facts_table
-from mmkd.cache_tools.view_streams import DrawnViews, StoredViews
-from mmkd.cache_tools.views import (
+from mmkd.cache_tools.cache.reader import SplitTable
+from mmkd.cache_tools.frames.records import ClipFacts, ViewTable, facts_table
+from mmkd.cache_tools.views.drawing import (
     KeyedWords,
     ViewPolicy,
     below,
@@ -22,6 +21,7 @@ from mmkd.cache_tools.views import (
     random_views,
     unit,
 )
+from mmkd.student.data.view_streams import DrawnViews, StoredViews
 
 FACTS = ClipFacts(width=427, height=240, first_frame=100, frame_count=45)
 KEY = {"dataset": "demo", "clip_id": "74225", "seed": 0, "flip_allowed": True}

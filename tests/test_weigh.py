@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mmkd.cache_tools.heldout import HeldOut
-from mmkd.cache_tools.mixing import Mixture, sample_weights
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.weights_file import weights_for
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student import weigh as weigh_module
 from mmkd.student.cached_targets import choose_weights, mix_split
 from mmkd.student.calibration import fit_calibrated
 from mmkd.student.shared_targets import shared_targets
+from mmkd.student.teacher.mixing import Mixture, sample_weights
+from mmkd.student.teacher.mixture_file import weights_for
 from mmkd.student.weigh import SCHEMES, chosen_clips, read_head, weigh
 from mmkd.student.weigh_table import report_lines
 

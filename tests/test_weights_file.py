@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.cache_tools.heldout import HeldOut
-from mmkd.cache_tools.mixing import Mixture
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.sealed import open_seal, seal
-from mmkd.cache_tools.weights_file import load_weights, mixtures_from_file, split_spec, weights_for
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.cache.sealed import open_seal, seal
+from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import FingerprintError, InputError, MmkdError
 from mmkd.student.cached_targets import choose_weights
+from mmkd.student.teacher.mixing import Mixture
+from mmkd.student.teacher.mixture_file import (
+    load_weights,
+    mixtures_from_file,
+    split_spec,
+    weights_for,
+)
 
 from .small_cache import write_cache
 from .test_cached_targets import make_logits, make_manifest

@@ -7,9 +7,15 @@ import sys
 
 import numpy as np
 
-from mmkd.cache_tools.arrays import decode_array, encode_block, encode_group, split_arrays, static_arrays
+from mmkd.cache_tools.cache.arrays import (
+    decode_array,
+    encode_block,
+    encode_group,
+    split_arrays,
+    static_arrays,
+)
+from mmkd.cache_tools.cache.logit_formats import FORMATS
 from mmkd.cache_tools.layout import SplitLayout
-from mmkd.cache_tools.storage_formats import FORMATS
 
 HOSTILE = {
     "ZARR_ARRAY__ORDER": "F",

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from mmkd.cache_tools.commits import publish
-from mmkd.cache_tools.data import ClipSet
-from mmkd.cache_tools.pool import run_tasks
-from mmkd.cache_tools.recipes import load_recipe
-from mmkd.cache_tools.store import LocalStore
+from mmkd.cache_tools.cache.commits import publish
+from mmkd.cache_tools.frames.clip_set import ClipSet
+from mmkd.cache_tools.process.pool import run_tasks
+from mmkd.cache_tools.recipes.recipe import load_recipe
+from mmkd.cache_tools.storage.store import LocalStore
 from mmkd.data_manifests.demo.plan import DemoOptions
 from mmkd.data_manifests.demo.recipes import write_recipes
 from mmkd.data_manifests.demo.write import write_demo

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmkd.cache_tools.data import ClipSet, ClipVideo
-from mmkd.cache_tools.frames import VideoFiles
-from mmkd.cache_tools.precision import decode_logits, encode_logits, kl_divergence
-from mmkd.cache_tools.recipes import load_recipe
-from mmkd.cache_tools.records import View
-from mmkd.cache_tools.views import random_views
+from mmkd.cache_tools.cache.softmax import decode_logits, encode_logits, kl_divergence
+from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideo
+from mmkd.cache_tools.frames.records import View
+from mmkd.cache_tools.frames.source import VideoFiles
+from mmkd.cache_tools.recipes.recipe import load_recipe
+from mmkd.cache_tools.views.drawing import random_views
 from mmkd.pipeline.boxes import BoxFile
 from mmkd.pipeline.experts import Expert, load_expert
 from mmkd.pipeline.modalities import Inputs, view_inputs

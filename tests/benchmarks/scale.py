@@ -17,19 +17,19 @@ from pathlib import Path
 
 import numpy as np
 
-from mmkd.cache_tools.claims import Claims
-from mmkd.cache_tools.commits import publish
-from mmkd.cache_tools.data import clip_videos
-from mmkd.cache_tools.finalize import finalize
-from mmkd.cache_tools.init_record import read_init
+from mmkd.cache_tools.cache.commits import publish
+from mmkd.cache_tools.cache.init_record import read_init
+from mmkd.cache_tools.cache.logit_formats import FORMATS
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.frames.clip_set import clip_videos
+from mmkd.cache_tools.frames.records import VideoFacts
 from mmkd.cache_tools.layout import THUMBPRINT, Shard, SplitLayout, part_array, status_array, thumbprint_arrays
-from mmkd.cache_tools.reader import CacheReader
-from mmkd.cache_tools.records import VideoFacts
-from mmkd.cache_tools.status import read_status
-from mmkd.cache_tools.storage_formats import FORMATS
-from mmkd.cache_tools.store import LocalStore, Store
-from mmkd.cache_tools.tasks import Others, Task, new_task_id
-from mmkd.cache_tools.views import ViewPolicy
+from mmkd.cache_tools.storage.store import LocalStore, Store
+from mmkd.cache_tools.tasks.build_status import read_status
+from mmkd.cache_tools.tasks.claims import Claims
+from mmkd.cache_tools.tasks.finish import finalize
+from mmkd.cache_tools.tasks.heartbeat import Others, Task, new_task_id
+from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.data_manifests.manifest import (
     Clip,
     Head,

@@ -1,0 +1,1 @@
+"""Exact frames of video files, and the facts that the probe finds."""

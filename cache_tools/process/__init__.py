@@ -1,0 +1,1 @@
+"""How a command runs: worker processes, progress, interruption, exit codes."""

@@ -1,0 +1,1 @@
+"""Several tasks on one cache: signs of life, claims, journal, finishing, status."""

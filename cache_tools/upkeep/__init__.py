@@ -1,0 +1,1 @@
+"""A finished cache's upkeep: verify, merge, export, inspect."""

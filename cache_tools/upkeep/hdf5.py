@@ -1,0 +1,315 @@
+"""A cache as one plain HDF5 file, for people without Zarr, and back.
+
+    <split>/clip_id, video_identity   (rows,) UTF-8 of fixed length
+    <split>/label/<head>              (rows,) int64, -1 where absent; class names in the attribute `classes`
+    <split>/facts, frame_index, crop_xywh, flip, thumbprint/...     as mmkd.cache_tools.layout has them
+    <split>/<expert>/status           (rows, views) uint8: 0 has logits; names in the attribute `names`
+    <split>/<expert>/<part>/<head>    (rows, views, ...) the parts that hold the logits, as they are stored; the
+                                      attribute `decode` of the group <expert> says how to make logits of them
+    mmkd-cache/init.json, index.jsonl, objects.json    bytes: what was asked for, the commit records, and what else
+                                      an import needs
+
+Every chunk has HDF5's own checksum (fletcher32), and its metadata too. Rows are not padded. An import encodes the
+values again and finds each object's recorded hash, so it gives back the bytes that were exported; where another
+version of the Zarr or Zstandard library writes other bytes for the same values, it checks the values' own hashes,
+writes records for the bytes of its own, and says so. The journal stays behind.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from mmkd.cache_tools.cache.arrays import array_form, array_of, encode_object
+from mmkd.cache_tools.cache.commits import CommitRecord, hash_objects, publish
+from mmkd.cache_tools.cache.fingerprints import canonical_json
+from mmkd.cache_tools.cache.init_record import CacheInit
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.cache.root_record import RootRecord
+from mmkd.cache_tools.layout import INDEX, INIT, ROOT, Shard, Status, group_key, label_array, status_array
+from mmkd.cache_tools.process.progress import Progress
+from mmkd.cache_tools.storage.hdf5_file import Hdf5Output, writing_hdf5
+from mmkd.cache_tools.storage.store import MissingObjectError, Store, open_store
+from mmkd.cache_tools.upkeep.free_place import writing_whole
+from mmkd.data_manifests.atomic import atomic_path
+from mmkd.data_manifests.counted import counted
+from mmkd.data_manifests.errors import InputError, MmkdError, VerificationError
+
+EXPORT_SCHEMA = "mmkd-cache-hdf5-1"
+ABOUT = "mmkd-cache"
+"""Group of what an import needs; no identifier, so that no split can have its name."""
+OBJECTS = "objects.json"
+CHUNK_BYTES = 1 << 20
+DECODE = {
+    "fp16-minus-row-maximum": "float32(logits) + maximum[..., None]; a row whose status is not 0 is NaN",
+    "square-companded": (
+        "with b bits and C classes, logits holds C low bytes and then the b - 8 high bits of each class, packed "
+        "big-endian: q = low + 256 high; maximum[..., None] - range[..., None] (q / (2^b - 1))^2; a row whose "
+        "status is not 0 is NaN"
+    ),
+}
+"""Start of a format's name -> how to make logits of its parts."""
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did."""
+
+    clips: int
+    """Rows of all splits."""
+    objects: int
+    """Objects written into the group."""
+    reencoded: int
+    """Those whose bytes are not the exported ones, since another library version wrote them."""
+
+    def lines(self, cache: Path | str) -> list[str]:
+        """Return the report for people."""
+        same = "byte for byte the exported cache"
+        if self.reencoded:
+            same = (
+                f"the exported values; {counted(self.reencoded, 'object', ('has', 'have'))} "
+                f"other bytes, by another Zarr or Zstandard"
+            )
+        return [f"{cache}: {counted(self.clips, 'clip')}, {counted(self.objects, 'object')}: {same}"]
+
+
+def export_cache(location: Path | str | Store, path: Path) -> int:
+    """Write a finished cache to the HDF5 file `path`, replacing it in one step; return its size in bytes.
+
+    A shard of one array is all that lies in memory. Raises VerificationError for a damaged cache, StorageError when
+    the file cannot be written.
+    """
+    reader = CacheReader(location)
+    # Files from HDF5 1.10 on have checksums over their metadata, too.
+    with atomic_path(path) as temporary, writing_hdf5(temporary, libver=("v110", "v110")) as output:
+        _write_file(reader, output)
+    return path.stat().st_size
+
+
+def _write_file(reader: CacheReader, output: Hdf5Output) -> None:
+    file = output.file
+    file.attrs["schema"] = EXPORT_SCHEMA
+    file.attrs["dataset"] = reader.dataset
+    file.attrs["fingerprint"] = reader.fingerprint
+    file.attrs["about"] = f"logits of a multimodal teacher, exported by mmkd; see {__name__}. " + json.dumps(
+        {"environment": reader.init.environment, "base": reader.init.manifest}
+    )
+    hashes: dict[str, str] = {}
+    with Progress(
+        "exporting", total=sum(not key.endswith("zarr.json") for key in reader.objects), unit="object"
+    ) as progress:
+        for name in reader.arrays:
+            hashes |= _write_array(reader, output, name)
+            progress.advance(len(hashes) - progress.done)
+    _explain(reader, file)
+    about = {INIT: reader.store.read(INIT), INDEX: reader.store.read(INDEX)}
+    metadata = {key: reader.object(key).decode() for key in reader.objects if key.endswith("zarr.json")}
+    about[OBJECTS] = canonical_json({"metadata": metadata, "values": hashes}).encode()
+    for key, data in about.items():
+        file.create_dataset(
+            f"{ABOUT}/{key}", data=np.frombuffer(data, np.uint8), **_filters((CHUNK_BYTES,), len(data))
+        )
+
+
+def _write_array(reader: CacheReader, output: Hdf5Output, name: str) -> dict[str, str]:
+    """Write one array without its padding, an object at a time; return object key -> hash of its values."""
+    form = reader.form(name)
+    rows = reader.layout(name.partition("/")[0]).rows
+    shape = (rows, *form.shape[1:])
+    dtype: Any = form.dtype
+    if is_text(form.dtype):
+        longest = max(len(str(value).encode()) for value in reader.array(name))
+        dtype = h5py.string_dtype("utf-8", max(longest, 1))
+    chunk = _chunk(tuple(min(pair) for pair in zip(form.block, shape, strict=True)), np.dtype(dtype).itemsize)
+    dataset = output.file.create_dataset(name, shape, dtype, **_filters(chunk, rows))
+    hashes = {}
+    for key, region, padded in reader.objects_of(name):
+        output.check()
+        values = padded[: rows - region[0].start]
+        dataset[_clipped(region, rows)] = _as_bytes(values, dataset.dtype) if is_text(form.dtype) else values
+        hashes[key] = value_hash(values)
+    return hashes
+
+
+def _explain(reader: CacheReader, file: h5py.File) -> None:
+    """Add the attributes that tell people what they read."""
+    text = h5py.string_dtype("utf-8")
+    names = np.array([f"{status.value} {status.name.lower()}" for status in Status], dtype=object)
+    for split in reader.layouts:
+        for head in reader.heads:
+            dataset = file[label_array(split, head.name)]
+            dataset.attrs.create("classes", np.array(head.classes, dtype=object), dtype=text)
+        for expert in reader.experts:
+            stored = reader.storage(expert).name
+            group = file[f"{split}/{expert}"]
+            group.attrs["format"] = stored
+            group.attrs["decode"] = next(how for start, how in DECODE.items() if stored.startswith(start))
+            file[status_array(split, expert)].attrs.create("names", names, dtype=text)
+
+
+def import_cache(path: Path, out: Path | str | Store) -> ImportReport:
+    """Make the cache `out` of what `export_cache` wrote, every value checked against its hash before it counts.
+
+    Raises InputError for a file that is no export, or an `out` that holds another cache; VerificationError for a
+    damaged file. Stopped half-way it leaves an unfinished cache: run it again.
+    """
+    store = open_store(out) if isinstance(out, (Path, str)) else out
+    with reading(path), h5py.File(path, "r") as file:
+        return Importer(path, file, store).run()
+
+
+class Importer:
+    """One import."""
+
+    def __init__(self, path: Path, file: h5py.File, store: Store) -> None:
+        """Read and check what the file says of itself."""
+        self._path, self._file, self._store = path, file, store
+        schema = file.attrs.get("schema")
+        if schema != EXPORT_SCHEMA:
+            raise InputError(
+                f"{path} is not an export of `mmkd-cache export` (its schema is {schema!r}, not {EXPORT_SCHEMA!r})"
+            )
+        init, index, objects = (file[f"{ABOUT}/{key}"][()].tobytes() for key in (INIT, INDEX, OBJECTS))
+        self._init_bytes, self._init = init, CacheInit.from_bytes(init, f"{path}: {INIT}")
+        hashes = {INIT: hashlib.sha256(init).hexdigest(), INDEX: hashlib.sha256(index).hexdigest()}
+        self._root = RootRecord(hashes)
+        if self._root.fingerprint != file.attrs["fingerprint"]:
+            raise damaged(path, "its fingerprint is not that of its records")
+        self._records = [CommitRecord.from_bytes(line, f"{path}: {INDEX}") for line in index.splitlines()]
+        about = json.loads(objects)
+        self._metadata = {key: text.encode() for key, text in about["metadata"].items()}
+        self._values: dict[str, str] = about["values"]
+        self._layouts = self._init.layouts()
+        self._reencoded = 0
+
+    def run(self) -> ImportReport:
+        """Write static objects, init.json, then each node of each shard; finish the cache."""
+        total = len(self._values) + len(self._metadata)
+        report = ImportReport(sum(layout.rows for layout in self._layouts.values()), total, 0)
+        if self._is_there():
+            return report
+        with (
+            writing_whole(self._store, self._init, what=f"{self._path} is an export of another one"),
+            Progress("importing", total=total, unit="object") as progress,
+        ):
+            self._write_init()
+            progress.advance(len(self._init.objects))
+            shards = {shard.name: shard for layout in self._layouts.values() for shard in layout.shards()}
+            nodes = self._init.fingerprints()
+            for record in self._records:
+                if nodes.get(record.node) != record.fingerprint or record.shard not in shards:
+                    raise damaged(self._path, f"its record of {record.node} of {record.shard} belongs elsewhere")
+                self._publish(shards[record.shard], record)
+                progress.advance(len(record.objects))
+        return replace(report, reencoded=self._reencoded)
+
+    def _is_there(self) -> bool:
+        """Return whether this very cache was imported before."""
+        try:
+            root = RootRecord.from_bytes(self._store.read(ROOT), self._store.locate(ROOT))
+        except MissingObjectError:
+            return False
+        return root == self._root
+
+    def _write_init(self) -> None:
+        """Write metadata and static arrays, then init.json, as an interrupted build would leave them."""
+        hashes = {}
+        for key, sha256 in self._init.objects.items():
+            data = self._metadata[key] if key in self._metadata else self._object(key, sha256)
+            hashes[key] = hashlib.sha256(data).hexdigest()
+            if key in self._metadata and hashes[key] != sha256:
+                raise damaged(self._path, f"{key} is not what its hash says")
+            self._store.write(group_key(key), data)
+        init = self._init_bytes
+        if hashes != self._init.objects:
+            init = replace(self._init, objects=hashes).to_bytes()
+        self._store.write(INIT, init)
+
+    def _publish(self, shard: Shard, record: CommitRecord) -> None:
+        objects = {key: self._object(key, sha256) for key, sha256 in record.objects.items()}
+        publish(self._store, shard, replace(record, objects=hash_objects(objects)), objects)
+
+    def _object(self, key: str, sha256: str) -> bytes:
+        """Encode one object again; raise VerificationError unless its values are those that were exported."""
+        name = array_of(key)
+        metadata = self._metadata[f"{name}/zarr.json"]
+        form, rows = array_form(name, metadata), self._layouts[name.partition("/")[0]].rows
+        region, dataset = _clipped(form.region(key), rows), self._file[name]
+        if dataset.shape != (rows, *form.shape[1:]):
+            raise damaged(self._path, f"{name} has the shape {dataset.shape}")
+        values = dataset[region]
+        if is_text(form.dtype):
+            values = np.array([value.decode() for value in values], dtype=form.dtype)
+        if values.dtype != form.dtype:
+            raise damaged(self._path, f"{name} has the type {values.dtype}")
+        data = encode_object(name, metadata, key, values=values)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            if value_hash(values) != self._values[key]:
+                what = ", ".join(f"{part.start}..{part.stop - 1}" for part in region[:2])
+                raise damaged(self._path, f"the values of {name} [{what}] are not what their hash says")
+            self._reencoded += 1
+        return data
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what h5py raises for a file that it cannot read into an error that says what to do."""
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} is not there; name a file of `mmkd-cache export`")
+        if not h5py.is_hdf5(path):
+            raise InputError(f"{path} is not an HDF5 file; name a file of `mmkd-cache export`")
+        yield
+    except MmkdError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise damaged(path, _one_line(error)) from error
+
+
+def damaged(path: Path, what: str) -> VerificationError:
+    """Return the error for a damaged file."""
+    return VerificationError(f"{path} is damaged ({what}); export the cache again")
+
+
+def is_text(dtype: np.dtype[Any]) -> bool:
+    """Return whether an array holds texts, by whatever name this NumPy calls them."""
+    return dtype.kind in "OTU"
+
+
+def value_hash(values: npt.NDArray[Any]) -> str:
+    """Return the SHA-256 of values, without padding, in C order and little-endian; texts end with a zero byte."""
+    if is_text(values.dtype):
+        return hashlib.sha256(b"".join(str(value).encode() + b"\0" for value in values)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes()).hexdigest()
+
+
+def _as_bytes(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[np.bytes_]:
+    return np.array([str(value).encode() for value in values], dtype=dtype)
+
+
+def _clipped(region: tuple[slice, ...], rows: int) -> tuple[slice, ...]:
+    return (slice(region[0].start, min(region[0].stop, rows)), *region[1:])
+
+
+def _chunk(block: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
+    """Return a block, its rows halved until a chunk fits HDF5's cache."""
+    rows, *rest = (max(length, 1) for length in block)
+    while rows > 1 and rows * int(np.prod(rest)) * item_bytes > CHUNK_BYTES:
+        rows = -(-rows // 2)
+    return rows, *rest
+
+
+def _filters(chunk: tuple[int, ...], rows: int) -> dict[str, Any]:
+    chunks = (max(min(chunk[0], rows), 1), *chunk[1:])
+    return {"chunks": chunks, "compression": "gzip", "compression_opts": 1, "shuffle": True, "fletcher32": True}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,1 @@
+"""Views: drawn from keyed hashes, replayed as canonical pixels."""

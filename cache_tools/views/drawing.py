@@ -1,0 +1,253 @@
+"""Views: deterministic looks at a clip, drawn from a keyed hash and from nothing else.
+
+A random view is a pure function of (data set, clip id, view number, policy, seed) and the clip's facts. It
+depends on no rank, order, epoch or number of tasks, and on no library's random distribution, since those change
+between versions. Evaluation views are fixed by the facts alone. Both follow the sampling of Radevski et al.
+(one frame from each of T equal segments, random when training, the middle one when testing; or strided), and
+their scale rule: short side to S·U(a, b), then an S x S crop. We crop first and resize once, which is the same
+window and reads fewer pixels.
+"""
+
+import hashlib
+import itertools
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from mmkd.cache_tools.frames.records import (
+    ClipFacts,
+    FactsTable,
+    Float64Array,
+    IntArray,
+    UInt64Array,
+    View,
+    ViewTable,
+    facts_table,
+)
+from mmkd.cache_tools.recipes.recipe import Recipe
+
+VIEW_RULES = "views-1"
+"""Name of the drawing rules in this file; part of every fingerprint."""
+
+
+class ViewPolicy(Recipe):
+    """How views look at a clip; the same for teacher and student."""
+
+    sampling: Literal["uniform", "dense"] = Field(
+        "uniform", description="uniform: one frame from each of T equal segments; dense: T frames, strided"
+    )
+    frames: int = Field(16, ge=1, le=256, description="T, frames in a view")
+    stride: int = Field(
+        2, ge=1, le=100_000, description="dense only: distance of neighbouring frames, in native frames"
+    )
+    size_px: int = Field(224, ge=8, le=1024, description="S, side of the square view in pixels")
+    scale: tuple[float, float] = Field(
+        (1.15, 1.43), description="(a, b): the short side is scaled to S times a factor drawn from U(a, b)"
+    )
+    evaluation_crops: Literal[1, 3] = Field(1, description="windows along the long side when testing")
+    evaluation_clips: int = Field(1, ge=1, le=32, description="temporal positions when testing")
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> Self:
+        if not 1 <= self.scale[0] <= self.scale[1] <= 8:
+            raise ValueError("scale must be (a, b) with 1 <= a <= b <= 8")
+        return self
+
+    @property
+    def evaluation_views(self) -> int:
+        """Number of evaluation views of each clip."""
+        return self.evaluation_clips * self.evaluation_crops
+
+
+class KeyedWords:
+    """An endless stream of 64-bit words that is a function of its key alone (BLAKE2b in counter mode)."""
+
+    def __init__(self, *key: object) -> None:
+        """Start the stream of `key`, whose parts must be JSON values."""
+        self._words = self._stream(json.dumps(key, sort_keys=True, ensure_ascii=False))
+
+    @staticmethod
+    def _stream(key: str) -> Iterator[int]:
+        words = stream_bytes(key)
+        while True:
+            yield from struct.unpack("<8Q", next(words))
+
+    def below(self, n: int) -> int:
+        """Return a whole number in 0..n-1 (bias below n / 2^64)."""
+        return (next(self._words) * n) >> 64
+
+    def unit(self) -> float:
+        """Return a number in [0, 1) with 53 random bits."""
+        return (next(self._words) >> 11) * 2.0**-53
+
+
+BLOCK_WORDS = 8
+TABLE_ROWS = 4096
+"""Clips whose views are drawn together: larger is no faster and takes more memory."""
+
+
+def stream_bytes(key: str) -> Iterator[bytes]:
+    """Yield the stream of a key, the JSON of what it is a function of, in blocks of 8 little-endian words."""
+    digest = hashlib.blake2b(key.encode(), digest_size=64).digest()
+    for counter in itertools.count():
+        yield hashlib.blake2b(counter.to_bytes(8, "little"), key=digest, digest_size=64).digest()
+
+
+def below(words: UInt64Array, n: IntArray) -> IntArray:
+    """Return `KeyedWords.below` of arrays: (word * n) >> 64 for n below 2^32, in halves of 32 bits."""
+    n = n.astype(np.uint64)
+    high, low = (words >> 32) * n, (words & 0xFFFFFFFF) * n
+    return ((high + (low >> 32)) >> 32).astype(np.int64)
+
+
+def unit(words: UInt64Array) -> Float64Array:
+    """Return `KeyedWords.unit` of an array."""
+    return (words >> 11).astype(np.float64) * 2.0**-53
+
+
+def random_views(
+    facts: ClipFacts,
+    policy: ViewPolicy,
+    *,
+    dataset: str,
+    clip_id: str,
+    seed: int,
+    flip_allowed: bool,
+    numbers: Sequence[int],
+) -> tuple[View, ...]:
+    """Return the training views of a clip with the given view numbers."""
+    table = random_view_table(
+        facts_table([facts]),
+        policy,
+        dataset=dataset,
+        clip_ids=[clip_id],
+        seed=seed,
+        flip_allowed=flip_allowed,
+        numbers=numbers,
+    )
+    return tuple(table.view(0, column) for column in range(len(numbers)))
+
+
+def evaluation_views(facts: ClipFacts, policy: ViewPolicy) -> tuple[View, ...]:
+    """Return the fixed views of a clip: temporal positions x windows (centre, or start, centre and end)."""
+    table = evaluation_view_table(facts_table([facts]), policy)
+    return tuple(table.view(0, column) for column in range(policy.evaluation_views))
+
+
+def random_view_table(
+    facts: FactsTable,
+    policy: ViewPolicy,
+    *,
+    dataset: str,
+    clip_ids: Sequence[str],
+    seed: int,
+    flip_allowed: bool,
+    numbers: Sequence[int],
+) -> ViewTable:
+    """Return the training views of all clips with the given view numbers; zeros for a clip without facts.
+
+    The words of a view's stream are, in order: one for each range of frames, scale, left, top, flip.
+    """
+    table = ViewTable.zeros(len(facts), len(numbers), policy.frames)
+    blocks = -(-(_range_count(policy) + 4) // BLOCK_WORDS)
+    name, tail = _encode(dataset), _key_tail(policy, seed)
+    for rows, clips in _readable_blocks(facts):
+        heads = [f"[{name}, {_encode(clip_ids[row])}, " for row in rows.tolist()]
+        streams = [stream_bytes(f"{head}{number}{tail}") for head in heads for number in numbers]
+        drawn = b"".join(block for stream in streams for block in itertools.islice(stream, blocks))
+        words = np.frombuffer(drawn, "<u8").reshape(len(rows), len(numbers), blocks * BLOCK_WORDS)
+        frames, crops, tossed = _draw(words.astype(np.uint64), clips, policy)
+        table.frame_index[rows] = frames
+        table.crop_xywh[rows] = crops
+        table.flip[rows] = tossed & flip_allowed
+    return table
+
+
+def evaluation_view_table(facts: FactsTable, policy: ViewPolicy) -> ViewTable:
+    """Return the views of all clips, those of `evaluation_views`; zeros for a clip without facts."""
+    table = ViewTable.zeros(len(facts), policy.evaluation_views, policy.frames)
+    parts, places = 2 * np.arange(policy.evaluation_clips) + 1, np.arange(3)
+    if policy.evaluation_crops == 1:
+        places = places[1:2]
+    for rows, clips in _readable_blocks(facts):
+        low, high = _frame_ranges(clips.frame_count, policy)
+        offsets = low + (high - low) * parts[:, None] // (2 * policy.evaluation_clips)  # (rows, positions, ranges)
+        side = np.minimum(clips.width, clips.height)
+        left, top = ((length - side) * places // 2 for length in (clips.width, clips.height))
+        crops = np.stack(np.broadcast_arrays(left, top, side, side), axis=-1)  # (rows, windows, 4)
+        table.frame_index[rows] = np.repeat(_frame_indices(offsets, clips, policy), len(places), axis=1)
+        table.crop_xywh[rows] = np.tile(crops, (1, policy.evaluation_clips, 1))
+    return table
+
+
+@dataclass(frozen=True)
+class _Clips:
+    """The fields of `ClipFacts` as columns (rows, 1)."""
+
+    width: IntArray
+    height: IntArray
+    first_frame: IntArray
+    frame_count: IntArray
+
+
+def _readable_blocks(facts: FactsTable) -> Iterator[tuple[IntArray, _Clips]]:
+    """Yield the rows of clips with facts, and those facts, in blocks that bound the memory."""
+    readable = np.flatnonzero(facts[:, 3])
+    for start in range(0, len(readable), TABLE_ROWS):
+        rows = readable[start : start + TABLE_ROWS]
+        yield rows, _Clips(*np.split(facts[rows].astype(np.int64), 4, axis=1))
+
+
+def _draw(
+    words: UInt64Array, clips: _Clips, policy: ViewPolicy
+) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_]]:
+    """Turn words (rows, views, N) into frame indices (rows, views, T), crops (rows, views, 4) and tosses."""
+    low, high = _frame_ranges(clips.frame_count, policy)
+    ranges = low.shape[-1]
+    offsets = low + below(words[..., :ranges], high - low)
+    of_scale, of_left, of_top, of_flip = (words[..., ranges + i] for i in range(4))
+    smallest, largest = policy.scale
+    factor = smallest + (largest - smallest) * unit(of_scale)
+    side = np.maximum(1, np.rint(np.minimum(clips.width, clips.height) / factor)).astype(np.int64)
+    left, top = below(of_left, clips.width - side + 1), below(of_top, clips.height - side + 1)
+    tossed = below(of_flip, np.array(2)).astype(np.bool_)
+    return _frame_indices(offsets, clips, policy), np.stack([left, top, side, side], axis=-1), tossed
+
+
+_encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
+
+
+@lru_cache(maxsize=8)
+def _key_tail(policy: ViewPolicy, seed: int) -> str:
+    """Return the end of the key, the JSON [dataset, clip id, number, policy, seed]."""
+    fields = policy.model_dump(mode="json", exclude={"evaluation_crops", "evaluation_clips"})
+    return f", {_encode(fields)}, {seed}]"
+
+
+def _range_count(policy: ViewPolicy) -> int:
+    return 1 if policy.sampling == "dense" else policy.frames
+
+
+def _frame_ranges(frame_count: IntArray, policy: ViewPolicy) -> tuple[IntArray, IntArray]:
+    """Return the half-open ranges (rows, 1, ranges) of frame offsets: one a segment, or one for the start."""
+    if policy.sampling == "dense":
+        span = (policy.frames - 1) * policy.stride + 1
+        high = np.maximum(1, frame_count - span + 1)[:, None]
+        return np.zeros_like(high), high
+    bounds = (np.arange(policy.frames + 1) * frame_count // policy.frames)[:, None]
+    low = bounds[..., :-1]
+    return low, np.maximum(low + 1, bounds[..., 1:])
+
+
+def _frame_indices(offsets: IntArray, clips: _Clips, policy: ViewPolicy) -> IntArray:
+    """Return indices (rows, views, T) in the video from offsets (rows, views, ranges); the end repeats frames."""
+    if policy.sampling == "dense":
+        offsets = offsets + policy.stride * np.arange(policy.frames)
+    return clips.first_frame[:, None] + np.minimum(offsets, clips.frame_count[:, None] - 1)

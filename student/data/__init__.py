@@ -1,0 +1,1 @@
+"""The student's clips: stored views replayed as batches."""

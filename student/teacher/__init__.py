@@ -1,0 +1,1 @@
+"""Cached logits as training targets: mixed, verified, shared by a host's processes."""

@@ -1,0 +1,1 @@
+"""Weights of experts fitted to cached logits."""
