@@ -103,7 +103,7 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
     named |= {f"experts.{name}.train.seed": options["seed"]}
     recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
     from mmkd.pipeline.teach import teach as teach_expert
-    from mmkd.student.devices import choose_device
+    from mmkd.student.training.devices import choose_device
 
     report = teach_expert(recipe, name, options["out"], choose_device(options["device"]))
     card = report.card
@@ -147,7 +147,7 @@ def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
     recipe = build_recipe(files, overrides, options)
     from mmkd.pipeline.build import build as build_cache
     from mmkd.pipeline.teacher import load_teacher
-    from mmkd.student.devices import choose_device
+    from mmkd.student.training.devices import choose_device
 
     teacher = load_teacher(options["experts"], choose_device(options["device"]))
     task = options["task"], options["tasks"]
@@ -197,7 +197,7 @@ def plan(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) ->
     recipe = build_recipe(files, overrides, options)
     from mmkd.pipeline.plan import plan as plan_cache
     from mmkd.pipeline.teacher import load_teacher
-    from mmkd.student.devices import choose_device
+    from mmkd.student.training.devices import choose_device
 
     chosen = {name: options[name] for name in ("sample_clips", "hours_per_task", "replace")}
     report = plan_cache(
@@ -268,7 +268,7 @@ def drift(cache: Path | str, files: tuple[Path, ...], overrides: tuple[str, ...]
     from mmkd.pipeline.drift import MAX_KL_NATS
     from mmkd.pipeline.drift import drift as measure_drift
     from mmkd.pipeline.teacher import load_teacher
-    from mmkd.student.devices import choose_device
+    from mmkd.student.training.devices import choose_device
 
     teacher = load_teacher(options["experts"], choose_device(options["device"]))
     max_kl_nats = MAX_KL_NATS if options["max_kl"] is None else options["max_kl"]
@@ -355,8 +355,8 @@ def weigh(cache: Path | str, out: Path | None, as_json: bool, **options: Any) ->
     from mmkd.cache_tools.cache.reader import CacheReader
     from mmkd.data_manifests.atomic import write_atomically
     from mmkd.student.teacher.mixture_file import weights_for
-    from mmkd.student.weigh import weigh as weigh_cache
-    from mmkd.student.weigh_table import report_lines
+    from mmkd.student.weighing.weigh import weigh as weigh_cache
+    from mmkd.student.weighing.weigh_report import report_lines
 
     reader = CacheReader(cache)
     report = weigh_cache(reader, train_split=reader.init.train_split, **options)

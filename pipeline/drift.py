@@ -37,7 +37,7 @@ from mmkd.pipeline.modalities import Inputs, view_inputs
 from mmkd.pipeline.prepare import ClipJob, FlowJob, PreparedClip, prepare_clip, with_flow
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.pipeline.teacher import boxes_fields, open_boxes
-from mmkd.student.thumbprints import MEAN_DIFFERENCE_LIMIT
+from mmkd.student.data.thumbprints import MEAN_DIFFERENCE_LIMIT
 
 MAX_KL_NATS = 2e-3
 """Default tolerance: 1.7 times the worst benign difference, a fifth of the least harmful one (see RESULTS.md)."""

@@ -9,12 +9,12 @@ from mmkd.pipeline.flow import FlowFields, pair_starts, view_flow
 from mmkd.pipeline.flow_store import FlowStore
 from mmkd.pipeline.modalities import Inputs, boxes_input
 from mmkd.pipeline.recipe import FlowRecipe
+from mmkd.student.data.rgb_views import label_arrays
 from mmkd.student.data.view_streams import ViewStream
-from mmkd.student.rgb_views import label_arrays
 
 
 class ClipViews:
-    """What the data sets of all modalities share (see mmkd.student.batches.ViewDataset)."""
+    """What the data sets of all modalities share (see mmkd.student.data.batches.ViewDataset)."""
 
     def __init__(self, clips: Sequence[ClipVideo], stream: ViewStream, heads: Sequence[Head]) -> None:
         """Serve views of `clips` from `stream`."""

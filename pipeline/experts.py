@@ -26,8 +26,8 @@ from mmkd.data_manifests.kinds import it_is
 from mmkd.data_manifests.typed_json import STRICT, typed
 from mmkd.pipeline.recipe import ExpertRecipe
 from mmkd.pipeline.stlt import STLT
-from mmkd.student.devices import reproducible
-from mmkd.student.networks import build_network
+from mmkd.student.networks.networks import build_network
+from mmkd.student.training.devices import reproducible
 
 SCHEMA = "mmkd-expert-2"
 UNSEALED_SCHEMA = "mmkd-expert-1"

@@ -53,7 +53,7 @@ from mmkd.pipeline.flow_methods import FlowMethod
 from mmkd.pipeline.flow_output import FILE_SUFFIXES, DoneVideo, FlowOutput
 from mmkd.pipeline.flow_videos import NamedVideo, find_videos
 from mmkd.pipeline.tvl1 import chosen_path
-from mmkd.student.devices import choose_device
+from mmkd.student.training.devices import choose_device
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from torch.nn import functional
 from torchvision.models.optical_flow import RAFT, raft_large, raft_small
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.devices import reproducible
-from mmkd.student.weights import read_state
+from mmkd.student.networks.pretrained import read_state
+from mmkd.student.training.devices import reproducible
 
 UPDATES = 12
 """Recurrent updates, torchvision's number; more refine the flow and take time in proportion."""

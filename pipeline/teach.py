@@ -36,15 +36,15 @@ from mmkd.pipeline.flow_store import FlowStore
 from mmkd.pipeline.prepare import FlowFill, FlowJob, fill_flow
 from mmkd.pipeline.recipe import ExpertRecipe, TeacherRecipe
 from mmkd.pipeline.teacher import boxes_fields, open_boxes
-from mmkd.student.batches import ViewDataset
-from mmkd.student.checkpoint import encode_network
+from mmkd.student.data.batches import ViewDataset
+from mmkd.student.data.rgb_views import RGBViews
 from mmkd.student.data.view_streams import DrawnViews
-from mmkd.student.metrics import average_views, evaluate
-from mmkd.student.one_process import refuse_several_processes
-from mmkd.student.predict import predict
-from mmkd.student.rgb_views import RGBViews
-from mmkd.student.run_files import RUN_FILE
-from mmkd.student.training import fit
+from mmkd.student.evaluation.metrics import average_views, evaluate
+from mmkd.student.evaluation.run_files import RUN_FILE
+from mmkd.student.training.checkpoint import encode_network
+from mmkd.student.training.loop import fit
+from mmkd.student.training.one_process import refuse_several_processes
+from mmkd.student.training.predict import predict
 
 log = logging.getLogger("mmkd")
 

@@ -21,7 +21,7 @@ from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
 from mmkd.cache_tools.recipes.recipe import load_recipe, resolved_with_origins
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import load_manifest
-from mmkd.student.run_files import EVALUATION_FILE, RUN_FILE, read_run
+from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_run
 from mmkd.student.student_recipe import StudentRecipe
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -84,9 +84,9 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
     recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named)
     if options["fresh_views"] and not options["labels_only"]:
         raise click.UsageError("--fresh-views needs --labels-only: cached targets belong to cached views")
-    from mmkd.student.devices import choose_device
     from mmkd.student.distil import Mode, train_student
-    from mmkd.student.table_text import metric_lines
+    from mmkd.student.evaluation.table_text import metric_lines
+    from mmkd.student.training.devices import choose_device
 
     mode = Mode(options["labels_only"], options["fresh_views"])
     report = train_student(
@@ -111,9 +111,9 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
     """
     base = str(options["run"] / RUN_FILE), read_run(options["run"]).recipe
     recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named_data(options), base=base)
-    from mmkd.student.devices import choose_device
-    from mmkd.student.run_evaluation import evaluate_run
-    from mmkd.student.table_text import metric_lines
+    from mmkd.student.evaluation.run_evaluation import evaluate_run
+    from mmkd.student.evaluation.table_text import metric_lines
+    from mmkd.student.training.devices import choose_device
 
     device = choose_device(options["device"])
     metrics = evaluate_run(recipe, options["cache"], options["run"], device=device)
@@ -151,8 +151,8 @@ def compare(**options: Any) -> None:
 
     With --tables, merge the tables of several seeds into means and standard deviations.
     """
-    from mmkd.student.compare import load_table, merge_tables
-    from mmkd.student.table_text import render
+    from mmkd.student.evaluation.table import load_table, merge_tables
+    from mmkd.student.evaluation.table_text import render
 
     if options["tables"] and options["common"]:
         raise click.UsageError(
@@ -168,11 +168,11 @@ def compare(**options: Any) -> None:
 
 def _table(options: dict[str, Any]) -> Any:
     from mmkd.cache_tools.cache.reader import CacheReader
-    from mmkd.student.cached_targets import choose_weights
-    from mmkd.student.compare import compare as compare_runs
-    from mmkd.student.compare import mixtures_of_runs
-    from mmkd.student.evaluation import left_out_splits
-    from mmkd.student.run_data import check_manifest
+    from mmkd.student.data.split_data import check_manifest
+    from mmkd.student.evaluation.evaluate import left_out_splits
+    from mmkd.student.evaluation.table import compare as compare_runs
+    from mmkd.student.evaluation.table import mixtures_of_runs
+    from mmkd.student.teacher.cached_teacher import choose_weights
 
     if options["cache"] is None or options["manifest"] is None:
         raise click.UsageError("give --cache and --manifest, or --tables to merge finished tables")

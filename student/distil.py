@@ -17,13 +17,15 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.tasks.folder_lock import FolderLock, folder_lock
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.checkpoint import encode_network, latest_checkpoint
-from mmkd.student.evaluation import evaluation_splits
-from mmkd.student.networks import RGB_MEAN, RGB_STD
-from mmkd.student.one_process import refuse_several_processes
-from mmkd.student.run_data import SplitData, check_manifest, open_split
-from mmkd.student.run_evaluation import chosen_mixtures, evaluate_run, new_network
-from mmkd.student.run_files import (
+from mmkd.student.data.split_data import SplitData, check_manifest, open_split
+from mmkd.student.data.thumbprints import check_thumbprints
+from mmkd.student.evaluation.evaluate import evaluation_splits
+from mmkd.student.evaluation.run_evaluation import (
+    chosen_mixtures,
+    evaluate_run,
+    new_network,
+)
+from mmkd.student.evaluation.run_files import (
     RUN_FILE,
     RunRecord,
     StudentInput,
@@ -31,11 +33,17 @@ from mmkd.student.run_files import (
     write_model,
     write_run,
 )
-from mmkd.student.shared_targets import CachedTargets, copies_folder, shared_targets
+from mmkd.student.networks.networks import RGB_MEAN, RGB_STD
 from mmkd.student.student_recipe import StudentRecipe
+from mmkd.student.teacher.cached_targets import (
+    CachedTargets,
+    copies_folder,
+    shared_targets,
+)
 from mmkd.student.teacher.mixing import HeadMixtures
-from mmkd.student.thumbprints import check_thumbprints
-from mmkd.student.training import FitReport, fit
+from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
+from mmkd.student.training.loop import FitReport, fit
+from mmkd.student.training.one_process import refuse_several_processes
 
 log = logging.getLogger("mmkd")
 OTHER_CONTENTS = {"expert.json": "an expert", "targets.zarr": "a cache"}

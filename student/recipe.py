@@ -30,7 +30,7 @@ class JitterRecipe(Recipe):
 
 
 class LossRecipe(Recipe):
-    """How targets and labels make the loss (see mmkd.student.losses)."""
+    """How targets and labels make the loss (see mmkd.student.training.losses)."""
 
     temperature: float = Field(
         1.0,

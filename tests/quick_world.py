@@ -18,7 +18,7 @@ from mmkd.data_manifests.something import read_something_something
 from mmkd.pipeline.experts import ExpertCard, make_network, save_expert
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.pipeline.teach import expert_identity
-from mmkd.student.checkpoint import encode_network
+from mmkd.student.training.checkpoint import encode_network
 
 SPLITS = ("train", "standard")
 EXPERTS = ("rgb", "boxes", "other")

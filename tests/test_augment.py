@@ -4,8 +4,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from mmkd.student.augment import NO_JITTER, OPERATIONS, Jitter, jitter_clips
-from mmkd.student.networks import VideoClassifier, headed_network
+from mmkd.student.networks.jitter import NO_JITTER, OPERATIONS, Jitter, jitter_clips
+from mmkd.student.networks.networks import VideoClassifier, headed_network
 
 
 def clips(seed=0, count=3):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmkd.data_manifests.errors import InputError, VideoError
-from mmkd.student.batches import Schedule, read_batches
+from mmkd.student.data.batches import Schedule, read_batches
 
 
 @settings(deadline=None, max_examples=60)

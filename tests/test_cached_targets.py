@@ -11,9 +11,9 @@ from mmkd.cache_tools.layout import GROUP
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
-from mmkd.student.cached_targets import choose_weights, mix_split
-from mmkd.student.compare import Table, compare, load_table, merge_tables
-from mmkd.student.table_text import cell, render
+from mmkd.student.evaluation.table import Table, compare, load_table, merge_tables
+from mmkd.student.evaluation.table_text import cell, render
+from mmkd.student.teacher.cached_teacher import choose_weights, mix_split
 from mmkd.student.teacher.mixing import Mixture, mean_cross_entropy, softmin_weights
 
 from .small_cache import write_cache

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mmkd.student import calibration
-from mmkd.student.calibration import fit_calibrated
+from mmkd.student.weighing import calibration
+from mmkd.student.weighing.calibration import fit_calibrated
 
 
 def drawn(random, logits):

@@ -9,12 +9,17 @@ import pytest
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
-from mmkd.student.compare import Table, compare, load_table, mixtures_of_runs
-from mmkd.student.evaluation import score_split
-from mmkd.student.evaluation_file import clips_path, read_evaluation, read_scores, write_evaluation
-from mmkd.student.metrics import evaluate
-from mmkd.student.run_files import RunRecord, write_run
-from mmkd.student.table_text import render
+from mmkd.student.evaluation.evaluate import score_split
+from mmkd.student.evaluation.evaluation_file import (
+    clips_path,
+    read_evaluation,
+    read_scores,
+    write_evaluation,
+)
+from mmkd.student.evaluation.metrics import evaluate
+from mmkd.student.evaluation.run_files import RunRecord, write_run
+from mmkd.student.evaluation.table import Table, compare, load_table, mixtures_of_runs
+from mmkd.student.evaluation.table_text import render
 from mmkd.student.teacher.mixing import Mixture
 
 from .small_cache import write_cache

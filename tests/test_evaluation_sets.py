@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mmkd.cache_tools.cache.reader import CacheReader
-from mmkd.student.run_files import read_run, write_run
+from mmkd.student.evaluation.run_files import read_run, write_run
 
 from .in_process import call, call_ok, refused
 

@@ -26,8 +26,8 @@ from mmkd.pipeline.experts import (
     write_card,
 )
 from mmkd.pipeline.recipe import ExpertRecipe
-from mmkd.student.checkpoint import encode_network
-from mmkd.student.run_files import RUN_FILE
+from mmkd.student.evaluation.run_files import RUN_FILE
+from mmkd.student.training.checkpoint import encode_network
 
 from .in_process import call, call_ok, refused
 

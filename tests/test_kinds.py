@@ -27,7 +27,7 @@ from mmkd.data_manifests.manifest import (
     save_manifest,
 )
 from mmkd.pipeline.experts import CARD_FILE
-from mmkd.student.run_files import RUN_FILE
+from mmkd.student.evaluation.run_files import RUN_FILE
 
 from .in_process import call_ok, refused
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch user expects
 
-from mmkd.student.losses import distillation_loss, distillation_rows, total_loss
 from mmkd.student.recipe import LossOptions
-from mmkd.student.targets import Targets
+from mmkd.student.teacher.targets import Targets
+from mmkd.student.training.losses import distillation_loss, distillation_rows, total_loss
 
 
 def logits(seed, *shape, scale=3.0):

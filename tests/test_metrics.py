@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkd.student.metrics import average_views, clip_scores, evaluate
+from mmkd.student.evaluation.metrics import average_views, clip_scores, evaluate
 
 
 def binary_logits(confidences):

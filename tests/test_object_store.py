@@ -22,7 +22,7 @@ from mmkd.cache_tools.tasks.claims import Claims
 from mmkd.cache_tools.tasks.heartbeat import Others, Task, live_tasks, new_task_id
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
-from mmkd.student.shared_targets import shared_targets
+from mmkd.student.teacher.cached_targets import shared_targets
 from mmkd.student.teacher.mixing import Mixture
 
 from .conftest import ENVIRONMENT

@@ -3,7 +3,7 @@
 import pytest
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.one_process import refuse_several_processes
+from mmkd.student.training.one_process import refuse_several_processes
 
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
 ARRAY = {**BATCH, "SLURM_NTASKS": "1", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}

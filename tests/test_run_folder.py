@@ -14,10 +14,10 @@ from mmkd.cache_tools.frames.clip_set import ClipSet, DataRecipe
 from mmkd.cache_tools.tasks.folder_lock import folder_lock
 from mmkd.cache_tools.views.canonical import canonical_view
 from mmkd.data_manifests.errors import InputError, MmkdError, VerificationError
-from mmkd.student.evaluation_file import read_evaluation
-from mmkd.student.metrics import average_views, evaluate
-from mmkd.student.run_files import read_model, read_run
-from mmkd.student.trained import load_student
+from mmkd.student.evaluation.evaluation_file import read_evaluation
+from mmkd.student.evaluation.metrics import average_views, evaluate
+from mmkd.student.evaluation.run_files import read_model, read_run
+from mmkd.student.evaluation.trained import load_student
 
 from .conftest import ENVIRONMENT
 from .in_process import call, call_ok, refused

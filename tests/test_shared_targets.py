@@ -12,14 +12,19 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import Shard, SplitLayout
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
-from mmkd.student.cached_targets import mix_split
-from mmkd.student.networks import build_network
+from mmkd.student.networks.networks import build_network
 from mmkd.student.recipe import TrainRecipe
-from mmkd.student.shared_targets import CachedTargets, copies_folder, in_order, shared_targets
-from mmkd.student.targets import ArrayTargets, fetch_targets
 from mmkd.student.teacher import copy_file
+from mmkd.student.teacher.cached_targets import (
+    CachedTargets,
+    copies_folder,
+    in_order,
+    shared_targets,
+)
+from mmkd.student.teacher.cached_teacher import mix_split
 from mmkd.student.teacher.mixing import Mixture
-from mmkd.student.training import fit
+from mmkd.student.teacher.targets import ArrayTargets, fetch_targets
+from mmkd.student.training.loop import fit
 
 from .in_process import refused
 from .moving_bars import MovingBars

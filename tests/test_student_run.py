@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.cache.sealed import open_seal, seal
-from mmkd.student.cached_targets import choose_weights, mix_split
-from mmkd.student.compare import load_table
+from mmkd.student.evaluation.table import load_table
+from mmkd.student.teacher.cached_teacher import choose_weights, mix_split
 
 from .conftest import ENVIRONMENT, Tiny, run_command, run_ok
 from .in_process import refused

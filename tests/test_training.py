@@ -20,14 +20,14 @@ from mmkd.data_manifests.errors import (
     StorageError,
     VerificationError,
 )
-from mmkd.student.checkpoint import latest_checkpoint
-from mmkd.student.metrics import evaluate, log_softmax
-from mmkd.student.networks import build_network, headed_network
-from mmkd.student.optimiser import learning_rate, make_optimizer
-from mmkd.student.predict import predict
+from mmkd.student.evaluation.metrics import evaluate, log_softmax
+from mmkd.student.networks.networks import build_network, headed_network
 from mmkd.student.recipe import LoopRecipe, LossOptions, TrainRecipe
-from mmkd.student.targets import ArrayTargets
-from mmkd.student.training import fit
+from mmkd.student.teacher.targets import ArrayTargets
+from mmkd.student.training.checkpoint import latest_checkpoint
+from mmkd.student.training.loop import fit
+from mmkd.student.training.optimiser import learning_rate, make_optimizer
+from mmkd.student.training.predict import predict
 
 from .moving_bars import MovingBars
 

@@ -11,14 +11,14 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
-from mmkd.student import weigh as weigh_module
-from mmkd.student.cached_targets import choose_weights, mix_split
-from mmkd.student.calibration import fit_calibrated
-from mmkd.student.shared_targets import shared_targets
+from mmkd.student.teacher.cached_targets import shared_targets
+from mmkd.student.teacher.cached_teacher import choose_weights, mix_split
 from mmkd.student.teacher.mixing import Mixture, sample_weights
 from mmkd.student.teacher.mixture_file import weights_for
-from mmkd.student.weigh import SCHEMES, chosen_clips, read_head, weigh
-from mmkd.student.weigh_table import report_lines
+from mmkd.student.weighing import weigh as weigh_module
+from mmkd.student.weighing.calibration import fit_calibrated
+from mmkd.student.weighing.weigh import SCHEMES, chosen_clips, read_head, weigh
+from mmkd.student.weighing.weigh_report import report_lines
 
 from .in_process import call_ok, refused
 from .small_cache import write_cache

@@ -10,7 +10,7 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.cache.sealed import open_seal, seal
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import FingerprintError, InputError, MmkdError
-from mmkd.student.cached_targets import choose_weights
+from mmkd.student.teacher.cached_teacher import choose_weights
 from mmkd.student.teacher.mixing import Mixture
 from mmkd.student.teacher.mixture_file import (
     load_weights,

@@ -37,7 +37,7 @@ from mmkd.pipeline.prepare import PreparedClip, prepare_clip
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.pipeline.shard_block import NodeResult, ShardBlock
 from mmkd.pipeline.teach import expert_identity
-from mmkd.student.checkpoint import encode_network
+from mmkd.student.training.checkpoint import encode_network
 
 Prepared = list[tuple[ShardWork, list[PreparedClip]]]
 

@@ -33,7 +33,7 @@ from mmkd.pipeline.modalities import Inputs, view_inputs
 from mmkd.pipeline.prepare import ClipJob, FlowJob, prepare_clip
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.pipeline.teacher import open_boxes
-from mmkd.student.networks import build_network
+from mmkd.student.networks.networks import build_network
 from mmkd.student.recipe import TrainRecipe
 
 BUILD_BATCH = 32

@@ -24,14 +24,14 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from mmkd.cache_tools.cache.arrays import INNER_ROWS
-from mmkd.student import training
-from mmkd.student.batches import Batch
-from mmkd.student.networks import build_network
+from mmkd.student.data.batches import Batch
+from mmkd.student.networks.networks import build_network
 from mmkd.student.recipe import LossOptions, TrainRecipe
-from mmkd.student.shared_targets import CachedTargets
-from mmkd.student.targets import fetch_targets
+from mmkd.student.teacher.cached_targets import CachedTargets
 from mmkd.student.teacher.copy_file import ArrayPlan
 from mmkd.student.teacher.node_copy import shared_arrays
+from mmkd.student.teacher.targets import fetch_targets
+from mmkd.student.training import loop as training
 
 BATCH, SHARD_ROWS, STEPS = 32, 1024, 12
 Lookup = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -17,8 +17,8 @@ from mmkd.cache_tools.cache.sealed import open_seal, seal
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.typed_json import PART, STRICT, typed
-from mmkd.student.evaluation import HeadScores, SplitMetrics, SplitScores
-from mmkd.student.metrics import ClipScores
+from mmkd.student.evaluation.evaluate import HeadScores, SplitMetrics, SplitScores
+from mmkd.student.evaluation.metrics import ClipScores
 
 Score = tuple[int, float, float] | None
 """Rank, confidence and cross-entropy (see ClipScores); None for a clip without a label."""

@@ -28,19 +28,19 @@ from mmkd.cache_tools.tasks.folder_lock import FolderLock
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.batches import Batch, Schedule, ViewDataset, read_batches
-from mmkd.student.checkpoint import (
+from mmkd.student.data.batches import Batch, Schedule, ViewDataset, read_batches
+from mmkd.student.recipe import WITHOUT_EFFECT, LoopRecipe, LossOptions
+from mmkd.student.teacher.targets import Targets, TargetSource, fetch_targets
+from mmkd.student.training.checkpoint import (
     Position,
     encode_network,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from mmkd.student.devices import keep_freed_memory, reproducible, to_device
-from mmkd.student.losses import total_loss
-from mmkd.student.optimiser import learning_rate, make_optimizer, step_seed
-from mmkd.student.recipe import WITHOUT_EFFECT, LoopRecipe, LossOptions
-from mmkd.student.targets import Targets, TargetSource, fetch_targets
+from mmkd.student.training.devices import keep_freed_memory, reproducible, to_device
+from mmkd.student.training.losses import total_loss
+from mmkd.student.training.optimiser import learning_rate, make_optimizer, step_seed
 
 log = logging.getLogger("mmkd")
 METRICS_FILE = "metrics.jsonl"

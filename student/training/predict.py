@@ -6,8 +6,8 @@ from torch import nn
 
 from mmkd.cache_tools.frames.records import Float32Array, IntArray
 from mmkd.cache_tools.process.progress import Progress
-from mmkd.student.batches import ViewDataset, read_batches
-from mmkd.student.devices import reproducible, to_device
+from mmkd.student.data.batches import ViewDataset, read_batches
+from mmkd.student.training.devices import reproducible, to_device
 
 
 def predict(

@@ -14,7 +14,7 @@ from mmkd.student.data.view_streams import ViewStream
 
 
 class RGBViews:
-    """A view data set of modality rgb (see mmkd.student.batches.ViewDataset)."""
+    """A view data set of modality rgb (see mmkd.student.data.batches.ViewDataset)."""
 
     def __init__(
         self,

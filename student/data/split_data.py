@@ -14,8 +14,8 @@ from mmkd.cache_tools.layout import Status
 from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.data_manifests.errors import InputError, VerificationError, VideoError
 from mmkd.data_manifests.manifest import Manifest
+from mmkd.student.data.rgb_views import RGBViews
 from mmkd.student.data.view_streams import DrawnViews, StoredViews, ViewStream
-from mmkd.student.rgb_views import RGBViews
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.augment import NO_JITTER, Jitter, jitter_clips
+from mmkd.student.networks.jitter import NO_JITTER, Jitter, jitter_clips
+from mmkd.student.networks.pretrained import load_backbone
 from mmkd.student.recipe import TrainRecipe
-from mmkd.student.weights import load_backbone
 
 CHANNELS = {"rgb": 3, "flow": 2}
 """Input channels of a network by modality; flow has the horizontal component first, positive to the right."""

@@ -18,8 +18,7 @@ from mmkd.cache_tools.frames.records import Float32Array, IntArray
 from mmkd.cache_tools.views.drawing import KeyedWords
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.calibration import fit_calibrated
-from mmkd.student.metrics import Metrics, evaluate
+from mmkd.student.evaluation.metrics import Metrics, evaluate
 from mmkd.student.teacher.mixing import (
     HeadMixtures,
     Mask,
@@ -29,6 +28,7 @@ from mmkd.student.teacher.mixing import (
     softmin_weights,
     uniform_weights,
 )
+from mmkd.student.weighing.calibration import fit_calibrated
 from mmkd.student.weighing.storage_error import half_widths, mixture_kl_bound
 
 How = Literal["not fitted", "cross-fitted", "same clips", "oracle"]

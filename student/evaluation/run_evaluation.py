@@ -15,8 +15,8 @@ from mmkd.cache_tools.cache.softmax import kl_divergence
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.data_manifests.errors import FingerprintError, InputError
-from mmkd.student.cached_targets import choose_weights, mix_split
-from mmkd.student.evaluation import (
+from mmkd.student.data.split_data import check_manifest, open_split
+from mmkd.student.evaluation.evaluate import (
     SplitMetrics,
     SplitScores,
     evaluation_splits,
@@ -24,22 +24,22 @@ from mmkd.student.evaluation import (
     refuse_nothing,
     score_split,
 )
-from mmkd.student.evaluation_file import write_evaluation
-from mmkd.student.metrics import average_views
-from mmkd.student.networks import VideoClassifier, build_network
-from mmkd.student.predict import predict
-from mmkd.student.recipe import TrainRecipe
-from mmkd.student.run_data import check_manifest, open_split
-from mmkd.student.run_files import (
+from mmkd.student.evaluation.evaluation_file import write_evaluation
+from mmkd.student.evaluation.metrics import average_views
+from mmkd.student.evaluation.run_files import (
     MODEL_FILE,
     RunRecord,
     evaluation_path,
     read_run,
     run_mixtures,
 )
+from mmkd.student.evaluation.trained import model_state, without_weights
+from mmkd.student.networks.networks import VideoClassifier, build_network
+from mmkd.student.recipe import TrainRecipe
 from mmkd.student.student_recipe import StudentRecipe
+from mmkd.student.teacher.cached_teacher import choose_weights, mix_split
 from mmkd.student.teacher.mixing import HeadMixtures, Missing
-from mmkd.student.trained import model_state, without_weights
+from mmkd.student.training.predict import predict
 
 log = logging.getLogger("mmkd")
 EVALUATION_BATCH = 32

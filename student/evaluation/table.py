@@ -9,10 +9,21 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Manifest
 from mmkd.data_manifests.typed_json import typed
-from mmkd.student.evaluation import SplitMetrics, SplitScores, evaluation_splits, refuse_nothing, score_cached
-from mmkd.student.evaluation_file import check_metrics, defined, read_evaluation, read_scores
-from mmkd.student.run_data import check_manifest
-from mmkd.student.run_files import evaluation_path, run_mixtures
+from mmkd.student.data.split_data import check_manifest
+from mmkd.student.evaluation.evaluate import (
+    SplitMetrics,
+    SplitScores,
+    evaluation_splits,
+    refuse_nothing,
+    score_cached,
+)
+from mmkd.student.evaluation.evaluation_file import (
+    check_metrics,
+    defined,
+    read_evaluation,
+    read_scores,
+)
+from mmkd.student.evaluation.run_files import evaluation_path, run_mixtures
 from mmkd.student.teacher.mixing import HeadMixtures, Missing, Mixture
 
 SCHEMA = "mmkd-table-1"

@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: N812 - the name that every torch user e
 from torch import Tensor
 
 from mmkd.student.recipe import LossOptions
-from mmkd.student.targets import Targets
+from mmkd.student.teacher.targets import Targets
 
 
 def distillation_rows(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmkd.data_manifests.counted import counted
-from mmkd.student.compare import Table
-from mmkd.student.evaluation import SplitMetrics
+from mmkd.student.evaluation.evaluate import SplitMetrics
+from mmkd.student.evaluation.table import Table
 
 COLUMNS = (("top1", "top-1"), ("top5", "top-5"), ("ece", "ECE"))
 NONE = "-"

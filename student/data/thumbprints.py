@@ -9,8 +9,8 @@ from mmkd.cache_tools.frames.records import IntArray
 from mmkd.cache_tools.views.canonical import pixel_hash, thumbnail
 from mmkd.cache_tools.views.drawing import KeyedWords
 from mmkd.data_manifests.errors import VerificationError
-from mmkd.student.batches import read_item
-from mmkd.student.rgb_views import RGBViews
+from mmkd.student.data.batches import read_item
+from mmkd.student.data.rgb_views import RGBViews
 
 MEAN_DIFFERENCE_LIMIT = 3.0
 """Grey levels: colour conversion and resizing of other processors differ by less, another frame or crop by more."""

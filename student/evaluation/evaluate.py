@@ -13,12 +13,12 @@ from mmkd.cache_tools.cache.reader import CacheReader, SplitTable
 from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Manifest
-from mmkd.student.cached_targets import mix_split, teacher_views
-from mmkd.student.metrics import ClipScores, average_views, clip_scores
+from mmkd.student.evaluation.metrics import ClipScores, average_views, clip_scores
+from mmkd.student.teacher.cached_teacher import mix_split, teacher_views
 from mmkd.student.teacher.mixing import HeadMixtures, Missing
 
 SplitMetrics = dict[str, dict[str, dict[str, Any]]]
-"""`split` or `split/group` -> head -> metrics (see mmkd.student.metrics.Metrics; None where undefined), with
+"""`split` or `split/group` -> head -> metrics (see mmkd.student.evaluation.metrics.Metrics; None where undefined), with
 `left_out`, the labelled clips without logits, and `clips`, a hash of the ids of those that count."""
 
 Mask = npt.NDArray[np.bool_]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.batches import AnyArray
+from mmkd.student.data.batches import AnyArray
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names and numbers from glibc's malloc.h."""

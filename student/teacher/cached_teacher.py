@@ -1,7 +1,7 @@
 """From cached experts to a teacher: weights chosen, then logits mixed shard by shard, each byte verified.
 
 `mix_split` gives a whole split in memory, for evaluation; the training split's teacher is shared by all processes
-of a node (see `mmkd.student.shared_targets`).
+of a node (see `mmkd.student.teacher.cached_targets`).
 """
 
 from collections.abc import Iterator, Mapping

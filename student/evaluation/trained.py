@@ -23,10 +23,18 @@ from mmkd.cache_tools.frames.records import ClipFacts, Float32Array, UInt8Array,
 from mmkd.cache_tools.views.canonical import CANONICAL_RULES
 from mmkd.cache_tools.views.drawing import VIEW_RULES, ViewPolicy, evaluation_views
 from mmkd.data_manifests.errors import InputError, VerificationError
-from mmkd.student.devices import reproducible
-from mmkd.student.networks import VideoClassifier, build_network
+from mmkd.student.evaluation.run_files import (
+    MODEL_AGAIN,
+    MODEL_FILE,
+    RUN_FILE,
+    RunRecord,
+    StudentInput,
+    read_model,
+    read_run,
+)
+from mmkd.student.networks.networks import VideoClassifier, build_network
 from mmkd.student.recipe import TrainRecipe
-from mmkd.student.run_files import MODEL_AGAIN, MODEL_FILE, RUN_FILE, RunRecord, StudentInput, read_model, read_run
+from mmkd.student.training.devices import reproducible
 
 
 @dataclass(frozen=True)

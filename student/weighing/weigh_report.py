@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from mmkd.data_manifests.counted import counted
 from mmkd.student.teacher.mixing import Mixture
-from mmkd.student.weigh import FITTED, Row, WeighReport
+from mmkd.student.weighing.weigh import FITTED, Row, WeighReport
 
 NOTES = {
     "not fitted": "",

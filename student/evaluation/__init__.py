@@ -1,0 +1,1 @@
+"""Metrics, the files of a run, and the table."""

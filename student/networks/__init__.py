@@ -1,0 +1,1 @@
+"""RGB networks, their pretrained weights, and jitter."""
