@@ -15,7 +15,7 @@ TESTS := $(PYTHON) -m pytest -p no:cacheprovider
 
 .PHONY: demo seeds converged test soak lint bench clean
 
-$(VENV)/.ready: pyproject.toml setup.py pipeline/tvl1_native.c
+$(VENV)/.ready: pyproject.toml setup.py pipeline/tvl1/native.c
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --editable '.[test,lint]'
@@ -56,5 +56,5 @@ bench: $(ENVIRONMENT)
 	$(PYTHON) tests/benchmarks/quick.py
 
 clean:
-	rm -f pipeline/*.so
+	rm -f pipeline/tvl1/*.so
 	rm -rf build dist demo runs *.egg-info .mypy_cache .pytest_cache .ruff_cache

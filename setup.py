@@ -7,8 +7,8 @@ no Python in it, so Python's headers are not needed; it is called through ctypes
 from setuptools import Extension, setup
 
 native = Extension(
-    "mmkd.pipeline._tvl1_native",
-    sources=["pipeline/tvl1_native.c"],
+    "mmkd.pipeline.tvl1._native",
+    sources=["pipeline/tvl1/native.c"],
     # Bits must not depend on what a compiler fuses or reorders. Errno, traps and integers that wrap, which Python's
     # own flags ask for, would forbid vectors.
     extra_compile_args=[

@@ -21,8 +21,8 @@ from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.recipes.recipe import load_recipe, resolved_with_origins
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, StorageError, TooManyUnusableError
-from mmkd.pipeline.manifest_cli import manifest
-from mmkd.pipeline.options import (
+from mmkd.pipeline.commands.manifest import manifest
+from mmkd.pipeline.commands.options import (
     FILE,
     FOLDER,
     as_json,
@@ -102,7 +102,7 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
         raise InputError(f"NAME: the recipe has no expert {name!r}; {has_experts(known, files)}")
     named |= {f"experts.{name}.train.seed": options["seed"]}
     recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
-    from mmkd.pipeline.teach import teach as teach_expert
+    from mmkd.pipeline.experts.teach import teach as teach_expert
     from mmkd.student.training.devices import choose_device
 
     report = teach_expert(recipe, name, options["out"], choose_device(options["device"]))
@@ -145,8 +145,8 @@ def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
     if options["task"] >= options["tasks"]:
         raise InputError(f"--task {options['task']} --of {options['tasks']}: tasks are counted from 0")
     recipe = build_recipe(files, overrides, options)
-    from mmkd.pipeline.build import build as build_cache
-    from mmkd.pipeline.teacher import load_teacher
+    from mmkd.pipeline.build.build import build as build_cache
+    from mmkd.pipeline.experts.teacher import load_teacher
     from mmkd.student.training.devices import choose_device
 
     teacher = load_teacher(options["experts"], choose_device(options["device"]))
@@ -195,8 +195,8 @@ def plan(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) ->
     Of a cache that is there it counts what is missing. Exit code 74: the disk is too small.
     """
     recipe = build_recipe(files, overrides, options)
-    from mmkd.pipeline.plan import plan as plan_cache
-    from mmkd.pipeline.teacher import load_teacher
+    from mmkd.pipeline.experts.teacher import load_teacher
+    from mmkd.pipeline.forecast.forecast import plan as plan_cache
     from mmkd.student.training.devices import choose_device
 
     chosen = {name: options[name] for name in ("sample_clips", "hours_per_task", "replace")}
@@ -265,9 +265,9 @@ def drift(cache: Path | str, files: tuple[Path, ...], overrides: tuple[str, ...]
     another picture; 5: other data or experts than the cache's.
     """
     recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named_options(options))
-    from mmkd.pipeline.drift import MAX_KL_NATS
-    from mmkd.pipeline.drift import drift as measure_drift
-    from mmkd.pipeline.teacher import load_teacher
+    from mmkd.pipeline.drift.drift import MAX_KL_NATS
+    from mmkd.pipeline.drift.drift import drift as measure_drift
+    from mmkd.pipeline.experts.teacher import load_teacher
     from mmkd.student.training.devices import choose_device
 
     teacher = load_teacher(options["experts"], choose_device(options["device"]))
@@ -435,7 +435,7 @@ def flow(videos: tuple[str, ...], **options: Any) -> None:
     What is there already is kept; several runs into one folder share the work. Exit code 3: finished, but videos
     failed; 75: interrupted, run me again.
     """
-    from mmkd.pipeline.flow_command import run_flow
+    from mmkd.pipeline.flow_command.run import run_flow
 
     report = run_flow(videos, options)
     value = asdict(report)

@@ -18,7 +18,7 @@ class FlowRecipe(Recipe):
 
     preset: Literal["default", "opencv", "accurate", "fast"] = Field(
         "default",
-        description="default follows OpenCV's CUDA TV-L1, as denseflow and EPIC; see mmkd.pipeline.tvl1",
+        description="default follows OpenCV's CUDA TV-L1, as denseflow and EPIC; see mmkd.pipeline.tvl1.dispatch",
     )
     short_side_px: int = Field(256, ge=16, le=2160, description="larger frames are shrunk to this before flow")
     enlarge: bool = Field(
@@ -112,7 +112,7 @@ class TeacherRecipe(Recipe):
     held_out: HeldOutRecipe = Field(default_factory=HeldOutRecipe)
     flow: FlowRecipe = Field(default_factory=FlowRecipe)
     flow_scratch: Path | None = Field(
-        None, description="folder for flow computed once; see mmkd.pipeline.flow_store"
+        None, description="folder for flow computed once; see mmkd.pipeline.flow.scratch"
     )
     boxes: BoxesRecipe = Field(default_factory=BoxesRecipe)
     experts: dict[str, ExpertRecipe] = Field(default_factory=dict, description="name -> expert")

@@ -25,7 +25,7 @@ from mmkd.cache_tools.frames import clip_set as data
 from mmkd.cache_tools.storage import store
 from mmkd.cache_tools.storage.store import LocalStore
 from mmkd.cache_tools.tasks import heartbeat as tasks
-from mmkd.pipeline import build
+from mmkd.pipeline.build import build
 
 TASK = re.compile(r"[0-9a-f]{12}-\d+-\d+-[0-9a-f]{8}")
 

@@ -82,9 +82,6 @@ class FlowForks:
 
 
 if __name__ == "__main__":
-    import mmkd.pipeline.cli
-    import mmkd.pipeline.flow_command  # noqa: F401 - so that no child has to import it
-
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-import mmkd.pipeline.build
+import mmkd.pipeline.build.build
 import mmkd.pipeline.cli
-import mmkd.pipeline.teacher  # so that no child has to import it
+import mmkd.pipeline.experts.teacher
 from mmkd.cache_tools.process import command  # noqa: F401 - as above
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -15,9 +15,9 @@ from mmkd.data_manifests.demo.plan import DemoOptions
 from mmkd.data_manifests.demo.write import write_demo
 from mmkd.data_manifests.manifest import save_manifest
 from mmkd.data_manifests.something import read_something_something
-from mmkd.pipeline.experts import ExpertCard, make_network, save_expert
+from mmkd.pipeline.experts.expert import ExpertCard, make_network, save_expert
+from mmkd.pipeline.experts.teach import expert_identity
 from mmkd.pipeline.recipe import TeacherRecipe
-from mmkd.pipeline.teach import expert_identity
 from mmkd.student.training.checkpoint import encode_network
 
 SPLITS = ("train", "standard")

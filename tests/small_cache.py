@@ -34,7 +34,7 @@ from mmkd.cache_tools.views.canonical import THUMBNAIL_SIZE
 from mmkd.cache_tools.views.drawing import ViewPolicy, evaluation_views, random_views
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.manifest import Manifest
-from mmkd.pipeline.cache_init import base_fields
+from mmkd.pipeline.build.start import base_fields
 
 POLICY, VIEW_SEED = ViewPolicy(frames=2, size_px=24), 3
 FACTS = ClipFacts(64, 48, 0, 9)

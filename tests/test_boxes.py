@@ -8,9 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.pipeline import boxes_json
-from mmkd.pipeline.boxes import BoxesMissingError, boxes_at, crop_boxes, load_boxes
-from mmkd.pipeline.boxes_json import iterate_members
+from mmkd.pipeline.inputs import json_members as boxes_json
+from mmkd.pipeline.inputs.boxes import (
+    BoxesMissingError,
+    boxes_at,
+    crop_boxes,
+    load_boxes,
+)
+from mmkd.pipeline.inputs.json_members import iterate_members
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "something_something"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="no shared/data beside the repository")

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from mmkd.cache_tools.cache.fingerprints import file_sha256
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import Status
-from mmkd.pipeline.experts import read_card, write_card
+from mmkd.pipeline.experts.expert import read_card, write_card
 
 from .conftest import ENVIRONMENT, Result, Tiny
 from .in_process import call, call_ok, refused

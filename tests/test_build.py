@@ -21,8 +21,8 @@ from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.cache_tools.upkeep.verify import verify
 from mmkd.cache_tools.views.canonical import canonical_view, pixel_hash
 from mmkd.data_manifests.errors import InputError, VerificationError
-from mmkd.pipeline.experts import load_expert
-from mmkd.pipeline.flow import all_pairs, clip_flow, crop_flow, pair_starts
+from mmkd.pipeline.experts.expert import load_expert
+from mmkd.pipeline.flow.clip_flow import all_pairs, clip_flow, crop_flow, pair_starts
 from mmkd.pipeline.recipe import TeacherRecipe
 
 from .conftest import ENVIRONMENT, run_command, run_ok

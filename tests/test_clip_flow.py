@@ -15,8 +15,9 @@ from mmkd.cache_tools.frames.clip_set import ClipVideo
 from mmkd.cache_tools.frames.records import ClipFacts, ClipFrames, VideoFacts, View
 from mmkd.cache_tools.views.canonical import canonical_view
 from mmkd.data_manifests.manifest import Clip
-from mmkd.pipeline import flow_methods, flow_store
-from mmkd.pipeline.flow import (
+from mmkd.pipeline.flow import methods as flow_methods
+from mmkd.pipeline.flow import scratch as flow_store
+from mmkd.pipeline.flow.clip_flow import (
     FlowFields,
     all_pairs,
     clip_flow,
@@ -32,10 +33,10 @@ from mmkd.pipeline.flow import (
     stated_flow,
     tvl1_params,
 )
-from mmkd.pipeline.flow_store import DamagedFlowError, FlowStore
-from mmkd.pipeline.prepare import ClipJob, FlowJob, prepare_clip
+from mmkd.pipeline.flow.scratch import DamagedFlowError, FlowStore
+from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, prepare_clip
 from mmkd.pipeline.recipe import FlowRecipe
-from mmkd.pipeline.tvl1 import TVL1Params, tvl1_flow
+from mmkd.pipeline.tvl1.dispatch import TVL1Params, tvl1_flow
 
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=100)
 EIGHT_BITS = FlowRecipe(precision="uint8", bound_px=20)

@@ -24,9 +24,9 @@ from mmkd.cache_tools.storage.store import LocalStore
 from mmkd.cache_tools.tasks.finish import finalize
 from mmkd.cache_tools.upkeep.verify import verify
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
-from mmkd.pipeline.drift import drift
-from mmkd.pipeline.drift_sample import draw_sample
-from mmkd.pipeline.experts import Expert, load_expert, read_card, write_card
+from mmkd.pipeline.drift.drift import drift
+from mmkd.pipeline.drift.sample import draw_sample
+from mmkd.pipeline.experts.expert import Expert, load_expert, read_card, write_card
 from mmkd.pipeline.recipe import TeacherRecipe
 
 from .in_process import call, call_ok, refused

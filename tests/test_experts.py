@@ -14,7 +14,7 @@ import torch
 from mmkd.cache_tools.cache.fingerprints import fingerprint
 from mmkd.cache_tools.tasks.folder_lock import folder_lock
 from mmkd.data_manifests.errors import InputError, MmkdError
-from mmkd.pipeline.experts import (
+from mmkd.pipeline.experts.expert import (
     CARD_FILE,
     UNSEALED_SCHEMA,
     WEIGHTS_FILE,

@@ -7,8 +7,15 @@ import cv2
 import numpy as np
 import pytest
 
-from mmkd.pipeline.flow_blocks import ShownPair
-from mmkd.pipeline.flow_colours import colour_wheel, colours_of_flow, flow_scale, legend, png_of, strip
+from mmkd.pipeline.flow_command.blocks import ShownPair
+from mmkd.pipeline.flow_command.colours import (
+    colour_wheel,
+    colours_of_flow,
+    flow_scale,
+    legend,
+    png_of,
+    strip,
+)
 
 
 def colour(u, v, scale_px=1.0):
@@ -76,8 +83,8 @@ def test_what_is_not_known_is_black():
 def test_a_name_that_is_not_utf8_or_not_ascii_is_written_all_the_same():
     """In a process of its own: OpenCV may end it."""
     program = (
-        "import numpy as np; from mmkd.pipeline.flow_blocks import ShownPair; "
-        "from mmkd.pipeline.flow_colours import strip; "
+        "import numpy as np; from mmkd.pipeline.flow_command.blocks import ShownPair; "
+        "from mmkd.pipeline.flow_command.colours import strip; "
         "pair = ShownPair(0, np.zeros((48, 64), np.uint8), np.zeros((2, 48, 64), np.float32)); "
         "print(len({strip([pair], title=title).tobytes() for title in ('caf\\udce9', 'caf?', 'caf\\u00e9')}))"
     )

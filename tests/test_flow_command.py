@@ -16,10 +16,16 @@ import pytest
 import torch
 
 from mmkd.cache_tools.frames.source import VideoFiles
-from mmkd.pipeline import flow_blocks, flow_command
-from mmkd.pipeline.flow_files import jpeg_pairs, read_hdf5, read_i3d, read_jpeg_folder
-from mmkd.pipeline.flow_methods import dis_flow
-from mmkd.pipeline.tvl1 import TVL1Params, tvl1_flow
+from mmkd.pipeline.flow.methods import dis_flow
+from mmkd.pipeline.flow_command import blocks as flow_blocks
+from mmkd.pipeline.flow_command import run as flow_command
+from mmkd.pipeline.flow_command.files import (
+    jpeg_pairs,
+    read_hdf5,
+    read_i3d,
+    read_jpeg_folder,
+)
+from mmkd.pipeline.tvl1.dispatch import TVL1Params, tvl1_flow
 
 from .conftest import ENVIRONMENT
 from .flow_videos import write_texture
@@ -212,7 +218,7 @@ def test_raft_is_given_colour(tmp_path, videos, monkeypatch):
     from safetensors.torch import save_file
     from torchvision.models.optical_flow import raft_small
 
-    from mmkd.pipeline import raft
+    from mmkd.pipeline.flow import raft
 
     torch.manual_seed(0)
     network = raft_small(weights=None, progress=False)

@@ -14,8 +14,8 @@ from av.video.frame import VideoFrame
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from mmkd.pipeline import flow_conventions as conventions
-from mmkd.pipeline.flow_conventions import (
+from mmkd.pipeline.flow import conventions as conventions
+from mmkd.pipeline.flow.conventions import (
     NAMES,
     FlowName,
     Pairs,

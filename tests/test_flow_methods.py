@@ -12,9 +12,16 @@ from torchvision.models.optical_flow import raft_large, raft_small
 from torchvision.transforms._presets import OpticalFlow
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.pipeline.flow_methods import DIS_PRESETS, PRESETS, FlowMethod, dis_flow, pair_flow, sequence_flow
-from mmkd.pipeline.raft import pad_images, padding, raft_flow
-from mmkd.pipeline.tvl1 import TVL1Params, tvl1_flow
+from mmkd.pipeline.flow.methods import (
+    DIS_PRESETS,
+    PRESETS,
+    FlowMethod,
+    dis_flow,
+    pair_flow,
+    sequence_flow,
+)
+from mmkd.pipeline.flow.raft import pad_images, padding, raft_flow
+from mmkd.pipeline.tvl1.dispatch import TVL1Params, tvl1_flow
 
 from .flow_videos import texture
 

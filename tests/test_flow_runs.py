@@ -16,9 +16,20 @@ import pytest
 
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import StorageError
-from mmkd.pipeline import flow_blocks, flow_claims, flow_command, flow_output
-from mmkd.pipeline.flow_claims import CARD, CLAIMS, WHOLE, FlowClaims
-from mmkd.pipeline.flow_files import read_hdf5
+from mmkd.pipeline.flow_command import (
+    blocks as flow_blocks,
+)
+from mmkd.pipeline.flow_command import (
+    claims as flow_claims,
+)
+from mmkd.pipeline.flow_command import (
+    output as flow_output,
+)
+from mmkd.pipeline.flow_command import (
+    run as flow_command,
+)
+from mmkd.pipeline.flow_command.claims import CARD, CLAIMS, WHOLE, FlowClaims
+from mmkd.pipeline.flow_command.files import read_hdf5
 
 from .conftest import ENVIRONMENT
 from .flow_forks import FlowForks
@@ -85,7 +96,7 @@ def test_a_claim_is_one_run_s_until_it_is_given_up(tmp_path):
 
 def test_the_claim_of_a_killed_run_is_taken_over_and_what_it_gathered_removed(tmp_path):
     program = (
-        "import sys, time, pathlib; from mmkd.pipeline.flow_claims import FlowClaims; "
+        "import sys, time, pathlib; from mmkd.pipeline.flow_command.claims import FlowClaims; "
         "claims = FlowClaims(pathlib.Path(sys.argv[1])); claims.take('a'); claims.part('.h5').write_text('x'); "
         "print('taken', flush=True); time.sleep(60)"
     )

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.pipeline.flow_videos import find_videos
+from mmkd.pipeline.flow_command.videos import find_videos
 
 from .flow_videos import write_texture
 from .in_process import call_ok, refused

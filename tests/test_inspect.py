@@ -3,7 +3,7 @@
 import json
 
 from mmkd.data_manifests.manifest import load_manifest
-from mmkd.pipeline.build_plan import cached_splits
+from mmkd.pipeline.build.work import cached_splits
 from mmkd.pipeline.recipe import TeacherRecipe
 
 from .in_process import call_ok

@@ -26,7 +26,7 @@ from mmkd.data_manifests.manifest import (
     load_manifest,
     save_manifest,
 )
-from mmkd.pipeline.experts import CARD_FILE
+from mmkd.pipeline.experts.expert import CARD_FILE
 from mmkd.student.evaluation.run_files import RUN_FILE
 
 from .in_process import call_ok, refused

@@ -15,11 +15,16 @@ from mmkd.cache_tools.cache.arrays import encode_block, encode_group, split_arra
 from mmkd.cache_tools.cache.logit_formats import FORMATS, bytes_per_row
 from mmkd.cache_tools.layout import SplitLayout
 from mmkd.data_manifests.errors import StorageError
-from mmkd.pipeline.experts import read_card, write_card
+from mmkd.pipeline.experts.expert import read_card, write_card
+from mmkd.pipeline.forecast.forecast import (
+    SHARD_SECONDS,
+    TASK_SHARDS,
+    advise,
+    better_shards,
+)
+from mmkd.pipeline.forecast.rates import ClipCost, measure_folder
+from mmkd.pipeline.forecast.report import Disk, PlanReport, Sizes, SplitForecast
 from mmkd.pipeline.forecast.sizes import block_bound, raw_bytes, zstd_bound
-from mmkd.pipeline.plan import SHARD_SECONDS, TASK_SHARDS, advise, better_shards
-from mmkd.pipeline.plan_report import Disk, PlanReport, Sizes, SplitForecast
-from mmkd.pipeline.rates import ClipCost, measure_folder
 from mmkd.pipeline.recipe import TeacherRecipe
 
 from .in_process import call_ok, refused

@@ -15,7 +15,7 @@ from mmkd.cache_tools.layout import Status
 from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.cache_tools.views.canonical import pixel_hash, thumbnail
 from mmkd.data_manifests.manifest import load_manifest
-from mmkd.pipeline.flow_store import FlowStore
+from mmkd.pipeline.flow.scratch import FlowStore
 from mmkd.pipeline.recipe import TeacherRecipe
 
 from .in_process import call, call_ok

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.pipeline.stlt import STLT
+from mmkd.pipeline.experts.stlt import STLT
 
 TINY = {"hidden": 32, "attention_heads": 2, "spatial_layers": 2, "temporal_layers": 2, "dropout": 0.1}
 

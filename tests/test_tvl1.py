@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from mmkd.pipeline import tvl1_torch
-from mmkd.pipeline.tvl1 import TVL1Params, chosen_path, tvl1_clip_flow, tvl1_flow
-from mmkd.pipeline.tvl1_median import median_filter
+from mmkd.pipeline.tvl1 import torch_path as tvl1_torch
+from mmkd.pipeline.tvl1.dispatch import (
+    TVL1Params,
+    chosen_path,
+    tvl1_clip_flow,
+    tvl1_flow,
+)
+from mmkd.pipeline.tvl1.median import median_filter
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PRESETS = ("default", "opencv", "accurate", "fast")

@@ -11,8 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from mmkd.pipeline import tvl1, tvl1_native, tvl1_torch
-from mmkd.pipeline.tvl1 import TVL1Params, arithmetic, chosen_path, tvl1_clip_flow, tvl1_flow, tvl1_flow_many
+from mmkd.pipeline.tvl1 import (
+    dispatch as tvl1,
+)
+from mmkd.pipeline.tvl1 import (
+    native_path as tvl1_native,
+)
+from mmkd.pipeline.tvl1 import (
+    torch_path as tvl1_torch,
+)
+from mmkd.pipeline.tvl1.dispatch import (
+    TVL1Params,
+    arithmetic,
+    chosen_path,
+    tvl1_clip_flow,
+    tvl1_flow,
+    tvl1_flow_many,
+)
 
 native_only = pytest.mark.skipif(
     tvl1_native.library() is None,
@@ -138,7 +153,7 @@ def plain_library(tmp_path_factory):
     if compiler is None:
         pytest.skip("no C compiler here")
     made = tmp_path_factory.mktemp("native") / "plain.so"
-    source = Path(__file__).resolve().parents[1] / "pipeline" / "tvl1_native.c"
+    source = Path(__file__).resolve().parents[1] / "pipeline" / "native.c"
     fused = ["-mfma"] if platform.machine() == "x86_64" else []
     options = ["-std=gnu11", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-psabi", "-DCLONES=", *fused]
     subprocess.run([compiler, *options, str(source), "-lm", "-o", str(made)], check=True)

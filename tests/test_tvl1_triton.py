@@ -15,11 +15,20 @@ import numpy as np
 import pytest
 import torch
 
-from mmkd.pipeline import tvl1_torch
-from mmkd.pipeline.nvrtc import NvrtcError
-from mmkd.pipeline.tvl1_blocked import HALOS, SHAPES, SOURCE, TILE_WIDTH, Shape, Task, Tiles, cubin
-from mmkd.pipeline.tvl1_params import TVL1Params
-from mmkd.pipeline.tvl1_steps import pyramid_sizes
+from mmkd.pipeline.tvl1 import torch_path as tvl1_torch
+from mmkd.pipeline.tvl1.blocked import (
+    HALOS,
+    SHAPES,
+    SOURCE,
+    TILE_WIDTH,
+    Shape,
+    Task,
+    Tiles,
+    cubin,
+)
+from mmkd.pipeline.tvl1.nvrtc import NvrtcError
+from mmkd.pipeline.tvl1.params import TVL1Params
+from mmkd.pipeline.tvl1.steps import pyramid_sizes
 
 HERE = Path(__file__).parent
 triton_spec = importlib.util.find_spec("triton")
@@ -177,7 +186,7 @@ def test_median_is_opencvs_and_leaves_stopped_pairs_alone(found, size):
     "size", [*pyramid_sizes(256, 340, scales=5, zoom=0.8), (1, 1), (64, 64), (65, 65), (9, 900)]
 )
 def test_each_pixel_is_stored_by_one_tile_in_which_it_is_right(shape, size, halo):
-    """The geometry of `locate` in tvl1_blocked.cu."""
+    """The geometry of `locate` in blocked.cu."""
     tiles = Tiles.over(*size, shape=shape, halo=halo)
     ways = (
         (size[1], TILE_WIDTH, tiles.across, tiles.step_x),

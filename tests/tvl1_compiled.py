@@ -7,8 +7,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mmkd.pipeline import tvl1_kernels, tvl1_level
-from mmkd.pipeline.tvl1_median import WINDOWS_AS_EXCHANGES
+from mmkd.pipeline.tvl1 import triton_kernels as tvl1_kernels
+from mmkd.pipeline.tvl1 import triton_level as tvl1_level
+from mmkd.pipeline.tvl1.median import WINDOWS_AS_EXCHANGES
 
 NETWORK = WINDOWS_AS_EXCHANGES[5]
 BLOCK = {"BLOCK": tvl1_level.PIXELS_PER_PROGRAM}

@@ -29,14 +29,20 @@ from mmkd.data_manifests.demo.recipes import write_recipes
 from mmkd.data_manifests.demo.write import write_demo
 from mmkd.data_manifests.manifest import save_manifest
 from mmkd.data_manifests.something import read_something_something
-from mmkd.pipeline.build import build, clip_job
-from mmkd.pipeline.build_plan import BuildPlan, ShardWork, pending_shards, plan_build
-from mmkd.pipeline.cache_init import initialise
-from mmkd.pipeline.experts import Expert, ExpertCard, load_expert, make_network, save_expert
-from mmkd.pipeline.prepare import PreparedClip, prepare_clip
+from mmkd.pipeline.build.build import build, clip_job
+from mmkd.pipeline.build.shard_block import NodeResult, ShardBlock
+from mmkd.pipeline.build.start import initialise
+from mmkd.pipeline.build.work import BuildPlan, ShardWork, pending_shards, plan_build
+from mmkd.pipeline.experts.expert import (
+    Expert,
+    ExpertCard,
+    load_expert,
+    make_network,
+    save_expert,
+)
+from mmkd.pipeline.experts.teach import expert_identity
+from mmkd.pipeline.inputs.prepare import PreparedClip, prepare_clip
 from mmkd.pipeline.recipe import TeacherRecipe
-from mmkd.pipeline.shard_block import NodeResult, ShardBlock
-from mmkd.pipeline.teach import expert_identity
 from mmkd.student.training.checkpoint import encode_network
 
 Prepared = list[tuple[ShardWork, list[PreparedClip]]]

@@ -27,12 +27,12 @@ from mmkd.cache_tools.frames.records import View
 from mmkd.cache_tools.frames.source import VideoFiles
 from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.cache_tools.views.drawing import random_views
-from mmkd.pipeline.boxes import BoxFile
-from mmkd.pipeline.experts import Expert, load_expert
-from mmkd.pipeline.modalities import Inputs, view_inputs
-from mmkd.pipeline.prepare import ClipJob, FlowJob, prepare_clip
+from mmkd.pipeline.experts.expert import Expert, load_expert
+from mmkd.pipeline.experts.teacher import open_boxes
+from mmkd.pipeline.inputs.boxes import BoxFile
+from mmkd.pipeline.inputs.modalities import Inputs, view_inputs
+from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, prepare_clip
 from mmkd.pipeline.recipe import TeacherRecipe
-from mmkd.pipeline.teacher import open_boxes
 from mmkd.student.networks.networks import build_network
 from mmkd.student.recipe import TrainRecipe
 

@@ -32,11 +32,22 @@ if "mmkd" not in sys.modules and not __import__("importlib.util").util.find_spec
     package.__path__ = [str(ROOT)]
     sys.modules["mmkd"] = package
 
-from mmkd.pipeline import tvl1_blocked, tvl1_level, tvl1_torch, tvl1_triton
-from mmkd.pipeline.nvrtc import Kernel, NvrtcError
-from mmkd.pipeline.tvl1_blocked import Blocked, Shape
-from mmkd.pipeline.tvl1_level import Level
-from mmkd.pipeline.tvl1_params import TVL1Params
+from mmkd.pipeline.tvl1 import (
+    blocked as tvl1_blocked,
+)
+from mmkd.pipeline.tvl1 import (
+    torch_path as tvl1_torch,
+)
+from mmkd.pipeline.tvl1 import (
+    triton_level as tvl1_level,
+)
+from mmkd.pipeline.tvl1 import (
+    triton_path as tvl1_triton,
+)
+from mmkd.pipeline.tvl1.blocked import Blocked, Shape
+from mmkd.pipeline.tvl1.nvrtc import Kernel, NvrtcError
+from mmkd.pipeline.tvl1.params import TVL1Params
+from mmkd.pipeline.tvl1.triton_level import Level
 
 DEVICE = torch.device("cpu" if DRY else "cuda:0")
 WIDTH, HEIGHT = (40, 30) if DRY else (340, 256)

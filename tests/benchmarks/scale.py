@@ -37,9 +37,15 @@ from mmkd.data_manifests.manifest import (
     load_manifest,
     save_manifest,
 )
-from mmkd.pipeline.build_plan import committed_nodes
-from mmkd.pipeline.cache_init import ExpertNode, SplitPlan, base_fields, draw_views, initialise
-from mmkd.pipeline.shard_block import NodeResult
+from mmkd.pipeline.build.shard_block import NodeResult
+from mmkd.pipeline.build.start import (
+    ExpertNode,
+    SplitPlan,
+    base_fields,
+    draw_views,
+    initialise,
+)
+from mmkd.pipeline.build.work import committed_nodes
 
 MANIFEST = "manifest.jsonl"
 SHARD_ROWS = 512

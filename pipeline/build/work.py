@@ -1,0 +1,250 @@
+"""What a build computes: rows, views, experts and fingerprints, all known before the first clip is decoded."""
+
+import difflib
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmkd.cache_tools.cache.fingerprints import fingerprint
+from mmkd.cache_tools.cache.init_record import CacheInit, expert_fingerprint
+from mmkd.cache_tools.cache.logit_formats import FORMATS, format_of
+from mmkd.cache_tools.frames.clip_set import ClipSet, unusable_line
+from mmkd.cache_tools.frames.records import View
+from mmkd.cache_tools.layout import (
+    GROUP,
+    THUMBPRINT,
+    Shard,
+    SplitLayout,
+    block_key,
+    commit_key,
+    group_key,
+    part_array,
+    status_array,
+    thumbprint_arrays,
+)
+from mmkd.cache_tools.storage.store import Store
+from mmkd.cache_tools.tasks.claims import Claims
+from mmkd.data_manifests.counted import ARE, counted
+from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.manifest import Manifest
+from mmkd.pipeline.build.start import ExpertNode, SplitPlan, base_fields, draw_views
+from mmkd.pipeline.experts.expert import Expert
+from mmkd.pipeline.experts.teacher import boxes_fields, check_teacher, open_boxes
+from mmkd.pipeline.inputs.boxes import BoxFile
+from mmkd.pipeline.recipe import BuildRecipe, TeacherRecipe
+
+log = logging.getLogger("mmkd")
+LIKE = 0.75
+"""From this similarity of two names on (difflib's ratio), one is taken for the other mistyped."""
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Everything that is known before the first clip is decoded."""
+
+    recipe: TeacherRecipe
+    """What was asked for."""
+    clip_set: ClipSet
+    """Manifest and videos."""
+    splits: tuple[SplitPlan, ...]
+    """Rows and views of each split."""
+    experts: tuple[Expert, ...]
+    """Those that were given; the cache may hold others."""
+    boxes: BoxFile | None
+    """Object annotations, where an expert needs them."""
+    base: dict[str, Any]
+    """Fields of the base node."""
+    nodes: dict[str, ExpertNode]
+    """Expert -> what the cache keeps of it."""
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Node (thumbprint or given expert) -> fingerprint."""
+        base = fingerprint(self.base)
+        experts = {name: expert_fingerprint(base, node.fields) for name, node in self.nodes.items()}
+        return {THUMBPRINT: base} | experts
+
+    def experts_of(self, nodes: Collection[str]) -> tuple[Expert, ...]:
+        """Return the experts among the nodes, in the plan's order."""
+        return tuple(expert for expert in self.experts if expert.name in nodes)
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """A shard and what of it has to be computed."""
+
+    split: SplitPlan
+    """Its split."""
+    shard: Shard
+    """The shard."""
+    nodes: tuple[str, ...]
+    """Nodes (thumbprint or experts) without a commit record."""
+
+    def views(self, row: int) -> tuple[View, ...]:
+        """Return the views of a row of the split that belong to the shard; none where the video is unreadable."""
+        return self.split.views(row, self.shard.views)
+
+
+def plan_build(
+    recipe: TeacherRecipe, experts: tuple[Expert, ...], there: Mapping[str, SplitLayout] | None = None
+) -> BuildPlan:
+    """Fix rows, views and fingerprints; raise InputError for what cannot be built.
+
+    `there` are the layouts of the cache that is to grow: its views come in the blocks that it has.
+    """
+    clip_set = ClipSet(recipe.data)
+    manifest = clip_set.manifest
+    check_teacher([expert.card for expert in experts], manifest, recipe)
+    names = cached_splits(manifest, recipe)
+    splits = tuple(plan_split(name, clip_set, recipe, (there or {}).get(name)) for name in names)
+    if line := unusable_line(split.items for split in splits):
+        log.warning(line)
+    boxes = None
+    if any(expert.modality == "boxes" for expert in experts):
+        boxes = open_boxes(recipe.boxes, {clip.video for split in splits for clip in split.clips})
+    box_identity = boxes_fields(recipe.boxes) if boxes else None
+    base = base_fields(manifest, recipe.views, train_split=recipe.train_split, view_seed=recipe.view_seed)
+    nodes = {expert.name: expert_node(expert, box_identity, recipe) for expert in experts}
+    return BuildPlan(recipe, clip_set, splits, experts, boxes, base, nodes)
+
+
+def expert_node(expert: Expert, boxes: dict[str, Any] | None, recipe: TeacherRecipe) -> ExpertNode:
+    """Return what the cache keeps of an expert."""
+    form = {"batch_views": recipe.build.batch_views, "precision": FORMATS[recipe.build.precision].name}
+    return ExpertNode(expert.card.fingerprint_fields(boxes) | form, expert.card.held_out)
+
+
+def cached_splits(manifest: Manifest, recipe: TeacherRecipe) -> tuple[str, ...]:
+    """Return the splits to cache: those asked for, or all in which some clip has a label.
+
+    Without the training split among them the cache is for evaluation alone, which is said.
+    """
+    check_train_split(manifest, recipe.train_split)
+    labelled = {clip.split for clip in manifest.clips if any(v is not None for v in clip.labels.values())}
+    names = recipe.build.splits
+    if names is None:
+        names = tuple(name for name in manifest.splits if name in labelled)
+        for name in (name for name in manifest.splits if name not in labelled):
+            clips = counted(len(manifest.split(name)), "clip", ARE)
+            log.info("split %s: %s left out, without a label; --set build.splits=... caches them", name, clips)
+    if not names:
+        raise InputError(
+            "no clip of the manifest has a label; name the splits to cache, e.g. --set build.splits=[test]"
+        )
+    for name in names:
+        manifest.split(name)
+    if recipe.train_split not in names:
+        log.info(
+            "%s without the training split %r: a cache for evaluation alone", ", ".join(names), recipe.train_split
+        )
+    return names
+
+
+def check_train_split(manifest: Manifest, train_split: str) -> None:
+    """Raise InputError for a training split that is not in the manifest, but under another name seems to be."""
+    if train_split not in manifest.splits:
+        like = difflib.get_close_matches(train_split, manifest.splits, n=1, cutoff=LIKE)
+        if like:
+            raise InputError(
+                f"the manifest has no split {train_split!r}, but {like[0]!r}: give --set train_split={like[0]} if "
+                "that is for training, or --set train_split=none if all splits are for evaluation"
+            )
+
+
+def plan_split(name: str, clip_set: ClipSet, recipe: TeacherRecipe, there: SplitLayout | None = None) -> SplitPlan:
+    """Probe a split's videos and draw its views: random ones for training, fixed ones for evaluation.
+
+    A split that is `there` already, with fewer views, grows by blocks of the size that it has.
+    """
+    clips = clip_set.manifest.split(name)
+    training = recipe.build.views if name == recipe.train_split else None
+    views = training or recipe.views.evaluation_views
+    shard_views = view_block(recipe.build, there) if training else views
+    layout = SplitLayout(name, len(clips), views, recipe.build.shard_rows, shard_views)
+    items = clip_set.probe(clips)
+    drawn = draw_views(
+        items,
+        recipe.views,
+        manifest=clip_set.manifest,
+        seed=recipe.view_seed,
+        training_views=training,
+    )
+    return SplitPlan(layout, items, drawn)
+
+
+def view_block(build: BuildRecipe, there: SplitLayout | None) -> int:
+    """Return how many training views a shard holds: as many as asked for, as the cache's shards, or all.
+
+    Raises InputError, with the numbers of views that are possible, when the cache cannot grow to as many.
+    """
+    if build.shard_views is not None:
+        return build.shard_views
+    if there is None or build.views < there.views:
+        return build.views
+    if build.views % there.shard_views:
+        below = build.views // there.shard_views * there.shard_views
+        possible = [number for number in (below, below + there.shard_views) if number > there.views]
+        raise InputError(
+            f"--views {build.views}: the cache has {counted(there.views, 'view')} in blocks of "
+            f"{there.shard_views}, and grows "
+            f"by whole blocks; give {' or '.join(map(str, possible))}"
+        )
+    return there.shard_views
+
+
+def committed_nodes(store: Store, init: CacheInit, claims: Claims) -> set[tuple[str, str]]:
+    """Return (shard, node) of everything that has its commit record; two listings, whatever the cache's size.
+
+    A record whose objects are gone is removed, so that its shard is computed again: under the claim on it, since
+    another task may be about to do so.
+    """
+    missing = {(shard.name, node) for shard, node in init.missing(store)}
+    objects = store.list(GROUP)
+    there = set()
+    for shard, node, node_fingerprint in init.wanted():
+        if (shard.name, node) in missing:
+            continue
+        keys = [group_key(key) for key in node_objects(shard, node, init)]
+        if all(key in objects for key in keys):
+            there.add((shard.name, node))
+        elif claims.take(shard):
+            if not all(map(store.exists, keys)):
+                store.delete(commit_key(shard, node, node_fingerprint))
+            claims.release(shard)
+    return there
+
+
+def node_objects(shard: Shard, node: str, init: CacheInit) -> list[str]:
+    """Return the keys, within the group, of the objects of one node of one shard of a cache."""
+    split = shard.split.name
+    if node == THUMBPRINT:
+        hashes, thumbnails = thumbprint_arrays(split)
+        return [block_key(hashes, shard, 2), block_key(thumbnails, shard, 3)]
+    keys = [block_key(status_array(split, node), shard, 2)]
+    for head, classes in init.base["heads"].items():
+        for part in format_of(init.experts[node]["precision"]).parts(len(classes)):
+            name = part_array(split, node, part.name, head=head)
+            keys.append(block_key(name, shard, 2 + len(part.shape)))
+    return keys
+
+
+def pending_shards(
+    plan: BuildPlan, there: Collection[tuple[str, str]], *, task: tuple[int, int]
+) -> tuple[list[ShardWork], int]:
+    """Return the shards that task (i, n) computes, every n-th first and then the rest, and how many are done."""
+    works = [
+        ShardWork(split, shard, tuple(node for node in plan.fingerprints if (shard.name, node) not in there))
+        for split in plan.splits
+        for shard in split.layout.shards()
+    ]
+    index, count = task
+    own = [work for number, work in enumerate(works) if number % count == index]
+    rest = [work for number, work in enumerate(works) if number % count != index]
+    pending = [work for work in (*own, *rest) if work.nodes]
+    return pending, len(works) - len(pending)
+
+
+def count_clips(works: Sequence[ShardWork]) -> int:
+    """Return the number of clips in the shards."""
+    return sum(len(work.shard.rows) for work in works)

@@ -1,0 +1,1 @@
+"""The teacher run again on a sample of a cache."""

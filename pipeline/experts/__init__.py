@@ -1,0 +1,1 @@
+"""Experts and the teacher: networks on one modality each."""

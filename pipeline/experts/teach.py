@@ -1,0 +1,279 @@
+"""Teaching one expert: the student's loop on labels alone, with another modality at the input."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideo
+from mmkd.cache_tools.process.interrupt import stop_on_signals
+from mmkd.cache_tools.process.pool import run_tasks
+from mmkd.cache_tools.process.progress import Progress
+from mmkd.cache_tools.tasks.folder_lock import FolderLock, folder_lock
+from mmkd.cache_tools.views.held_out import HeldOut
+from mmkd.data_manifests.counted import counted
+from mmkd.data_manifests.errors import InputError, StorageError, VideoError
+from mmkd.data_manifests.manifest import Head
+from mmkd.pipeline.experts.expert import (
+    CARD_FILE,
+    WEIGHTS_FILE,
+    ExpertCard,
+    has_weights,
+    make_network,
+    read_card,
+    save_expert,
+    write_card,
+)
+from mmkd.pipeline.experts.teacher import boxes_fields, open_boxes
+from mmkd.pipeline.flow.clip_flow import all_pairs, clip_flow, flow_identity
+from mmkd.pipeline.flow.scratch import FlowStore
+from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile, boxes_at
+from mmkd.pipeline.inputs.expert_views import BoxViews, FlowViews
+from mmkd.pipeline.inputs.prepare import FlowFill, FlowJob, fill_flow
+from mmkd.pipeline.recipe import ExpertRecipe, TeacherRecipe
+from mmkd.student.data.batches import ViewDataset
+from mmkd.student.data.rgb_views import RGBViews
+from mmkd.student.data.view_streams import DrawnViews
+from mmkd.student.evaluation.metrics import average_views, evaluate
+from mmkd.student.evaluation.run_files import RUN_FILE
+from mmkd.student.training.checkpoint import encode_network
+from mmkd.student.training.loop import fit
+from mmkd.student.training.one_process import refuse_several_processes
+from mmkd.student.training.predict import predict
+
+log = logging.getLogger("mmkd")
+
+
+@dataclass(frozen=True)
+class TeachReport:
+    """What teaching did."""
+
+    card: ExpertCard
+    """The expert."""
+    trained: bool
+    """False when it was there already."""
+
+
+def teach(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> TeachReport:
+    """Train the recipe's expert `name` into the directory `out`, unless it is there already.
+
+    An expert whose weights are lost or damaged is trained again, from what training left. Raises InputError for
+    one that was trained with another recipe and for a folder in which another process is at work or another
+    thing lies, VerificationError when its card is damaged.
+    """
+    refuse_several_processes("mmkd-cache teach")
+    clip_set = ClipSet(recipe.data)
+    seen = expert_identity(recipe, recipe.experts[name], clip_set)
+    if (card := whole_expert(out, name, seen)) is not None:
+        return TeachReport(card, trained=False)
+    with folder_lock(out) as lock:
+        state, report = train_expert(recipe, name, clip_set, seen=seen, lock=lock, device=device)
+        card = ExpertCard(name=name, weights_sha256=hashlib.sha256(state).hexdigest(), training=report, **seen)
+        lock.check()
+        save_expert(out, card, state)
+    return TeachReport(card, trained=True)
+
+
+def whole_expert(out: Path, name: str, seen: dict[str, Any]) -> ExpertCard | None:
+    """Return the card of the expert in `out`, None where it has to be trained; raises as `teach`."""
+    if (out / RUN_FILE).exists():
+        raise InputError(f"{out} holds a run of `mmkd-student train`; name another folder with -o")
+    if not (out / CARD_FILE).exists():
+        return None
+    card = same_expert(out, name, seen)
+    if has_weights(out, card):
+        write_card(out, card)  # with the seal that an earlier version did not write
+        return card
+    log.warning("%s is missing or damaged, so the expert is trained again", out / WEIGHTS_FILE)
+    return None
+
+
+def train_expert(
+    recipe: TeacherRecipe,
+    name: str,
+    clip_set: ClipSet,
+    *,
+    seen: dict[str, Any],
+    lock: FolderLock,
+    device: torch.device,
+) -> tuple[bytes, dict[str, Any]]:
+    """Return the network, trained in a folder that is held, as safetensors bytes, and what training reports."""
+    run_dir = lock.folder / "training"
+    expert = recipe.experts[name]
+    clips = clip_set.manifest.split(recipe.train_split)
+    items = clip_set.probe(clips)
+    held = HeldOut(**recipe.held_out.model_dump()).mask(clip_set.manifest.dataset, [c.clip_id for c in clips])
+    seen_items = [item for item, out_ in zip(items, held, strict=True) if not out_]
+    if unlabelled := clip_set.manifest.unlabelled(recipe.train_split):
+        log.warning("%d of %s have no label, and teach nothing", unlabelled, counted(len(clips), "training clip"))
+    training = expert_data(recipe, expert, clip_set, items=seen_items, device=device)
+    torch.manual_seed(expert.train.seed)
+    network = make_network(expert, {head.name: len(head.classes) for head in clip_set.manifest.heads})
+    run_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows now, not later
+    fitted = fit(
+        network, training.data, expert.train, run_dir=run_dir, lock=lock, device=device, identity=seen, what=name
+    )
+    held_items = [i for i, h in zip(items, held, strict=True) if h]
+    report: dict[str, Any] = {"steps": fitted.steps, "clips": training.data.rows, "skipped": training.skipped}
+    if held_items:
+        held_data = expert_data(recipe, expert, clip_set, items=held_items, device=device).data
+        report["held_out"] = held_out_metrics(network, held_data, clip_set.manifest.heads, device)
+    return encode_network(network), report
+
+
+def expert_identity(recipe: TeacherRecipe, expert: ExpertRecipe, clip_set: ClipSet) -> dict[str, Any]:
+    """Return the part of an expert's card that is known before training."""
+    manifest = clip_set.manifest
+    return {
+        "recipe": expert.model_dump(mode="json"),
+        "heads": {head.name: list(head.classes) for head in manifest.heads},
+        "manifest": manifest.fingerprint(),
+        "views": recipe.views.model_dump(mode="json"),
+        "flow": flow_identity(recipe.flow) if expert.modality == "flow" else None,
+        "boxes": boxes_fields(recipe.boxes) if expert.modality == "boxes" else None,
+        "held_out": recipe.held_out.model_dump(mode="json"),
+    }
+
+
+def same_expert(out: Path, name: str, seen: dict[str, Any]) -> ExpertCard:
+    """Return the card of the expert in `out`; raise InputError when another recipe or data set made it."""
+    card = read_card(out)
+    changed = [key for key, value in {**seen, "name": name}.items() if getattr(card, key) != value]
+    if changed:
+        raise InputError(
+            f"{out} holds an expert made with another {', '.join(changed)}; train into another directory, or "
+            "delete this one"
+        )
+    return card
+
+
+@dataclass(frozen=True)
+class ExpertData:
+    """Clips as one expert sees them."""
+
+    data: ViewDataset
+    """Views with labels."""
+    skipped: int
+    """Clips that this expert cannot use."""
+
+
+def expert_data(
+    recipe: TeacherRecipe,
+    expert: ExpertRecipe,
+    clip_set: ClipSet,
+    *,
+    items: Sequence[ClipVideo | VideoError],
+    device: torch.device,
+) -> ExpertData:
+    """Open clips for an expert; those that it cannot use are counted, logged and left out."""
+    clips = [item for item in items if isinstance(item, ClipVideo)]
+    reasons = [str(item) for item in items if not isinstance(item, ClipVideo)]
+    boxes = None
+    if expert.modality == "boxes":
+        boxes = open_boxes(recipe.boxes, {item.clip.video for item in clips})
+        clips, missing = with_boxes(clips, boxes)
+        reasons += missing
+    if expert.modality == "flow":
+        clips, failed = fill_store(recipe, clip_set, clips, device=device)
+        reasons += failed
+    if not clips:
+        reason = f"the first reason: {reasons[0]}" if reasons else "all are held out; lower held_out.fraction"
+        raise InputError(f"no clip is left for a {expert.modality} expert; {reason}")
+    if reasons:
+        total = counted(len(items), "clip")
+        log.warning("%d of %s are left out; the first reason: %s", len(reasons), total, reasons[0])
+    return ExpertData(view_dataset(recipe, expert, clip_set, clips=clips, boxes=boxes, device=device), len(reasons))
+
+
+def view_dataset(
+    recipe: TeacherRecipe,
+    expert: ExpertRecipe,
+    clip_set: ClipSet,
+    *,
+    clips: Sequence[ClipVideo],
+    boxes: BoxFile | None,
+    device: torch.device,
+) -> ViewDataset:
+    """Return the data set of a modality over usable clips."""
+    manifest, size_px = clip_set.manifest, recipe.views.size_px
+    stream = DrawnViews(
+        [item.facts for item in clips],
+        [item.clip.clip_id for item in clips],
+        recipe.views,
+        dataset=manifest.dataset,
+        seed=recipe.view_seed,
+        flip_allowed=manifest.flip_allowed,
+        views=expert.views,
+    )
+    if expert.modality == "flow":
+        store = FlowStore(recipe.scratch, recipe.flow, str(device))
+        return FlowViews(store, recipe.flow, clips, stream=stream, heads=manifest.heads, size_px=size_px)
+    if boxes is not None:
+        tracks = [boxes.track(item.clip.video) for item in clips]
+        return BoxViews(tracks, clips, stream=stream, heads=manifest.heads)
+    memory_bytes = int(expert.train.decoded_clips_gib * 2**30)
+    return RGBViews(
+        clip_set.source, clips, stream, heads=manifest.heads, size_px=size_px, memory_bytes=memory_bytes
+    )
+
+
+def with_boxes(clips: Sequence[ClipVideo], boxes: BoxFile) -> tuple[list[ClipVideo], list[str]]:
+    """Return the clips whose every frame has fitting boxes or none, and the reasons of the others."""
+    kept, reasons = [], []
+    for item in clips:
+        try:
+            times_seconds = item.video.times_seconds[item.facts.first_frame :][: item.facts.frame_count]
+            track = boxes.track(item.clip.video)
+            boxes_at(track, times_seconds, width=item.facts.width, height=item.facts.height)
+            kept.append(item)
+        except BoxesMissingError as error:
+            reasons.append(f"clip {item.clip.clip_id!r}: {error}")
+    return kept, reasons
+
+
+def fill_store(
+    recipe: TeacherRecipe, clip_set: ClipSet, clips: Sequence[ClipVideo], *, device: torch.device
+) -> tuple[list[ClipVideo], list[str]]:
+    """Compute the flow of every native pair that the scratch store lacks; return usable clips and reasons."""
+    store = FlowStore(recipe.scratch, recipe.flow, str(device))
+    todo = [position for position, item in enumerate(clips) if not store.has(item)]
+    jobs = (FlowFill(clip_set.source, clips[i], FlowJob(recipe.flow, store, device.type)) for i in todo)
+    results = run_tasks(
+        fill_flow, jobs, workers=recipe.data.workers, timeout_seconds=recipe.data.clip_timeout_seconds
+    )
+    failed: dict[int, str] = {}
+    with (
+        stop_on_signals() as stop,
+        Progress("optical flow", total=len(clips), done=len(clips) - len(todo)) as bar,
+    ):
+        try:
+            for index, result in results:
+                stop.check("the flow computed so far is kept")
+                item = clips[todo[index]]
+                if isinstance(result, StorageError):
+                    raise result
+                if isinstance(result, VideoError):
+                    failed[todo[index]] = f"clip {item.clip.clip_id!r}: {result}"
+                elif result is not None:
+                    starts = all_pairs(item.facts, recipe.flow.step)
+                    store.write(item, clip_flow(result, item.facts, starts, recipe=recipe.flow, device=str(device)))
+                bar.advance()
+        finally:
+            results.close()
+    usable = [item for position, item in enumerate(clips) if position not in failed]
+    return usable, list(failed.values())
+
+
+def held_out_metrics(
+    network: torch.nn.Module, data: ViewDataset, heads: Sequence[Head], device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Return head -> top-1 and cross-entropy on held-out clips, from view 0 of each."""
+    rows = np.arange(data.rows)
+    logits = predict(network, data, rows, np.zeros(1, np.int64), batch_size=32, device=device)
+    found = {head.name: evaluate(average_views(logits[head.name]), data.labels[head.name]) for head in heads}
+    return {head: {"clips": m.count, "top1": m.top1, "nll": m.nll} for head, m in found.items()}

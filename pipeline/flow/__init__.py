@@ -1,0 +1,1 @@
+"""Flow of clips: conventions, methods, what an expert sees of it."""

@@ -1,0 +1,169 @@
+"""Flow of a clip: which native frame pairs are needed, their fields, and a view's window of them.
+
+A field joins native frames i and i + step, never two *sampled* frames, and is computed once per pair on the full
+grey frame at a stated size, shared by all views. Grey conversion and resizing follow denseflow (grey first, then
+bilinear). Vectors stay in pixels of the grid they were computed on.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.nn import functional
+
+from mmkd.cache_tools.frames.records import (
+    ClipFacts,
+    ClipFrames,
+    Float32Array,
+    IntArray,
+    UInt8Array,
+    View,
+)
+from mmkd.pipeline.flow.conventions import codes_of_flow, flow_of_codes
+from mmkd.pipeline.flow.methods import FlowMethod, sequence_flow
+from mmkd.pipeline.recipe import FlowRecipe
+from mmkd.pipeline.tvl1.dispatch import TVL1Params
+
+FLOW_RULES = "flow-1: cv2 RGB2GRAY, INTER_LINEAR, last valid pair at the end"
+
+
+def tvl1_params(recipe: FlowRecipe) -> TVL1Params:
+    """Return the TV-L1 parameters of the recipe's preset."""
+    params: TVL1Params = getattr(TVL1Params, recipe.preset)()
+    return params
+
+
+def flow_identity(recipe: FlowRecipe) -> dict[str, Any]:
+    """Return everything that could change a flow value, for fingerprints."""
+    fields = recipe.model_dump(mode="json")
+    if recipe.enlarge:  # what every flow was made with before there was a choice: its identity stays as it was
+        del fields["enlarge"]
+    return {"rules": FLOW_RULES, "recipe": fields, "params": asdict(tvl1_params(recipe))}
+
+
+def stated_flow(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return a flow identity with every value of its recipe stated, also those from before `enlarge` existed."""
+    return identity | {"recipe": {"enlarge": True} | identity["recipe"]}
+
+
+@dataclass(frozen=True)
+class FlowFields:
+    """Fields of one clip."""
+
+    starts: IntArray
+    """(P,) ascending index in the video of each pair's first frame."""
+    fields: Float32Array
+    """(P, 2, h, w) pixels per step on the flow grid; channel 0 horizontal, positive to the right."""
+
+    def select(self, starts: IntArray) -> Float32Array:
+        """Return the fields (T, 2, h, w) that start at the given frames, which may repeat; KeyError if absent."""
+        return self.fields[positions_of(starts, self.starts)]
+
+
+def positions_of(starts: IntArray, among: IntArray) -> IntArray:
+    """Return the positions of `starts` in the ascending array `among`; KeyError if one is absent."""
+    positions = np.searchsorted(among, starts).clip(0, len(among) - 1)
+    if not np.array_equal(among[positions], starts):
+        raise KeyError(f"flow pairs {starts} are not all among {among}")
+    return positions
+
+
+def pair_starts(frame_indices: IntArray, facts: ClipFacts, step: int) -> IntArray:
+    """Return the first frame of the pair of each sampled frame: itself, at the end the last valid one."""
+    last = facts.first_frame + facts.frame_count - 1
+    return np.clip(frame_indices, facts.first_frame, max(facts.first_frame, last - step))
+
+
+def pair_ends(starts: IntArray, facts: ClipFacts, step: int) -> IntArray:
+    """Return the second frame of each pair; a clip shorter than a step pairs its frames with its last one."""
+    return np.minimum(starts + step, facts.first_frame + facts.frame_count - 1)
+
+
+def all_pairs(facts: ClipFacts, step: int) -> IntArray:
+    """Return the starts of every native pair of the clip."""
+    frames = facts.first_frame + np.arange(facts.frame_count)
+    return np.unique(pair_starts(frames, facts, step))
+
+
+def flow_size(facts: ClipFacts, recipe: FlowRecipe) -> tuple[int, int]:
+    """Return (height, width) of the flow grid: the short side as stated, the other one in proportion.
+
+    Frames that are smaller keep their own size, unless the recipe enlarges them.
+    """
+    scale = recipe.short_side_px / min(facts.height, facts.width)
+    if scale > 1 and not recipe.enlarge:
+        return facts.height, facts.width
+    return max(1, round(facts.height * scale)), max(1, round(facts.width * scale))
+
+
+def grey_frames(frames: UInt8Array, size: tuple[int, int]) -> UInt8Array:
+    """Turn RGB (N, H, W, 3) into grey (N, h, w) of the given (height, width)."""
+    height, width = size
+    grey = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames)
+    return np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR) for frame in grey])
+
+
+def clip_flow(
+    clip: ClipFrames, facts: ClipFacts, starts: IntArray, *, recipe: FlowRecipe, device: str
+) -> FlowFields:
+    """Compute the fields of the pairs that begin at `starts` (ascending), rounded as the recipe says."""
+    size = flow_size(facts, recipe)
+    ends = pair_ends(starts, facts, recipe.step)
+    used = np.union1d(starts, ends)
+    grey = torch.from_numpy(grey_frames(clip.select(used), size)).to(device)
+    firsts, seconds = (np.searchsorted(used, side) for side in (starts, ends))
+    fields = sequence_flow(grey, firsts, seconds, method=FlowMethod("tvl1", recipe.preset))
+    return FlowFields(starts, round_flow(fields.cpu().numpy(), recipe))
+
+
+def round_flow(fields: Float32Array, recipe: FlowRecipe) -> Float32Array:
+    """Round fields to the recipe's precision, and return them as float32 again."""
+    return decode_flow(encode_flow(fields, recipe), recipe)
+
+
+def encode_flow(fields: Float32Array, recipe: FlowRecipe) -> np.ndarray[Any, Any]:
+    """Return fields as float16, or as the 8-bit code round-half-even(255 (v + b) / 2b) clipped to 0..255.
+
+    As in denseflow 0 becomes 128, which does not decode to 0 but to b / 255.
+    """
+    if recipe.precision == "float16":
+        return fields.astype(np.float16)
+    codes: UInt8Array = codes_of_flow(torch.from_numpy(fields), bound_px=recipe.bound_px).numpy()
+    return codes
+
+
+def decode_flow(stored: np.ndarray[Any, Any], recipe: FlowRecipe) -> Float32Array:
+    """Invert `encode_flow`: float32, for 8 bits x / 255 · 2b - b."""
+    if recipe.precision == "float16":
+        return stored.astype(np.float32)
+    flow: Float32Array = flow_of_codes(torch.from_numpy(stored), bound_px=recipe.bound_px).numpy()
+    return flow
+
+
+def view_flow(flow: FlowFields, view: View, facts: ClipFacts, *, step: int, size_px: int) -> Float32Array:
+    """Return what a flow expert sees of a view (T, 2, S, S): one field for each sampled frame, in the window."""
+    fields = flow.select(pair_starts(view.frame_indices, facts, step))
+    return crop_flow(fields, view, facts, size_px=size_px)
+
+
+def crop_flow(fields: Float32Array, view: View, facts: ClipFacts, *, size_px: int) -> Float32Array:
+    """Cut a view's window out of full-frame fields (T, 2, h, w) and resize it to (T, 2, S, S), bilinearly.
+
+    Values are not scaled; a flip mirrors the window and negates u.
+    """
+    left, top, width, height = view.crop_xywh
+    # Half-pixel centres: destination pixel d looks at source coordinate left + (d + 0.5) · width / S.
+    steps = (np.arange(size_px, dtype=np.float64) + 0.5) / size_px
+    x = (left + steps * width) / facts.width * 2 - 1
+    y = (top + steps * height) / facts.height * 2 - 1
+    grid = np.stack(np.broadcast_arrays(x[None, :], y[:, None]), axis=-1).astype(np.float32)
+    grids = torch.from_numpy(grid).expand(len(fields), -1, -1, -1)
+    window = functional.grid_sample(
+        torch.from_numpy(fields), grids, mode="bilinear", padding_mode="border", align_corners=False
+    ).numpy()
+    if view.flip:
+        window = np.ascontiguousarray(window[..., ::-1])
+        window[:, 0] *= -1
+    return window

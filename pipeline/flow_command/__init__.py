@@ -1,0 +1,1 @@
+"""The command `mmkd-cache flow`: flow alone, in the layouts of other programs."""

@@ -1,0 +1,1 @@
+"""What experts see: boxes, flow and pixels of a clip's views."""

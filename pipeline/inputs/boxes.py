@@ -1,0 +1,196 @@
+"""Object boxes from files in the Something-Else form, as compact tracks, looked up at a clip's frame times.
+
+Frames are matched by time, never by list position (the published loader's way, off where frames are not
+annotated). Boxes come out as parts of the frame, in a fixed number of slots, ready for the boxes expert. A
+video whose annotation is absent or malformed is no error of the file: asking for its track raises
+`BoxesMissingError` with the reason, so that the build records `boxes missing` and continues.
+"""
+
+import hashlib
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+
+from mmkd.cache_tools.frames.records import (
+    Float32Array,
+    Float64Array,
+    IntArray,
+    UInt8Array,
+)
+from mmkd.data_manifests.errors import InputError, VideoError
+from mmkd.pipeline.inputs.box_labels import EMPTY, parse_video
+from mmkd.pipeline.inputs.json_members import iterate_members
+
+ANNOTATED_FPS = 12.0
+"""Frame rate of the published annotations."""
+MAX_BOXES = 14
+"""Boxes of a frame that the authors' layout transformer sees at most."""
+OUTSIDE_TOLERANCE = 0.05
+"""Part of the frame's side by which a box may reach past the frame and still be clipped to it."""
+TIME_TOLERANCE_SECONDS = 1e-6
+
+
+class BoxesMissingError(VideoError):
+    """The video has no usable boxes; the text is the reason stored with the status `boxes missing`."""
+
+
+@dataclass(frozen=True)
+class BoxTrack:
+    """All annotated boxes of one video; a slot holds the same track in every frame."""
+
+    times_seconds: Float64Array
+    """(F,) time of each annotated frame, ascending: (frame number - 1) / fps."""
+    boxes_px: Float32Array
+    """(F, N, 4) x1, y1, x2, y2 in pixels of the video, x1 <= x2 and y1 <= y2; 0 where there is no box."""
+    categories: UInt8Array
+    """(F, N) 0 no box, 1 hand, 2 object."""
+    scores: Float32Array
+    """(F, N) detection score, 0..1; 1 where the file states none (a person's annotation)."""
+    period_seconds: float
+    """Time between annotated frames at the annotation's frame rate."""
+    max_boxes: int
+    """Slots that a look-up returns, at least N."""
+
+
+@dataclass(frozen=True)
+class FrameBoxes:
+    """Boxes of a clip's sampled frames, ready for the boxes expert."""
+
+    boxes: Float32Array
+    """(T, N, 4) x1, y1, x2, y2 as parts of the frame's (or crop's) width and height, 0..1; 0 for no box."""
+    categories: IntArray
+    """(T, N) 0 no box, 1 hand, 2 object."""
+    scores: Float32Array
+    """(T, N) 0..1; 0 for no box."""
+    annotated: npt.NDArray[np.bool_]
+    """(T,) whether an annotated frame lies within half its period of the frame's time."""
+
+
+@dataclass(frozen=True)
+class BoxFile:
+    """The tracks of all videos of one or several annotation files."""
+
+    tracks: Mapping[str, BoxTrack | str]
+    """Per video id its track, or the reason why its annotation cannot be used."""
+
+    def track(self, video: str) -> BoxTrack:
+        """Return the track of a video id or file name (`80962.webm`), or raise BoxesMissingError."""
+        found = self.tracks.get(video, self.tracks.get(PurePosixPath(video).stem))
+        if found is None:
+            raise BoxesMissingError("the video is not in the box file")
+        if isinstance(found, str):
+            raise BoxesMissingError(found)
+        return found
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all tracks and reasons, independent of the files' form and order."""
+        digest = hashlib.sha256()
+        for video in sorted(self.tracks):
+            track = self.tracks[video]
+            digest.update(f"{video}\0".encode())
+            if isinstance(track, str):
+                digest.update(track.encode())
+                continue
+            digest.update(f"{track.categories.shape}{track.period_seconds!r}{track.max_boxes}".encode())
+            for array in (track.times_seconds, track.boxes_px, track.categories, track.scores):
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def load_boxes(
+    paths: Sequence[Path],
+    videos: Collection[str] | None = None,
+    *,
+    fps: float = ANNOTATED_FPS,
+    max_boxes: int = MAX_BOXES,
+) -> BoxFile:
+    """Read annotation files (the published one comes in parts), keeping only `videos` (ids) where given.
+
+    One pass over the text with one video's JSON in memory at a time. Measured on one core with real
+    annotations repeated: 26 s per GB of text and 2.2 kB per video kept; videos not wanted cost 10 s per GB.
+    """
+    if not (math.isfinite(fps) and fps > 0 and max_boxes >= 1):
+        raise InputError(f"boxes need fps > 0 and max_boxes >= 1, got {fps} and {max_boxes}")
+    wanted = None if videos is None else {PurePosixPath(video).stem for video in videos} | set(videos)
+    tracks: dict[str, BoxTrack | str] = {}
+    for path in paths:
+        for video, frames in iterate_members(path):
+            if wanted is not None and video not in wanted:
+                continue
+            if video in tracks:
+                raise InputError(f"{path}: video {video!r} is annotated in an earlier file, too")
+            try:
+                parsed = parse_video(frames, max_boxes)
+            except ValueError as error:
+                tracks[video] = f"its boxes cannot be used: {error}"
+                continue
+            times_seconds = (parsed.frame_numbers - 1) / fps
+            tracks[video] = BoxTrack(times_seconds, *parsed[1:], 1 / fps, max_boxes)
+    return BoxFile(tracks)
+
+
+def boxes_at(track: BoxTrack, times_seconds: Float64Array, *, width: int, height: int) -> FrameBoxes:
+    """Return the boxes (T, max_boxes) at frame times (T,), normalised by the video's own width and height.
+
+    A frame takes the nearest annotated frame at most half a period away (the earlier one on a tie), else it
+    has no boxes. Boxes are clipped to the frame, and dropped when nothing of them is inside (the authors
+    keep a one-pixel box there). One that reaches past it by more than 5 % raises BoxesMissingError: then the
+    video was most likely resized after it was annotated, and all its boxes would be wrong.
+    """
+    last = len(track.times_seconds) - 1
+    right = np.searchsorted(track.times_seconds, times_seconds).clip(0, last)
+    left = (right - 1).clip(0)
+    to_left = np.abs(times_seconds - track.times_seconds[left])
+    to_right = np.abs(times_seconds - track.times_seconds[right])
+    nearest = np.where(to_left <= to_right, left, right)
+    annotated = np.minimum(to_left, to_right) <= track.period_seconds / 2 + TIME_TOLERANCE_SECONDS
+    present = (track.categories[nearest] != EMPTY) & annotated[:, None]
+    boxes = track.boxes_px[nearest] / np.array([width, height, width, height], np.float32)
+    beyond = np.maximum(-boxes, boxes - 1)[present]
+    if beyond.size and beyond.max() > OUTSIDE_TOLERANCE:
+        raise BoxesMissingError(
+            f"a box lies {100 * float(beyond.max()):.0f} % of the side outside the {width} x {height} frame; "
+            "was the video resized after its annotation?"
+        )
+    shape = (len(times_seconds), track.max_boxes)
+    found = FrameBoxes(
+        np.zeros((*shape, 4), np.float32), np.zeros(shape, np.int64), np.zeros(shape, np.float32), annotated
+    )
+    slots = boxes.shape[1]
+    found.boxes[:, :slots] = boxes
+    found.categories[:, :slots] = np.where(present, track.categories[nearest], EMPTY)
+    found.scores[:, :slots] = track.scores[nearest]
+    return _clipped(found)
+
+
+def crop_boxes(
+    boxes: FrameBoxes, crop_xywh: tuple[int, int, int, int], *, flip: bool, width: int, height: int
+) -> FrameBoxes:
+    """Return full-frame boxes as parts of a view's crop (pixels of the width x height frame), then flipped.
+
+    What lies outside the crop is cut off, or dropped where nothing remains. The boxes expert sees the full
+    frame by default, as in the authors' code; this form is for experts that see the student's view alone.
+    """
+    left, top, crop_width, crop_height = crop_xywh
+    scale = np.array([width / crop_width, height / crop_height] * 2, np.float32)
+    offset = np.array([left / crop_width, top / crop_height] * 2, np.float32)
+    inside = boxes.boxes * scale - offset
+    if flip:
+        inside = np.stack([1 - inside[..., 2], inside[..., 1], 1 - inside[..., 0], inside[..., 3]], axis=-1)
+    return _clipped(FrameBoxes(inside, boxes.categories, boxes.scores, boxes.annotated))
+
+
+def _clipped(found: FrameBoxes) -> FrameBoxes:
+    boxes = found.boxes.clip(0, 1)
+    area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+    present = (found.categories != EMPTY) & area
+    return FrameBoxes(
+        np.where(present[..., None], boxes, np.float32(0)),
+        np.where(present, found.categories, EMPTY),
+        np.where(present, found.scores, np.float32(0)),
+        found.annotated,
+    )

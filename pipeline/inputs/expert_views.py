@@ -1,0 +1,72 @@
+"""Data sets of the expensive modalities, for teaching their experts: flow and boxes, view by view."""
+
+from collections.abc import Sequence
+
+from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.data_manifests.manifest import Head
+from mmkd.pipeline.flow.clip_flow import FlowFields, pair_starts, view_flow
+from mmkd.pipeline.flow.scratch import FlowStore
+from mmkd.pipeline.inputs.boxes import BoxTrack
+from mmkd.pipeline.inputs.modalities import Inputs, boxes_input
+from mmkd.pipeline.recipe import FlowRecipe
+from mmkd.student.data.rgb_views import label_arrays
+from mmkd.student.data.view_streams import ViewStream
+
+
+class ClipViews:
+    """What the data sets of all modalities share (see mmkd.student.data.batches.ViewDataset)."""
+
+    def __init__(self, clips: Sequence[ClipVideo], stream: ViewStream, heads: Sequence[Head]) -> None:
+        """Serve views of `clips` from `stream`."""
+        self._clips = clips
+        self._stream = stream
+        self.rows = len(clips)
+        self.views = stream.views
+        self.clip_ids = [item.clip.clip_id for item in clips]
+        self.labels = label_arrays(clips, heads)
+
+
+class FlowViews(ClipViews):
+    """Windows of fields that the scratch store holds."""
+
+    def __init__(
+        self,
+        store: FlowStore,
+        recipe: FlowRecipe,
+        clips: Sequence[ClipVideo],
+        *,
+        stream: ViewStream,
+        heads: Sequence[Head],
+        size_px: int,
+    ) -> None:
+        """Serve views of clips whose every pair is in `store`."""
+        super().__init__(clips, stream, heads)
+        self._store, self._recipe, self._size_px = store, recipe, size_px
+
+    def item(self, row: int, view: int) -> Inputs:
+        """Return {"flow": float32 (T, 2, S, S)} of one view."""
+        item, wanted = self._clips[row], self._stream.view(row, view)
+        starts = pair_starts(wanted.frame_indices, item.facts, self._recipe.step)
+        fields = FlowFields(starts, self._store.read(item, starts))
+        flow = view_flow(fields, wanted, item.facts, step=self._recipe.step, size_px=self._size_px)
+        return {"flow": flow}
+
+
+class BoxViews(ClipViews):
+    """Boxes at the times of a view's frames."""
+
+    def __init__(
+        self,
+        tracks: Sequence[BoxTrack],
+        clips: Sequence[ClipVideo],
+        *,
+        stream: ViewStream,
+        heads: Sequence[Head],
+    ) -> None:
+        """Serve views of clips with their tracks, in the same order."""
+        super().__init__(clips, stream, heads)
+        self._tracks = tracks
+
+    def item(self, row: int, view: int) -> Inputs:
+        """Return boxes, categories and scores of one view."""
+        return boxes_input(self._tracks[row], self._stream.view(row, view), self._clips[row])

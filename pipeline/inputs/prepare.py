@@ -1,0 +1,186 @@
+"""What a decoding process does with one clip: read it once, make every view's pixels, thumbprint and flow.
+
+These functions run in worker processes that may die or be killed, as many as there are cores, so that the process
+with the experts has nothing left to do but to run them. On the CPU flow is computed here too, one thread to a
+process, since TV-L1 scales by processes there; on a GPU the build computes it from `frames`.
+"""
+
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.frames.records import (
+    ClipFrames,
+    Float32Array,
+    IntArray,
+    UInt8Array,
+    UInt64Array,
+    View,
+)
+from mmkd.cache_tools.frames.source import FrameSource
+from mmkd.cache_tools.views.canonical import canonical_view, pixel_hash, thumbnail
+from mmkd.data_manifests.errors import VideoError
+from mmkd.pipeline.flow.clip_flow import (
+    FlowFields,
+    all_pairs,
+    clip_flow,
+    pair_ends,
+    pair_starts,
+    view_flow,
+)
+from mmkd.pipeline.flow.scratch import DamagedFlowError, FlowStore
+from mmkd.pipeline.recipe import FlowRecipe
+
+
+@dataclass(frozen=True)
+class FlowJob:
+    """How a worker gets a clip's flow."""
+
+    recipe: FlowRecipe
+    """What is computed."""
+    store: FlowStore | None
+    """Scratch store that is read where it has the clip; opened by the caller, who knows the device."""
+    device: str
+    """Type of device: on `cpu` the worker computes, on any other the caller does."""
+
+
+@dataclass(frozen=True)
+class ClipJob:
+    """One clip to prepare."""
+
+    source: FrameSource
+    """Where frames come from."""
+    item: ClipVideo
+    """The clip with its facts."""
+    views: tuple[View, ...]
+    """The views wanted."""
+    size_px: int
+    """S, side of a view."""
+    flow: FlowJob | None
+    """None when no expert needs flow."""
+
+
+@dataclass(frozen=True)
+class PreparedClip:
+    """A clip ready for the experts."""
+
+    pixels: UInt8Array
+    """(V, T, S, S, 3) canonical views."""
+    pixel_hashes: UInt64Array
+    """(V,) their hashes."""
+    thumbnails: UInt8Array
+    """(V, 144) their thumbnails."""
+    flow: Float32Array | None
+    """(V, T, 2, S, S) flow of the views, in pixels per step; None when not wanted or not computed here."""
+    frames: ClipFrames | None
+    """The frames of those pairs, when flow is left to the build's device."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Stage -> seconds of this process."""
+
+
+def needed_pairs(views: tuple[View, ...], item: ClipVideo, step: int) -> IntArray:
+    """Return the ascending starts of all pairs that the views need."""
+    sampled = np.unique(np.concatenate([view.frame_indices for view in views]))
+    return np.unique(pair_starts(sampled, item.facts, step))
+
+
+def prepare_clip(job: ClipJob) -> PreparedClip:
+    """Decode the union of frames once, make the canonical views, and compute or fetch the flow.
+
+    Raises VideoError when the clip cannot be read exactly, StorageError when the machine's reading fails.
+    """
+    began = time.perf_counter()
+    sampled = [view.frame_indices for view in job.views]
+    starts = needed_pairs(job.views, job.item, job.flow.recipe.step) if job.flow else None
+    fields = stored_flow(job.flow, job.item, starts) if job.flow and starts is not None else None
+    if job.flow and starts is not None and fields is None:
+        sampled += [starts, pair_ends(starts, job.item.facts, job.flow.recipe.step)]
+    looked_up = time.perf_counter()
+    frames = job.source.read(job.item.clip.video, np.unique(np.concatenate(sampled)), job.item.video)
+    check_size(frames, job.item)
+    pixels = np.stack([canonical_view(frames, view, job.size_px) for view in job.views])
+    hashes = np.array([pixel_hash(view) for view in pixels], np.uint64)
+    thumbnails = np.stack([thumbnail(view) for view in pixels])
+    decoded = time.perf_counter()
+    flow = None
+    if job.flow and starts is not None:
+        if fields is None and job.flow.device == "cpu":
+            fields = _flow(frames, job.item, starts, job.flow)
+        if fields is not None:
+            flow = view_flows(fields, job.views, job.item, recipe=job.flow.recipe, size_px=job.size_px)
+    seconds = {"decode": decoded - looked_up, "flow": looked_up - began + time.perf_counter() - decoded}
+    left = frames if job.flow and flow is None else None
+    return PreparedClip(pixels, hashes, thumbnails, flow, left, seconds)
+
+
+def stored_flow(flow: FlowJob, item: ClipVideo, starts: IntArray) -> FlowFields | None:
+    """Return the fields that the scratch store has; None when they are to be computed, as damaged ones are."""
+    if flow.store is None or not flow.store.has(item):
+        return None
+    try:
+        return FlowFields(starts, flow.store.read(item, starts))
+    except DamagedFlowError:
+        return None
+
+
+def with_flow(
+    clip: PreparedClip, item: ClipVideo, views: tuple[View, ...], *, recipe: FlowRecipe, device: str
+) -> PreparedClip:
+    """Compute the flow that preparing left to the caller's device; a clip without such frames stays as it is."""
+    if clip.frames is None:
+        return clip
+    starts = needed_pairs(views, item, recipe.step)
+    fields = clip_flow(clip.frames, item.facts, starts, recipe=recipe, device=device)
+    flow = view_flows(fields, views, item, recipe=recipe, size_px=clip.pixels.shape[2])
+    return replace(clip, flow=flow, frames=None)
+
+
+def view_flows(
+    fields: FlowFields, views: tuple[View, ...], item: ClipVideo, *, recipe: FlowRecipe, size_px: int
+) -> Float32Array:
+    """Return (V, T, 2, S, S): what a flow expert sees of each view."""
+    return np.stack([view_flow(fields, view, item.facts, step=recipe.step, size_px=size_px) for view in views])
+
+
+def check_size(frames: ClipFrames, item: ClipVideo) -> None:
+    """Raise VideoError when decoding gave frames of another size than the probe found."""
+    if frames.frames.shape[1:3] != (item.facts.height, item.facts.width):
+        height, width = frames.frames.shape[1:3]
+        raise VideoError(
+            f"frames of {width} x {height} where the header says {item.facts.width} x {item.facts.height}"
+        )
+
+
+@dataclass(frozen=True)
+class FlowFill:
+    """One clip whose every native pair goes to the scratch store."""
+
+    source: FrameSource
+    """Where frames come from."""
+    item: ClipVideo
+    """The clip with its facts."""
+    flow: FlowJob
+    """Recipe and store; computed in the worker when its device is `cpu`."""
+
+
+def fill_flow(job: FlowFill) -> ClipFrames | None:
+    """Decode a clip and store the flow of every native pair; off the CPU return the frames instead."""
+    facts = job.item.facts
+    whole = np.arange(facts.first_frame, facts.first_frame + facts.frame_count)
+    frames = job.source.read(job.item.clip.video, whole, job.item.video)
+    check_size(frames, job.item)
+    if job.flow.device != "cpu":
+        return frames
+    if job.flow.store is None:
+        raise ValueError("filling needs a store")
+    starts = all_pairs(facts, job.flow.recipe.step)
+    job.flow.store.write(job.item, _flow(frames, job.item, starts, job.flow))
+    return None
+
+
+def _flow(frames: ClipFrames, item: ClipVideo, starts: IntArray, job: FlowJob) -> FlowFields:
+    torch.set_num_threads(1)
+    return clip_flow(frames, item.facts, starts, recipe=job.recipe, device="cpu")
