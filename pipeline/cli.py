@@ -59,8 +59,7 @@ def cli() -> None:
 def demo(directory: Path, workers: int, **options: int | None) -> None:
     """Write the demo data set and its recipes into DIRECTORY: WebM videos, labels, splits and boxes."""
     from mmkd.data_manifests.demo.plan import DemoOptions
-    from mmkd.data_manifests.demo.recipes import write_recipes
-    from mmkd.data_manifests.demo.write import write_demo
+    from mmkd.data_manifests.demo.write import write_demo, write_recipes
 
     chosen = DemoOptions(**{name: value for name, value in options.items() if value is not None})
     total = sum(chosen.clips_per_split().values())
@@ -314,7 +313,7 @@ def merge(caches: tuple[Path | str, ...], manifest_file: Path, out: Path | str, 
     --manifest, with which it trains.
     """
     from mmkd.cache_tools.upkeep.merge import merge as merge_caches
-    from mmkd.data_manifests.manifest import load_manifest
+    from mmkd.data_manifests.manifest_file import load_manifest
 
     report = merge_caches(caches, out, load_manifest(manifest_file))
     print_result(asdict(report), as_json=as_json, lines=report.lines(out))

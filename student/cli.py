@@ -20,9 +20,9 @@ from mmkd.cache_tools.process.command import (
 from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
 from mmkd.cache_tools.recipes.recipe import load_recipe, resolved_with_origins
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.manifest import load_manifest
+from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_run
-from mmkd.student.student_recipe import StudentRecipe
+from mmkd.student.recipe import StudentRecipe
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)

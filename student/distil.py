@@ -34,7 +34,7 @@ from mmkd.student.evaluation.run_files import (
     write_run,
 )
 from mmkd.student.networks.networks import RGB_MEAN, RGB_STD
-from mmkd.student.student_recipe import StudentRecipe
+from mmkd.student.recipe import StudentRecipe
 from mmkd.student.teacher.cached_targets import (
     CachedTargets,
     copies_folder,

@@ -16,7 +16,7 @@ from mmkd.cache_tools.cache.arrays import (
 from mmkd.cache_tools.cache.commits import CommitRecord, Unusable, hash_objects, publish
 from mmkd.cache_tools.cache.init_record import CacheInit
 from mmkd.cache_tools.cache.logit_formats import FORMATS, StorageFormat
-from mmkd.cache_tools.frames.records import ClipFacts, View
+from mmkd.cache_tools.frames.records import ClipFacts
 from mmkd.cache_tools.layout import (
     INIT,
     THUMBPRINT,
@@ -33,8 +33,9 @@ from mmkd.cache_tools.tasks.finish import finalize
 from mmkd.cache_tools.views.canonical import THUMBNAIL_SIZE
 from mmkd.cache_tools.views.drawing import ViewPolicy, evaluation_views, random_views
 from mmkd.cache_tools.views.held_out import HeldOut
+from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.manifest import Manifest
-from mmkd.pipeline.build.start import base_fields
+from mmkd.pipeline.build.work import base_fields
 
 POLICY, VIEW_SEED = ViewPolicy(frames=2, size_px=24), 3
 FACTS = ClipFacts(64, 48, 0, 9)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from mmkd.cache_tools.frames.clip_set import ClipVideo
-from mmkd.cache_tools.frames.records import ClipFacts, ClipFrames, VideoFacts, View
+from mmkd.cache_tools.frames.records import ClipFacts, ClipFrames, VideoFacts
 from mmkd.cache_tools.views.canonical import canonical_view
+from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.manifest import Clip
 from mmkd.pipeline.flow import methods as flow_methods
 from mmkd.pipeline.flow import scratch as flow_store

@@ -11,7 +11,7 @@ import pytest
 
 from mmkd.cache_tools.recipes.yaml_text import parse_yaml
 from mmkd.pipeline.recipe import TeacherRecipe
-from mmkd.student.student_recipe import StudentRecipe
+from mmkd.student.recipe import StudentRecipe
 
 from .command_lines import ALL, parse
 from .conftest import ENVIRONMENT

@@ -2,7 +2,7 @@
 
 import json
 
-from mmkd.data_manifests.manifest import load_manifest
+from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.pipeline.build.work import cached_splits
 from mmkd.pipeline.recipe import TeacherRecipe
 

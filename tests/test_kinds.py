@@ -19,13 +19,8 @@ from mmkd.data_manifests.kinds import (
     TEACHER_RECIPE,
     what_is,
 )
-from mmkd.data_manifests.manifest import (
-    Clip,
-    Head,
-    Manifest,
-    load_manifest,
-    save_manifest,
-)
+from mmkd.data_manifests.manifest import Clip, Head, Manifest
+from mmkd.data_manifests.manifest_file import load_manifest, save_manifest
 from mmkd.pipeline.experts.expert import CARD_FILE
 from mmkd.student.evaluation.run_files import RUN_FILE
 

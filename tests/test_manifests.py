@@ -12,15 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmkd.data_manifests.errors import InputError, StorageError
-from mmkd.data_manifests.manifest import (
-    SCHEMA,
-    Clip,
-    Head,
-    Manifest,
-    load_manifest,
-    manifest_lines,
-    save_manifest,
-)
+from mmkd.data_manifests.manifest import SCHEMA, Clip, Head, Manifest, manifest_lines
+from mmkd.data_manifests.manifest_file import load_manifest, save_manifest
 
 # Any character but controls and lone surrogates, so also U+0085 and U+2028, at which str.splitlines() breaks.
 texts = st.text(st.characters(exclude_categories=["Cs"], min_codepoint=32), min_size=1, max_size=6)

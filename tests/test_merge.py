@@ -12,7 +12,8 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.upkeep.merge import merge
 from mmkd.cache_tools.upkeep.verify import verify
 from mmkd.data_manifests.errors import FingerprintError, InputError
-from mmkd.data_manifests.manifest import Manifest, save_manifest
+from mmkd.data_manifests.manifest import Manifest
+from mmkd.data_manifests.manifest_file import save_manifest
 
 from .in_process import call_ok, refused
 from .many_clips import files_of, logits_of, manifest_of

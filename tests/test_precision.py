@@ -8,12 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.nn import functional
 
-from mmkd.cache_tools.cache.softmax import (
-    decode_logits,
-    encode_logits,
-    kl_divergence,
-    log_softmax,
-)
+from mmkd.cache_tools.cache.logit_formats import decode_logits, encode_logits
+from mmkd.cache_tools.cache.softmax import kl_divergence, log_softmax
 
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=150)
 rows = arrays(

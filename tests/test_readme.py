@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.data_manifests.manifest import load_manifest
+from mmkd.data_manifests.manifest_file import load_manifest
 
 from .command_lines import parse
 

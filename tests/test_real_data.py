@@ -14,7 +14,7 @@ from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.layout import Status
 from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.cache_tools.views.canonical import pixel_hash, thumbnail
-from mmkd.data_manifests.manifest import load_manifest
+from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.pipeline.flow.scratch import FlowStore
 from mmkd.pipeline.recipe import TeacherRecipe
 

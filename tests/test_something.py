@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.manifest import Clip, load_manifest, save_manifest
+from mmkd.data_manifests.manifest import Clip
+from mmkd.data_manifests.manifest_file import load_manifest, save_manifest
 from mmkd.data_manifests.something import (
     LEAK_WARNING,
     read_class_list,

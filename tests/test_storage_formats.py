@@ -9,17 +9,19 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from mmkd.cache_tools.cache.logit_formats import (
+    FORMAT,
     FORMATS,
     MAX_RANGE,
     SquareCompanded,
     bytes_per_row,
+    encode_logits,
     format_of,
     pack,
     storable,
     unpack,
     worst_kl,
 )
-from mmkd.cache_tools.cache.softmax import FORMAT, encode_logits, kl_divergence
+from mmkd.cache_tools.cache.softmax import kl_divergence
 from mmkd.data_manifests.errors import InputError
 
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=80)

@@ -9,18 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mmkd.cache_tools.cache.reader import SplitTable
-from mmkd.cache_tools.frames.records import ClipFacts, ViewTable, facts_table
+from mmkd.cache_tools.cache.split_table import SplitTable
+from mmkd.cache_tools.frames.records import ClipFacts, facts_table
 from mmkd.cache_tools.views.drawing import (
-    KeyedWords,
     ViewPolicy,
-    below,
     evaluation_view_table,
     evaluation_views,
     random_view_table,
     random_views,
-    unit,
 )
+from mmkd.cache_tools.views.keyed_words import KeyedWords, below, unit
+from mmkd.cache_tools.views.view import ViewTable
 from mmkd.student.data.view_streams import DrawnViews, StoredViews
 
 FACTS = ClipFacts(width=427, height=240, first_frame=100, frame_count=45)

@@ -18,14 +18,34 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.cache.softmax import (
-    FORMAT,
-    decode_logits,
-    encode_logits,
-    kl_divergence,
-)
+from mmkd.cache_tools.cache.softmax import kl_divergence
 from mmkd.cache_tools.frames.records import Float32Array, Float64Array, UInt8Array
 from mmkd.data_manifests.errors import InputError
+
+Float16Array = npt.NDArray[np.float16]
+
+
+FORMAT = "fp16-minus-row-maximum"
+
+
+def encode_logits(logits: Float32Array) -> tuple[Float16Array, Float32Array]:
+    """Encode float32 (..., C) as (fp16 (..., C) in -65504..0, fp32 row maxima (...)).
+
+    Rows must be finite. Raises ValueError for a value more than 65504 below its row's maximum, which fp16
+    cannot hold.
+    """
+    maximum = logits.max(axis=-1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        shifted = logits - maximum[..., None]
+    if not np.isfinite(shifted).all() or shifted.min(initial=0) < np.finfo(np.float16).min:
+        raise ValueError("logits must be finite and lie within 65504 below their row's maximum")
+    return shifted.astype(np.float16), maximum
+
+
+def decode_logits(shifted: Float16Array, maximum: Float32Array) -> Float32Array:
+    """Return float32 (..., C) from what `encode_logits` made; NaN rows stay NaN."""
+    return shifted.astype(np.float32) + maximum[..., None]
+
 
 MAX_RANGE = float(np.finfo(np.float16).max)
 """Largest distance below its row's maximum of a logit that is stored, 65504, in every format."""

@@ -5,8 +5,7 @@ finished has no root record and is refused.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,8 @@ from mmkd.cache_tools.cache.init_record import CacheInit, read_init
 from mmkd.cache_tools.cache.logit_formats import StorageFormat, format_of
 from mmkd.cache_tools.cache.root_record import RootRecord
 from mmkd.cache_tools.cache.sealed import damaged
-from mmkd.cache_tools.frames.records import (
-    ClipFacts,
-    Float32Array,
-    IntArray,
-    UInt8Array,
-    View,
-    ViewTable,
-)
+from mmkd.cache_tools.cache.split_table import SplitTable
+from mmkd.cache_tools.frames.records import Float32Array, IntArray, UInt8Array
 from mmkd.cache_tools.layout import (
     INDEX,
     INIT,
@@ -50,48 +43,9 @@ from mmkd.cache_tools.layout import (
 )
 from mmkd.cache_tools.storage.store import MissingObjectError, Store, open_store
 from mmkd.cache_tools.views.held_out import HeldOut, common_held_out
+from mmkd.cache_tools.views.view import ViewTable
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.manifest import Head
-
-
-@dataclass(frozen=True)
-class SplitTable:
-    """What init wrote of one split: which clips, which views."""
-
-    name: str
-    """Name of the split."""
-    clip_ids: tuple[str, ...]
-    """(rows,) ids in row order."""
-    labels: Mapping[str, IntArray]
-    """Head -> int64 (rows,), -1 where absent."""
-    facts: IntArray
-    """(rows, 4) width, height, first frame, frame count; all 0 where the video could not be read."""
-    drawn: ViewTable
-    """The views of each clip."""
-
-    @property
-    def rows(self) -> int:
-        """Number of clips."""
-        return len(self.clip_ids)
-
-    @property
-    def views(self) -> int:
-        """Number of views of each clip."""
-        return int(self.drawn.flip.shape[1])
-
-    @property
-    def readable(self) -> npt.NDArray[np.bool_]:
-        """(rows,) whether the probe could read the clip's video."""
-        mask: npt.NDArray[np.bool_] = self.facts[:, 3] > 0
-        return mask
-
-    def view(self, row: int, number: int) -> View:
-        """Return a stored view."""
-        return self.drawn.view(row, number)
-
-    def clip_facts(self, row: int) -> ClipFacts:
-        """Return the facts from which the clip's views were drawn."""
-        return ClipFacts(*(int(value) for value in self.facts[row]))
 
 
 class CacheReader:

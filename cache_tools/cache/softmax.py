@@ -9,28 +9,6 @@ import numpy.typing as npt
 
 from mmkd.cache_tools.frames.records import Float32Array
 
-Float16Array = npt.NDArray[np.float16]
-FORMAT = "fp16-minus-row-maximum"
-
-
-def encode_logits(logits: Float32Array) -> tuple[Float16Array, Float32Array]:
-    """Encode float32 (..., C) as (fp16 (..., C) in -65504..0, fp32 row maxima (...)).
-
-    Rows must be finite. Raises ValueError for a value more than 65504 below its row's maximum, which fp16
-    cannot hold.
-    """
-    maximum = logits.max(axis=-1)
-    with np.errstate(invalid="ignore", over="ignore"):
-        shifted = logits - maximum[..., None]
-    if not np.isfinite(shifted).all() or shifted.min(initial=0) < np.finfo(np.float16).min:
-        raise ValueError("logits must be finite and lie within 65504 below their row's maximum")
-    return shifted.astype(np.float16), maximum
-
-
-def decode_logits(shifted: Float16Array, maximum: Float32Array) -> Float32Array:
-    """Return float32 (..., C) from what `encode_logits` made; NaN rows stay NaN."""
-    return shifted.astype(np.float32) + maximum[..., None]
-
 
 def kl_divergence(
     reference: Float32Array, other: Float32Array, temperature: float = 1.0

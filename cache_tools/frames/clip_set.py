@@ -23,7 +23,8 @@ from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.recipes.recipe import Recipe
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, VideoError
-from mmkd.data_manifests.manifest import Clip, Manifest, load_manifest
+from mmkd.data_manifests.manifest import Clip, Manifest
+from mmkd.data_manifests.manifest_file import load_manifest
 
 
 class DataRecipe(Recipe):

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmkd.cache_tools.cache.fingerprints import require_same
-from mmkd.cache_tools.cache.reader import CacheReader, SplitTable
-from mmkd.cache_tools.frames.records import IntArray, View
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.cache.split_table import SplitTable
+from mmkd.cache_tools.frames.records import IntArray
 from mmkd.cache_tools.layout import SplitLayout
 from mmkd.cache_tools.views.drawing import evaluation_views, random_views
+from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Manifest

@@ -9,7 +9,8 @@ import hashlib
 import cv2
 import numpy as np
 
-from mmkd.cache_tools.frames.records import ClipFrames, UInt8Array, View
+from mmkd.cache_tools.frames.records import ClipFrames, UInt8Array
+from mmkd.cache_tools.views.view import View
 
 CANONICAL_RULES = "crop, then cv2.resize: area when shrinking, bilinear when growing; RGB uint8"
 """What `canonical_view` does, in words; part of every fingerprint."""

@@ -8,10 +8,8 @@ their scale rule: short side to S·U(a, b), then an S x S crop. We crop first an
 window and reads fewer pixels.
 """
 
-import hashlib
 import itertools
 import json
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,14 +22,13 @@ from pydantic import Field, model_validator
 from mmkd.cache_tools.frames.records import (
     ClipFacts,
     FactsTable,
-    Float64Array,
     IntArray,
     UInt64Array,
-    View,
-    ViewTable,
     facts_table,
 )
 from mmkd.cache_tools.recipes.recipe import Recipe
+from mmkd.cache_tools.views.keyed_words import BLOCK_WORDS, below, stream_bytes, unit
+from mmkd.cache_tools.views.view import View, ViewTable
 
 VIEW_RULES = "views-1"
 """Name of the drawing rules in this file; part of every fingerprint."""
@@ -66,50 +63,8 @@ class ViewPolicy(Recipe):
         return self.evaluation_clips * self.evaluation_crops
 
 
-class KeyedWords:
-    """An endless stream of 64-bit words that is a function of its key alone (BLAKE2b in counter mode)."""
-
-    def __init__(self, *key: object) -> None:
-        """Start the stream of `key`, whose parts must be JSON values."""
-        self._words = self._stream(json.dumps(key, sort_keys=True, ensure_ascii=False))
-
-    @staticmethod
-    def _stream(key: str) -> Iterator[int]:
-        words = stream_bytes(key)
-        while True:
-            yield from struct.unpack("<8Q", next(words))
-
-    def below(self, n: int) -> int:
-        """Return a whole number in 0..n-1 (bias below n / 2^64)."""
-        return (next(self._words) * n) >> 64
-
-    def unit(self) -> float:
-        """Return a number in [0, 1) with 53 random bits."""
-        return (next(self._words) >> 11) * 2.0**-53
-
-
-BLOCK_WORDS = 8
 TABLE_ROWS = 4096
 """Clips whose views are drawn together: larger is no faster and takes more memory."""
-
-
-def stream_bytes(key: str) -> Iterator[bytes]:
-    """Yield the stream of a key, the JSON of what it is a function of, in blocks of 8 little-endian words."""
-    digest = hashlib.blake2b(key.encode(), digest_size=64).digest()
-    for counter in itertools.count():
-        yield hashlib.blake2b(counter.to_bytes(8, "little"), key=digest, digest_size=64).digest()
-
-
-def below(words: UInt64Array, n: IntArray) -> IntArray:
-    """Return `KeyedWords.below` of arrays: (word * n) >> 64 for n below 2^32, in halves of 32 bits."""
-    n = n.astype(np.uint64)
-    high, low = (words >> 32) * n, (words & 0xFFFFFFFF) * n
-    return ((high + (low >> 32)) >> 32).astype(np.int64)
-
-
-def unit(words: UInt64Array) -> Float64Array:
-    """Return `KeyedWords.unit` of an array."""
-    return (words >> 11).astype(np.float64) * 2.0**-53
 
 
 def random_views(

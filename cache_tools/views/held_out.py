@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.views.drawing import KeyedWords
+from mmkd.cache_tools.views.keyed_words import KeyedWords
 from mmkd.data_manifests.typed_json import STRICT
 
 

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,15 @@ def _claim(directory: Path, options: DemoOptions) -> None:
 def _write_json(path: Path, content: object, *, indent: int | None = 1) -> None:
     text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
     write_atomically(path, text.encode())
+
+
+RECIPES = {"demo-teacher.yaml": "teacher.yaml", "demo-student.yaml": "student.yaml"}
+"""Name in the package -> name in the demo's directory."""
+
+
+def write_recipes(directory: Path) -> None:
+    """Write teacher.yaml and student.yaml into `directory`; recipes that are there, perhaps edited, stay."""
+    for source, name in RECIPES.items():
+        target = directory / name
+        if not target.exists():
+            target.write_bytes((files("mmkd.data_manifests") / "recipe-files" / source).read_bytes())

@@ -22,15 +22,8 @@ from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.tasks.heartbeat import Others
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, VideoError
-from mmkd.pipeline.build.start import (
-    NEW_PLACE,
-    SplitPlan,
-    check_same,
-    draw_views,
-    static_objects,
-    stored_init,
-)
-from mmkd.pipeline.build.work import BuildPlan
+from mmkd.pipeline.build.start import NEW_PLACE, check_same, static_objects, stored_init
+from mmkd.pipeline.build.work import BuildPlan, SplitPlan, draw_views
 
 log = logging.getLogger("mmkd")
 Rows = Mapping[str, set[int]]

@@ -21,7 +21,7 @@ from mmkd.cache_tools.cache.logit_formats import (
     worst_kl,
 )
 from mmkd.cache_tools.frames.clip_set import ClipVideo
-from mmkd.cache_tools.frames.records import Float32Array, View
+from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.cache_tools.layout import (
     THUMBPRINT,
     Shard,
@@ -31,6 +31,7 @@ from mmkd.cache_tools.layout import (
     thumbprint_arrays,
 )
 from mmkd.cache_tools.views.canonical import THUMBNAIL_SIZE
+from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip
 from mmkd.pipeline.experts.expert import Expert

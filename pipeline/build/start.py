@@ -6,7 +6,7 @@ the build would compute the same numbers, and lets the cache grow by experts and
 
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -23,93 +23,15 @@ from mmkd.cache_tools.cache.commits import drop_all, hash_objects
 from mmkd.cache_tools.cache.fingerprints import refuse_differences, require_same
 from mmkd.cache_tools.cache.init_record import CacheInit, read_init
 from mmkd.cache_tools.cache.logit_formats import format_of
-from mmkd.cache_tools.frames.clip_set import ClipVideos
-from mmkd.cache_tools.frames.records import View, ViewTable
-from mmkd.cache_tools.frames.source import DECODER_RULES
-from mmkd.cache_tools.layout import GROUP, INDEX, INIT, ROOT, SCHEMA, SplitLayout, group_key
+from mmkd.cache_tools.layout import GROUP, INDEX, INIT, ROOT, SplitLayout, group_key
 from mmkd.cache_tools.storage.store import MissingObjectError, Store, TakenOverError
-from mmkd.cache_tools.views.canonical import CANONICAL_RULES, THUMBNAIL_SIZE
-from mmkd.cache_tools.views.drawing import (
-    VIEW_RULES,
-    ViewPolicy,
-    evaluation_view_table,
-    random_view_table,
-)
+from mmkd.cache_tools.views.canonical import THUMBNAIL_SIZE
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import FingerprintError, InputError, VideoError
-from mmkd.data_manifests.manifest import Clip, Manifest
+from mmkd.data_manifests.manifest import Manifest
+from mmkd.pipeline.build.work import ExpertNode, SplitPlan
 
 NEW_PLACE = "Build into another directory, or restore what changed"
-
-
-@dataclass(frozen=True)
-class ExpertNode:
-    """What a cache keeps of an expert."""
-
-    fields: Mapping[str, Any]
-    """Everything that could change its logits, over the base."""
-    held_out: Mapping[str, Any]
-    """Fraction and seed of the training clips it did not see."""
-
-
-@dataclass(frozen=True)
-class SplitPlan:
-    """One split with everything that is known before decoding."""
-
-    layout: SplitLayout
-    """Rows, views and blocks."""
-    items: ClipVideos
-    """(rows,) the manifest's clips, in order, with their facts, or why there are none."""
-    drawn: ViewTable
-    """The views of each clip; zeros where there are no facts."""
-
-    @property
-    def clips(self) -> Sequence[Clip]:
-        """(rows,) the manifest's clips, in order."""
-        return self.items.clips
-
-    def views(self, row: int, numbers: range) -> tuple[View, ...]:
-        """Return views of a clip; none where its video is unreadable."""
-        unreadable = isinstance(self.items.videos[row], VideoError)
-        return () if unreadable else tuple(self.drawn.view(row, number) for number in numbers)
-
-
-def base_fields(manifest: Manifest, policy: ViewPolicy, *, train_split: str, view_seed: int) -> dict[str, Any]:
-    """Return the base node: everything that could change what a view shows or means."""
-    return {
-        "schema": SCHEMA,
-        "dataset": manifest.dataset,
-        "manifest": manifest.fingerprint(),
-        "heads": {head.name: list(head.classes) for head in manifest.heads},
-        "train_split": train_split,
-        "views": policy.model_dump(mode="json"),
-        "view_seed": view_seed,
-        "view_rules": VIEW_RULES,
-        "canonical": CANONICAL_RULES,
-        "decoder": DECODER_RULES,
-    }
-
-
-def draw_views(
-    items: ClipVideos,
-    policy: ViewPolicy,
-    *,
-    manifest: Manifest,
-    seed: int,
-    training_views: int | None,
-) -> ViewTable:
-    """Return the clips' random views (0..training_views-1), or their evaluation views; zeros without facts."""
-    if training_views is None:
-        return evaluation_view_table(items.facts, policy)
-    return random_view_table(
-        items.facts,
-        policy,
-        dataset=manifest.dataset,
-        clip_ids=[clip.clip_id for clip in items.clips],
-        seed=seed,
-        flip_allowed=manifest.flip_allowed,
-        numbers=range(training_views),
-    )
 
 
 def static_values(plan: SplitPlan, manifest: Manifest) -> dict[str, Any]:

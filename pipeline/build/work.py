@@ -9,10 +9,11 @@ from typing import Any
 from mmkd.cache_tools.cache.fingerprints import fingerprint
 from mmkd.cache_tools.cache.init_record import CacheInit, expert_fingerprint
 from mmkd.cache_tools.cache.logit_formats import FORMATS, format_of
-from mmkd.cache_tools.frames.clip_set import ClipSet, unusable_line
-from mmkd.cache_tools.frames.records import View
+from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideos, unusable_line
+from mmkd.cache_tools.frames.source import DECODER_RULES
 from mmkd.cache_tools.layout import (
     GROUP,
+    SCHEMA,
     THUMBPRINT,
     Shard,
     SplitLayout,
@@ -25,14 +26,92 @@ from mmkd.cache_tools.layout import (
 )
 from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.tasks.claims import Claims
+from mmkd.cache_tools.views.canonical import CANONICAL_RULES
+from mmkd.cache_tools.views.drawing import (
+    VIEW_RULES,
+    ViewPolicy,
+    evaluation_view_table,
+    random_view_table,
+)
+from mmkd.cache_tools.views.view import View, ViewTable
 from mmkd.data_manifests.counted import ARE, counted
-from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.manifest import Manifest
-from mmkd.pipeline.build.start import ExpertNode, SplitPlan, base_fields, draw_views
+from mmkd.data_manifests.errors import InputError, VideoError
+from mmkd.data_manifests.manifest import Clip, Manifest
 from mmkd.pipeline.experts.expert import Expert
-from mmkd.pipeline.experts.teacher import boxes_fields, check_teacher, open_boxes
-from mmkd.pipeline.inputs.boxes import BoxFile
+from mmkd.pipeline.experts.teacher import check_teacher
+from mmkd.pipeline.inputs.boxes import BoxFile, boxes_fields, open_boxes
 from mmkd.pipeline.recipe import BuildRecipe, TeacherRecipe
+
+
+@dataclass(frozen=True)
+class ExpertNode:
+    """What a cache keeps of an expert."""
+
+    fields: Mapping[str, Any]
+    """Everything that could change its logits, over the base."""
+    held_out: Mapping[str, Any]
+    """Fraction and seed of the training clips it did not see."""
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """One split with everything that is known before decoding."""
+
+    layout: SplitLayout
+    """Rows, views and blocks."""
+    items: ClipVideos
+    """(rows,) the manifest's clips, in order, with their facts, or why there are none."""
+    drawn: ViewTable
+    """The views of each clip; zeros where there are no facts."""
+
+    @property
+    def clips(self) -> Sequence[Clip]:
+        """(rows,) the manifest's clips, in order."""
+        return self.items.clips
+
+    def views(self, row: int, numbers: range) -> tuple[View, ...]:
+        """Return views of a clip; none where its video is unreadable."""
+        unreadable = isinstance(self.items.videos[row], VideoError)
+        return () if unreadable else tuple(self.drawn.view(row, number) for number in numbers)
+
+
+def base_fields(manifest: Manifest, policy: ViewPolicy, *, train_split: str, view_seed: int) -> dict[str, Any]:
+    """Return the base node: everything that could change what a view shows or means."""
+    return {
+        "schema": SCHEMA,
+        "dataset": manifest.dataset,
+        "manifest": manifest.fingerprint(),
+        "heads": {head.name: list(head.classes) for head in manifest.heads},
+        "train_split": train_split,
+        "views": policy.model_dump(mode="json"),
+        "view_seed": view_seed,
+        "view_rules": VIEW_RULES,
+        "canonical": CANONICAL_RULES,
+        "decoder": DECODER_RULES,
+    }
+
+
+def draw_views(
+    items: ClipVideos,
+    policy: ViewPolicy,
+    *,
+    manifest: Manifest,
+    seed: int,
+    training_views: int | None,
+) -> ViewTable:
+    """Return the clips' random views (0..training_views-1), or their evaluation views; zeros without facts."""
+    if training_views is None:
+        return evaluation_view_table(items.facts, policy)
+    return random_view_table(
+        items.facts,
+        policy,
+        dataset=manifest.dataset,
+        clip_ids=[clip.clip_id for clip in items.clips],
+        seed=seed,
+        flip_allowed=manifest.flip_allowed,
+        numbers=range(training_views),
+    )
+
 
 log = logging.getLogger("mmkd")
 LIKE = 0.75

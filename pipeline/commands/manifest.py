@@ -8,7 +8,8 @@ import click
 from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.manifest import Manifest, save_manifest
+from mmkd.data_manifests.manifest import Manifest
+from mmkd.data_manifests.manifest_file import save_manifest
 from mmkd.pipeline.commands.options import FILE, FOLDER
 
 

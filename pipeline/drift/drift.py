@@ -21,19 +21,18 @@ from mmkd.cache_tools.cache.fingerprints import differences, refuse_differences
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.cache.softmax import kl_divergence
 from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideo
-from mmkd.cache_tools.frames.records import Float32Array, View
+from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.cache_tools.process.pool import run_tasks
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.storage.store import Store
+from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.errors import FingerprintError, StorageError, VerificationError, VideoError
 from mmkd.data_manifests.manifest import Manifest
-from mmkd.pipeline.build.start import base_fields
-from mmkd.pipeline.build.work import expert_node
+from mmkd.pipeline.build.work import base_fields, expert_node
 from mmkd.pipeline.drift.report import DriftReport, HeadDrift, PixelDrift
 from mmkd.pipeline.drift.sample import Sampled, draw_sample, stored_logits
 from mmkd.pipeline.experts.expert import Expert
-from mmkd.pipeline.experts.teacher import boxes_fields, open_boxes
-from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile
+from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile, boxes_fields, open_boxes
 from mmkd.pipeline.inputs.modalities import Inputs, view_inputs
 from mmkd.pipeline.inputs.prepare import (
     ClipJob,

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.cache.reader import CacheReader, SplitTable
-from mmkd.cache_tools.frames.records import Float32Array, View
-from mmkd.cache_tools.views.drawing import KeyedWords
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.cache.split_table import SplitTable
+from mmkd.cache_tools.frames.records import Float32Array
+from mmkd.cache_tools.views.keyed_words import KeyedWords
+from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.errors import InputError
 
 

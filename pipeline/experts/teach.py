@@ -29,10 +29,9 @@ from mmkd.pipeline.experts.expert import (
     save_expert,
     write_card,
 )
-from mmkd.pipeline.experts.teacher import boxes_fields, open_boxes
 from mmkd.pipeline.flow.clip_flow import all_pairs, clip_flow, flow_identity
 from mmkd.pipeline.flow.scratch import FlowStore
-from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile, boxes_at
+from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile, boxes_at, boxes_fields, open_boxes
 from mmkd.pipeline.inputs.expert_views import BoxViews, FlowViews
 from mmkd.pipeline.inputs.prepare import FlowFill, FlowJob, fill_flow
 from mmkd.pipeline.recipe import ExpertRecipe, TeacherRecipe

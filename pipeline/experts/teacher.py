@@ -1,18 +1,17 @@
 """The teacher: experts that may be mixed, because they saw the same classes, views and data."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from mmkd.cache_tools.cache.fingerprints import differences, file_sha256
+from mmkd.cache_tools.cache.fingerprints import differences
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Manifest
 from mmkd.pipeline.experts.expert import Expert, ExpertCard, load_expert
 from mmkd.pipeline.flow.clip_flow import flow_identity, stated_flow
-from mmkd.pipeline.inputs.boxes import BoxFile, load_boxes
-from mmkd.pipeline.recipe import BoxesRecipe, TeacherRecipe
+from mmkd.pipeline.inputs.boxes import boxes_form
+from mmkd.pipeline.recipe import TeacherRecipe
 
 
 def load_teacher(directories: Sequence[Path], device: torch.device) -> tuple[Expert, ...]:
@@ -22,27 +21,6 @@ def load_teacher(directories: Sequence[Path], device: torch.device) -> tuple[Exp
     if len(set(names)) != len(names):
         raise InputError(f"two experts have the same name: {', '.join(sorted(names))}; give each its own")
     return experts
-
-
-def boxes_fields(recipe: BoxesRecipe) -> dict[str, Any]:
-    """Return everything that could change a box: hashes of the annotation files, frame rate, slots."""
-    if not recipe.files:
-        raise InputError("a boxes expert needs annotations; give them with --boxes FILE")
-    for path in recipe.files:
-        if not path.is_file():
-            raise InputError(f"the box annotations {path} do not exist; give them with --boxes FILE")
-    return {"sha256": sorted(file_sha256(path) for path in recipe.files)} | boxes_form(recipe)
-
-
-def boxes_form(recipe: BoxesRecipe) -> dict[str, Any]:
-    """Return what an expert needs to be alike in all annotations; their content may be extended or corrected."""
-    return {"fps": recipe.fps, "max_boxes": recipe.max_boxes}
-
-
-def open_boxes(recipe: BoxesRecipe, videos: Collection[str]) -> BoxFile:
-    """Read the boxes of the given videos (paths or ids)."""
-    boxes_fields(recipe)
-    return load_boxes(recipe.files, videos, fps=recipe.fps, max_boxes=recipe.max_boxes)
 
 
 def check_teacher(cards: Sequence[ExpertCard], manifest: Manifest, recipe: TeacherRecipe) -> None:

@@ -19,8 +19,8 @@ from mmkd.cache_tools.frames.records import (
     Float32Array,
     IntArray,
     UInt8Array,
-    View,
 )
+from mmkd.cache_tools.views.view import View
 from mmkd.pipeline.flow.conventions import codes_of_flow, flow_of_codes
 from mmkd.pipeline.flow.methods import FlowMethod, sequence_flow
 from mmkd.pipeline.recipe import FlowRecipe

@@ -22,8 +22,8 @@ from mmkd.cache_tools.layout import THUMBPRINT, Status
 from mmkd.cache_tools.storage.store import LocalStore, Store, open_store
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
-from mmkd.pipeline.build.start import SplitPlan, plan_init, stored_layouts
-from mmkd.pipeline.build.work import BuildPlan, ShardWork, pending_shards, plan_build
+from mmkd.pipeline.build.start import plan_init, stored_layouts
+from mmkd.pipeline.build.work import BuildPlan, ShardWork, SplitPlan, pending_shards, plan_build
 from mmkd.pipeline.experts.expert import Expert
 from mmkd.pipeline.forecast.rates import (
     WriteRate,

@@ -11,10 +11,12 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mmkd.cache_tools.cache.fingerprints import file_sha256
 from mmkd.cache_tools.frames.records import (
     Float32Array,
     Float64Array,
@@ -24,6 +26,7 @@ from mmkd.cache_tools.frames.records import (
 from mmkd.data_manifests.errors import InputError, VideoError
 from mmkd.pipeline.inputs.box_labels import EMPTY, parse_video
 from mmkd.pipeline.inputs.json_members import iterate_members
+from mmkd.pipeline.recipe import BoxesRecipe
 
 ANNOTATED_FPS = 12.0
 """Frame rate of the published annotations."""
@@ -194,3 +197,24 @@ def _clipped(found: FrameBoxes) -> FrameBoxes:
         np.where(present, found.scores, np.float32(0)),
         found.annotated,
     )
+
+
+def boxes_fields(recipe: BoxesRecipe) -> dict[str, Any]:
+    """Return everything that could change a box: hashes of the annotation files, frame rate, slots."""
+    if not recipe.files:
+        raise InputError("a boxes expert needs annotations; give them with --boxes FILE")
+    for path in recipe.files:
+        if not path.is_file():
+            raise InputError(f"the box annotations {path} do not exist; give them with --boxes FILE")
+    return {"sha256": sorted(file_sha256(path) for path in recipe.files)} | boxes_form(recipe)
+
+
+def boxes_form(recipe: BoxesRecipe) -> dict[str, Any]:
+    """Return what an expert needs to be alike in all annotations; their content may be extended or corrected."""
+    return {"fps": recipe.fps, "max_boxes": recipe.max_boxes}
+
+
+def open_boxes(recipe: BoxesRecipe, videos: Collection[str]) -> BoxFile:
+    """Read the boxes of the given videos (paths or ids)."""
+    boxes_fields(recipe)
+    return load_boxes(recipe.files, videos, fps=recipe.fps, max_boxes=recipe.max_boxes)

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mmkd.cache_tools.frames.clip_set import ClipVideo
-from mmkd.cache_tools.frames.records import View
 from mmkd.cache_tools.views.drawing import ViewPolicy
+from mmkd.cache_tools.views.view import View
 from mmkd.pipeline.inputs.boxes import BoxFile, BoxTrack, boxes_at
 from mmkd.pipeline.inputs.prepare import PreparedClip
 

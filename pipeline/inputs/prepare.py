@@ -18,10 +18,10 @@ from mmkd.cache_tools.frames.records import (
     IntArray,
     UInt8Array,
     UInt64Array,
-    View,
 )
 from mmkd.cache_tools.frames.source import FrameSource
 from mmkd.cache_tools.views.canonical import canonical_view, pixel_hash, thumbnail
+from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.errors import VideoError
 from mmkd.pipeline.flow.clip_flow import (
     FlowFields,

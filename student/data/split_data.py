@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mmkd.cache_tools.cache.clip_rows import named, subset_faults
-from mmkd.cache_tools.cache.reader import CacheReader, SplitTable
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.cache.split_table import SplitTable
 from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideo
 from mmkd.cache_tools.frames.records import IntArray
 from mmkd.cache_tools.layout import Status

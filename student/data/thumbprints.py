@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmkd.cache_tools.cache.reader import CacheReader, SplitTable
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.cache.split_table import SplitTable
 from mmkd.cache_tools.frames.records import IntArray
 from mmkd.cache_tools.views.canonical import pixel_hash, thumbnail
-from mmkd.cache_tools.views.drawing import KeyedWords
+from mmkd.cache_tools.views.keyed_words import KeyedWords
 from mmkd.data_manifests.errors import VerificationError
 from mmkd.student.data.batches import read_item
 from mmkd.student.data.rgb_views import RGBViews

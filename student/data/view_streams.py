@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
-from mmkd.cache_tools.cache.reader import SplitTable
-from mmkd.cache_tools.frames.records import ClipFacts, View, ViewTable, facts_table
+from mmkd.cache_tools.cache.split_table import SplitTable
+from mmkd.cache_tools.frames.records import ClipFacts, facts_table
 from mmkd.cache_tools.views.drawing import ViewPolicy, random_view_table
+from mmkd.cache_tools.views.view import View, ViewTable
 
 
 class ViewStream(Protocol):

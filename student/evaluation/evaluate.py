@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.cache.reader import CacheReader, SplitTable
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.cache.split_table import SplitTable
 from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Manifest

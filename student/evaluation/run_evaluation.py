@@ -35,8 +35,7 @@ from mmkd.student.evaluation.run_files import (
 )
 from mmkd.student.evaluation.trained import model_state, without_weights
 from mmkd.student.networks.networks import VideoClassifier, build_network
-from mmkd.student.recipe import TrainRecipe
-from mmkd.student.student_recipe import StudentRecipe
+from mmkd.student.recipe import StudentRecipe, TrainRecipe
 from mmkd.student.teacher.cached_teacher import choose_weights, mix_split
 from mmkd.student.teacher.mixing import HeadMixtures, Missing
 from mmkd.student.training.predict import predict

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from mmkd.cache_tools.frames.records import ClipFacts, Float32Array, UInt8Array, View
+from mmkd.cache_tools.frames.records import ClipFacts, Float32Array, UInt8Array
 from mmkd.cache_tools.views.canonical import CANONICAL_RULES
 from mmkd.cache_tools.views.drawing import VIEW_RULES, ViewPolicy, evaluation_views
+from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.student.evaluation.run_files import (
     MODEL_AGAIN,

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.cache.reader import CacheReader, SplitTable
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.cache.split_table import SplitTable
 from mmkd.cache_tools.frames.records import Float32Array, IntArray
-from mmkd.cache_tools.views.drawing import KeyedWords
+from mmkd.cache_tools.views.keyed_words import KeyedWords
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.evaluation.metrics import Metrics, evaluate

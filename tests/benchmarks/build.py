@@ -25,9 +25,8 @@ from mmkd.cache_tools.process.pool import run_tasks
 from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.cache_tools.storage.store import LocalStore
 from mmkd.data_manifests.demo.plan import DemoOptions
-from mmkd.data_manifests.demo.recipes import write_recipes
-from mmkd.data_manifests.demo.write import write_demo
-from mmkd.data_manifests.manifest import save_manifest
+from mmkd.data_manifests.demo.write import write_demo, write_recipes
+from mmkd.data_manifests.manifest_file import save_manifest
 from mmkd.data_manifests.something import read_something_something
 from mmkd.pipeline.build.build import build, clip_job
 from mmkd.pipeline.build.shard_block import NodeResult, ShardBlock

@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmkd.cache_tools.cache.softmax import decode_logits, encode_logits, kl_divergence
+from mmkd.cache_tools.cache.logit_formats import decode_logits, encode_logits
+from mmkd.cache_tools.cache.softmax import kl_divergence
 from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideo
-from mmkd.cache_tools.frames.records import View
 from mmkd.cache_tools.frames.source import VideoFiles
 from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.cache_tools.views.drawing import random_views
+from mmkd.cache_tools.views.view import View
 from mmkd.pipeline.experts.expert import Expert, load_expert
-from mmkd.pipeline.experts.teacher import open_boxes
-from mmkd.pipeline.inputs.boxes import BoxFile
+from mmkd.pipeline.inputs.boxes import BoxFile, open_boxes
 from mmkd.pipeline.inputs.modalities import Inputs, view_inputs
 from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, prepare_clip
 from mmkd.pipeline.recipe import TeacherRecipe

@@ -30,22 +30,11 @@ from mmkd.cache_tools.tasks.claims import Claims
 from mmkd.cache_tools.tasks.finish import finalize
 from mmkd.cache_tools.tasks.heartbeat import Others, Task, new_task_id
 from mmkd.cache_tools.views.drawing import ViewPolicy
-from mmkd.data_manifests.manifest import (
-    Clip,
-    Head,
-    Manifest,
-    load_manifest,
-    save_manifest,
-)
+from mmkd.data_manifests.manifest import Clip, Head, Manifest
+from mmkd.data_manifests.manifest_file import load_manifest, save_manifest
 from mmkd.pipeline.build.shard_block import NodeResult
-from mmkd.pipeline.build.start import (
-    ExpertNode,
-    SplitPlan,
-    base_fields,
-    draw_views,
-    initialise,
-)
-from mmkd.pipeline.build.work import committed_nodes
+from mmkd.pipeline.build.start import initialise
+from mmkd.pipeline.build.work import ExpertNode, SplitPlan, base_fields, committed_nodes, draw_views
 
 MANIFEST = "manifest.jsonl"
 SHARD_ROWS = 512
