@@ -190,7 +190,7 @@ def thumbprint_arrays(split: str) -> tuple[str, str]:
 
 
 def part_array(split: str, expert: str, part: str, *, head: str) -> str:
-    """Return the name of one of the arrays that hold an expert's logits (see mmkd.cache_tools.cache.logit_formats)."""
+    """Return the name of one of the arrays of an expert's logits (see mmkd.cache_tools.cache.logit_formats)."""
     return f"{split}/{expert}/{part}/{head}"
 
 

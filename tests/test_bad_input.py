@@ -12,10 +12,9 @@ from mmkd.cache_tools.layout import ROOT
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import VideoError
 from mmkd.data_manifests.manifest import Clip
-
-from .conftest import Tiny
-from .in_process import call_ok, refused
-from .tiny_data import SHORT, expert, rows_of, stage_one, write_rows
+from tests.helpers.in_process import call_ok, refused
+from tests.helpers.tiny import Tiny
+from tests.helpers.tiny_data import SHORT, expert, rows_of, stage_one, write_rows
 
 
 def label_outside(rows: list[dict[str, Any]]) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from .in_process import call, call_ok
+from tests.helpers.in_process import call, call_ok
+from tests.helpers.places import TESTS
 
-ARCHIVE = Path(__file__).parent / "data" / "before.tar.xz"
+ARCHIVE = TESTS / "data" / "before.tar.xz"
 
 
 @pytest.fixture

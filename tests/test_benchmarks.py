@@ -2,7 +2,7 @@
 
 import pytest
 
-from .benchmarks import quick
+from tests.benchmarks import quick
 
 SCRIPTS = sorted(path.name for path in quick.FOLDER.glob("*.py") if path.name != "quick.py")
 

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import click
 import pytest
@@ -12,12 +11,11 @@ import pytest
 from mmkd.cache_tools.recipes.yaml_text import parse_yaml
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.recipe import StudentRecipe
+from tests.helpers.command_lines import ALL, parse
+from tests.helpers.commands import ENVIRONMENT
+from tests.helpers.in_process import MODULES, call, call_ok, refused
+from tests.helpers.places import ROOT
 
-from .command_lines import ALL, parse
-from .conftest import ENVIRONMENT
-from .in_process import MODULES, call, call_ok, refused
-
-ROOT = Path(__file__).resolve().parents[1]
 DATA = ("--manifest", "m", "--videos", "v")
 HEAVY = ("torch", "torchvision", "zarr", "h5py", "cv2", "decord")
 

@@ -12,10 +12,9 @@ from mmkd.cache_tools.recipes.faults import leaf_paths
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.recipe import StudentRecipe
+from tests.helpers.command_lines import ALL, options_of
+from tests.helpers.places import ROOT
 
-from .command_lines import ALL, options_of
-
-ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("data_manifests", "cache_tools", "student", "pipeline")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("**/*.py"))]
 RECIPES = sorted((ROOT / "data_manifests").glob("**/*.yaml"))

@@ -5,17 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from mmkd.data_manifests.manifest_file import load_manifest
+from tests.helpers.command_lines import parse
+from tests.helpers.places import DATA, ROOT, needs_data
 
-from .command_lines import parse
-
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-EPIC = ROOT.parent / "shared" / "data" / "epic100"
+EPIC = DATA / "epic100"
 
 
 def shown_commands() -> list[str]:
@@ -45,9 +43,8 @@ def test_the_file_tree_names_every_module_of_a_listed_kind():
 PROGRAM_FOLDERS = ("data_manifests", "cache_tools", "student", "pipeline", "tests")
 
 
+@needs_data
 def test_the_epic_example_makes_a_manifest(tmp_path):
-    if not EPIC.is_dir():
-        pytest.skip(f"the real EPIC-KITCHENS-100 annotations are not at {EPIC}")
     for path in EPIC.glob("*.csv"):
         shutil.copy(path, tmp_path / path.name)
     for split in ("train", "validation"):

@@ -17,12 +17,12 @@ from mmkd.cache_tools.views.canonical import pixel_hash, thumbnail
 from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.pipeline.flow.scratch import FlowStore
 from mmkd.pipeline.recipe import TeacherRecipe
+from tests.helpers.in_process import call, call_ok
+from tests.helpers.places import DATA, needs_data
 
-from .in_process import call, call_ok
-
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "something_something"
+REAL = DATA / "something_something"
 BOXES = REAL / "bounding_box_annotations.json"
-pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason="no shared/data beside the repository")
+pytestmark = needs_data
 
 TRAIN, VALIDATION = ("80962", "2", "13201"), ("57082", "3201")
 LABELS = {

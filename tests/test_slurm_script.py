@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+from tests.helpers.places import ROOT
+
+README = (ROOT / "README.md").read_text()
 BUILD = """#!/bin/bash
 # as a build does: a signal stops it after what is under way, with exit code 75
 trap 'sleep 0.1; exit 75' USR1 TERM

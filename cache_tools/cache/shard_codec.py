@@ -18,8 +18,8 @@ def encode_shard(metadata: bytes, block: npt.NDArray[Any]) -> bytes:
     """Return the object of one whole shard: inner chunks in order, then offset and length of each, then crc32c.
 
     `metadata` is the array's zarr.json and `block` has its shard's shape and type. Raises ValueError for an array
-    of another form than `mmkd.cache_tools.cache.arrays` makes: one sharding codec around little-endian bytes and zstd,
-    chunks that split the first axis alone.
+    of another form than mmkd.cache_tools.cache.arrays makes: one sharding codec around little-endian bytes and
+    zstd, chunks that split the first axis alone.
     """
     fields = json.loads(metadata)
     shard = fields["chunk_grid"]["configuration"]["chunk_shape"]

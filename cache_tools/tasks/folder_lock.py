@@ -51,7 +51,7 @@ class Holder:
     generation: int
     """Its number; the highest one holds."""
     id: str
-    """Machine, process and start of the holder (see mmkd.cache_tools.tasks.heartbeat); empty where the file does not say."""
+    """Machine, process and start of the holder (see mmkd.cache_tools.tasks.heartbeat); empty if not said."""
     who: str
     """The same for people: `process 12 on host a, since 2026-01-01 12:00 UTC`."""
 

@@ -1,8 +1,8 @@
 """TV-L1 in torch alone, on any device: the readable reference, and the path where no faster one runs.
 
-Follows OpenCV's two implementations, see `mmkd.pipeline.tvl1.dispatch`. Planes of a group of pairs are worked on in strips
-that stay in a core's cache. What this gives up: each step is one call of torch for a strip, so planes are read
-again and again, and on a GPU it asks the device for the convergence of each pair.
+Follows OpenCV's two implementations, see `mmkd.pipeline.tvl1.dispatch`. Planes of a group of pairs are worked on in
+strips that stay in a core's cache. What this gives up: each step is one call of torch for a strip, so planes are
+read again and again, and on a GPU it asks the device for the convergence of each pair.
 """
 
 import math

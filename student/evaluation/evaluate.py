@@ -19,7 +19,7 @@ from mmkd.student.teacher.cached_teacher import mix_split, teacher_views
 from mmkd.student.teacher.mixing import HeadMixtures, Missing
 
 SplitMetrics = dict[str, dict[str, dict[str, Any]]]
-"""`split` or `split/group` -> head -> metrics (see mmkd.student.evaluation.metrics.Metrics; None where undefined), with
+"""`split` or `split/group` -> head -> metrics (mmkd.student.evaluation.metrics.Metrics; None where undefined), with
 `left_out`, the labelled clips without logits, and `clips`, a hash of the ids of those that count."""
 
 Mask = npt.NDArray[np.bool_]

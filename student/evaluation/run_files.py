@@ -1,7 +1,8 @@
 """What lies in a run's directory beside its checkpoints: run.json, model.safetensors and evaluations, all sealed.
 
-run.json says all that the student needs to see a video and to name what it sees; `mmkd.student.evaluation.trained` reads it.
-It is written before the first step, and once more at the end with the hash of the finished model.
+run.json says all that the student needs to see a video and to name what it sees;
+`mmkd.student.evaluation.trained` reads it. It is written before the first step, and once more at the end with the
+hash of the finished model.
 """
 
 import hashlib

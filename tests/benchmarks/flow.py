@@ -9,6 +9,7 @@ frames of ../shared/data where that folder is present, else the table is of a mo
 """
 
 import argparse
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ import torch
 from mmkd.pipeline.tvl1.dispatch import Path as FlowPath
 from mmkd.pipeline.tvl1.dispatch import TVL1Params, chosen_path, tvl1_clip_flow
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = Path(os.environ.get("MMKD_TEST_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 CLIPS = (
     ("videos/mmaction_demo.mp4", 40),
     ("videos/flipping_a_pancake.mkv", 100),

@@ -1,0 +1,1 @@
+"""Tests of mmkd.cache_tools."""

@@ -1,0 +1,202 @@
+"""A cache as one HDF5 file: readable with h5py alone, back to the same bytes, and never from a damaged file."""
+
+import os
+import resource
+
+import h5py
+import numpy as np
+import pytest
+
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.upkeep import hdf5 as hdf5_export
+from mmkd.cache_tools.upkeep.hdf5 import export_cache, import_cache
+from mmkd.cache_tools.upkeep.verify import verify
+from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
+from tests.helpers.in_process import call_ok, refused
+from tests.helpers.many_clips import EXPERTS, HEADS, files_of, logits_of, manifest_of
+from tests.helpers.small_cache import write_cache
+
+MANIFEST = manifest_of(range(20))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_waiting_for_the_disk():
+    """Thousands of small files: what survives a power cut is not what these tests are about."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="module", params=["fp16", "9-bit"])
+def cache(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp("exported") / "cache"
+    write_cache(root, MANIFEST, logits_of(MANIFEST), shard_rows=6, shard_views=2, precision=request.param)
+    return root
+
+
+@pytest.fixture(scope="module")
+def exported(cache):
+    path = cache.with_name("cache.h5")
+    export_cache(cache, path)
+    return path
+
+
+def test_it_comes_back_byte_for_byte(cache, exported, tmp_path):
+    report = import_cache(exported, tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(cache)
+    assert report.reencoded == 0
+    assert report.clips == 20
+    assert not verify(tmp_path / "back").damaged
+    assert import_cache(exported, tmp_path / "back") == report, "the same again is harmless"
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.7, 0.99])
+def test_a_file_that_cannot_grow_leaves_the_old_export_and_says_so(cache, exported, tmp_path, share):
+    path = tmp_path / "cache.h5"
+    path.write_bytes(b"the export before")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * exported.stat().st_size), before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot write .*cache\.h5: File too large; free some space"):
+            export_cache(cache, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"the export before"
+    assert list(tmp_path.iterdir()) == [path]
+    assert h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE) == 0, (
+        "HDF5 has nothing left to write when the process ends"
+    )
+
+
+def test_h5py_alone_reads_logits_and_labels(cache, exported):
+    reader = CacheReader(cache)
+    with h5py.File(exported) as file:
+        assert file.attrs["fingerprint"] == reader.fingerprint
+        assert list(file["train/clip_id"].asstr()) == [clip.clip_id for clip in MANIFEST.split("train")]
+        for head in HEADS:
+            labels = file[f"train/label/{head.name}"]
+            assert tuple(labels.attrs["classes"]) == head.classes
+            np.testing.assert_array_equal(labels[:], reader.split("train").labels[head.name])
+        for expert in EXPERTS:
+            group = file[f"train/{expert}"]
+            np.testing.assert_array_equal(group["status"][:], reader.status("train", expert))
+            for head, expected in reader.logits("train", expert).items():
+                maximum = group[f"maximum/{head}"][:][..., None]
+                if "square" in group.attrs["format"]:  # as the attribute `decode` says, by other means than ours
+                    classes = expected.shape[-1]
+                    stored = group[f"logits/{head}"][:]
+                    high = np.unpackbits(stored[..., classes:], axis=-1, count=classes)
+                    q = stored[..., :classes] + 256.0 * high
+                    logits = maximum - group[f"range/{head}"][:][..., None] * (q / 511.0) ** 2
+                else:
+                    logits = group[f"logits/{head}"][:].astype(np.float32) + maximum
+                np.testing.assert_allclose(logits, expected, atol=1e-5)
+                assert np.isnan(logits).any() == (expert == "flow")
+
+
+def test_every_dataset_has_hdf5s_checksum(exported):
+    with h5py.File(exported) as file:
+        plain = []
+        file.visititems(
+            lambda name, item: plain.append(name) if getattr(item, "fletcher32", True) is False else None
+        )
+        assert plain == []
+        assert len(file["train"]) > 5
+
+
+@pytest.mark.parametrize("cache", ["fp16"], indirect=True)
+def test_damage_anywhere_is_refused_and_nothing_is_served(exported, tmp_path):
+    data, random = exported.read_bytes(), np.random.default_rng(7)
+    refusals = 0
+    for place in random.integers(0, len(data), 24).tolist():
+        path = tmp_path / "flipped.h5"
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        out = tmp_path / f"out-{place}"
+        error = None
+        try:
+            import_cache(path, out)
+        except (VerificationError, InputError) as caught:
+            error = str(caught)
+        if error is None:  # the byte holds nothing that a cache is made of: what came is what was exported
+            assert files_of(out) == files_of(exported.with_name("cache"))
+        else:
+            refusals += 1
+            assert str(path) in error
+            assert not (out / "root.json").exists()
+    assert refusals > 6
+
+
+def test_a_truncated_file_is_refused(exported, tmp_path):
+    path = tmp_path / "short.h5"
+    path.write_bytes(exported.read_bytes()[:-3000])
+    with pytest.raises(VerificationError, match=r"short\.h5 is damaged"):
+        import_cache(path, tmp_path / "out")
+
+
+def test_a_changed_value_is_named(exported, tmp_path):
+    path = tmp_path / "changed.h5"
+    path.write_bytes(exported.read_bytes())
+    with h5py.File(path, "r+") as file:
+        file["train/rgb/maximum/verb"][7, 1] += 1
+    with pytest.raises(VerificationError, match=r"train/rgb/maximum/verb \[6\.\.11, 0\.\.1\]"):
+        import_cache(path, tmp_path / "out")
+
+
+def test_another_encoder_gives_a_sound_cache_of_the_same_values(cache, exported, tmp_path, monkeypatch):
+    """As if another Zstandard wrote the facts: the same values under another level."""
+    encode = hdf5_export.encode_object
+
+    def other(name, metadata, key, *, values):
+        data = encode(name, metadata, key, values=values)
+        return zstd_again(data) if name.endswith("facts") else data
+
+    monkeypatch.setattr(hdf5_export, "encode_object", other)
+    report = import_cache(exported, tmp_path / "out")
+    assert report.reencoded == 2
+    assert "other bytes" in report.lines("out")[0]
+    assert not verify(tmp_path / "out").damaged
+    ours, theirs = CacheReader(tmp_path / "out"), CacheReader(cache)
+    np.testing.assert_array_equal(ours.split("train").facts, theirs.split("train").facts)
+    assert ours.fingerprint != theirs.fingerprint
+
+
+def zstd_again(data: bytes) -> bytes:
+    from numcodecs import Zstd
+
+    return Zstd(level=19, checksum=False).encode(Zstd().decode(data))
+
+
+def test_what_is_no_export_is_refused(exported, cache, tmp_path):
+    for content, what in ((b"text", "is not an HDF5 file"), (None, "is not there")):
+        path = tmp_path / "foreign.h5"
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(InputError, match=what):
+            import_cache(path, tmp_path / "out")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["train"] = 3
+    with pytest.raises(InputError, match="is not an export of"):
+        import_cache(tmp_path / "other.h5", tmp_path / "out")
+    other = manifest_of(range(5))
+    write_cache(tmp_path / "there", other, logits_of(other))
+    with pytest.raises(InputError, match="holds a cache already"):
+        import_cache(exported, tmp_path / "there")
+    assert CacheReader(tmp_path / "there").split("test").clip_ids == ("clip-0", "clip-3")
+
+
+def test_a_failed_export_leaves_the_old_file_and_nothing_else(cache, tmp_path, monkeypatch):
+    path = tmp_path / "old.h5"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(hdf5_export, "_explain", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(StorageError, match=r"cannot write .*old\.h5"):
+        export_cache(cache, path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_commands(cache, tmp_path):
+    call_ok("mmkd-cache", "export", cache, tmp_path / "a.h5")
+    assert "byte for byte" in call_ok("mmkd-cache", "import", tmp_path / "a.h5", "-o", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(cache)
+    assert "is not there" in refused("mmkd-cache", "import", tmp_path / "b.h5", "-o", tmp_path / "c")

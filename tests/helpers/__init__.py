@@ -1,0 +1,1 @@
+"""What several test files share; README.md of the tests says which to take."""
