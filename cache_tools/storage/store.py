@@ -180,7 +180,7 @@ class LocalStore:
             for path in walk(self.root / top, follow=is_own_name(top.partition("/")[0])):
                 try:
                     status = path.stat()
-                except FileNotFoundError:
+                except (FileNotFoundError, NotADirectoryError):  # gone, or the cache would lie below a file
                     continue
                 except OSError as error:
                     raise unreadable(path, error) from error
