@@ -1,4 +1,4 @@
-"""What the README shows exists and works."""
+"""What the READMEs show exists and works."""
 
 import os
 import re
@@ -10,37 +10,54 @@ import pytest
 
 from mmkd.data_manifests.manifest_file import load_manifest
 from tests.helpers.command_lines import parse
+from tests.helpers.file_tree import FOLDERS, with_tree
 from tests.helpers.places import DATA, ROOT, needs_data
 
-README = (ROOT / "README.md").read_text()
 EPIC = DATA / "epic100"
+READMES = ("README.md", *(f"{folder}/README.md" for folder in FOLDERS))
+MOST_LINES = 150
+"""Of the first README: a newcomer reads it whole."""
 
 
-def shown_commands() -> list[str]:
-    blocks = re.findall(r"```(?:bash)?\n(.*?)```", README, re.DOTALL)
+def text_of(readme: str) -> str:
+    return (ROOT / readme).read_text(encoding="utf-8")
+
+
+def shown_commands(readme: str) -> list[str]:
+    blocks = re.findall(r"```(?:bash)?\n(.*?)```", text_of(readme), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     lines = [re.sub(r"\$[A-Z_]+", "0", line) for line in lines]  # as a shell would fill in
     return [line.split(" > ")[0].split(" # ")[0].rstrip("& ") for line in lines if line.startswith("mmkd-")]
 
 
-@pytest.mark.parametrize("line", shown_commands())
-def test_every_command_in_the_readme_has_the_options_it_shows(line):
+@pytest.mark.parametrize("line", sorted({line for readme in READMES for line in shown_commands(readme)}))
+def test_every_command_in_a_readme_has_the_options_it_shows(line):
     parse(line)
 
 
-def test_there_are_commands_to_check():
-    assert len(shown_commands()) > 10
+@pytest.mark.parametrize(("readme", "count"), [*zip(READMES, (12, 1, 10, 4, 3), strict=True)])
+def test_there_are_commands_to_check(readme, count):
+    assert len(shown_commands(readme)) >= count
 
 
-def test_the_file_tree_names_every_module_of_a_listed_kind():
-    tree = README[README.index("## File tree") :]
-    for line in re.findall(r"^  ([\w.*, /]+?)  ", tree, re.MULTILINE):
-        for name in line.split(","):
-            found = [path for folder in PROGRAM_FOLDERS for path in (ROOT / folder).glob(name.strip().rstrip("/"))]
-            assert found, f"the README's file tree names {name.strip()!r}, which is not there"
+def test_the_first_readme_is_short():
+    assert text_of("README.md").count("\n") <= MOST_LINES
 
 
-PROGRAM_FOLDERS = ("data_manifests", "cache_tools", "student", "pipeline", "tests")
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_file_tree_is_true_for_every_file(folder):
+    readme = text_of(f"{folder}/README.md")
+    assert readme == with_tree(readme, ROOT / folder), "`python -m tests.helpers.file_tree` writes the trees"
+
+
+@pytest.mark.parametrize("readme", [*READMES, "CONTRIBUTING.md", "tests/README.md"])
+def test_every_linked_or_named_file_exists(readme):
+    text = re.sub(r"```.*?```", "", text_of(readme), flags=re.DOTALL)
+    linked = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    named = re.findall(r"(?:python|pytest|sh) (tests/[\w/.]+)", text)
+    there = {target: ((ROOT / readme).parent / target).exists() for target in linked}
+    there |= {name: (ROOT / name).exists() for name in named}
+    assert [name for name, found in there.items() if not found] == []
 
 
 @needs_data
@@ -50,7 +67,7 @@ def test_the_epic_example_makes_a_manifest(tmp_path):
     for split in ("train", "validation"):
         text = (EPIC / "EPIC_100_validation_first800.csv").read_text().replace("\nP", f"\n{split[0]}P")
         (tmp_path / f"EPIC_100_{split}.csv").write_text(text)
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", text_of("data_manifests/README.md"), re.DOTALL)
     environment = {**os.environ, "PYTHONWARNINGS": "error"}
     subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, env=environment)
     made = load_manifest(tmp_path / "epic" / "manifest.jsonl")

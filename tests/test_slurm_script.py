@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.places import ROOT
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "cache_tools" / "README.md").read_text()
 BUILD = """#!/bin/bash
 # as a build does: a signal stops it after what is under way, with exit code 75
 trap 'sleep 0.1; exit 75' USR1 TERM

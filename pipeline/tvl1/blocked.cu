@@ -1,4 +1,4 @@
-// Up to `halo` iterations of TV-L1 on tiles that stay in registers, for tvl1_blocked.py, which names the symbols.
+// Up to `halo` iterations of TV-L1 on tiles that stay in registers, for blocked.py, which names the symbols.
 //
 // A warp holds ROWS rows of 64 pixels, a lane two neighbouring columns of them; WARPS warps above each other make
 // a tile. Neighbours to the left and right are in the lane or one shuffle away, those above and below in the lane
@@ -46,7 +46,7 @@ constexpr unsigned ALL = 0xffffffffu;
 constexpr unsigned ALL_ROWS = (1u << ROWS) - 1;
 constexpr float SMALLEST_SQUARED_GRADIENT = 1e-30f;
 
-// The fields are documented in tvl1_blocked.py, whose structure mirrors this one.
+// The fields are documented in blocked.py, whose structure mirrors this one.
 struct Task {
     float* state;
     const float* data;

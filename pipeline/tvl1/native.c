@@ -1,7 +1,7 @@
 /* TV-L1 optical flow of one pair of images on one core: the whole pyramid in one call.
  *
- * Same algorithm and symbols as mmkd.pipeline.tvl1_torch, which is the readable reference: see there and in
- * tvl1_iterate.py for papers and sources. What differs is the order of the work, and rounding:
+ * Same algorithm and symbols as mmkd.pipeline.tvl1.torch_path, which is the readable reference: see there and in
+ * iterations.py for papers and sources. What differs is the order of the work, and rounding:
  *
  * - u and p of a row are updated one after the other, and up to `block` iterations follow each other down the
  *   image as a wavefront, iteration j at row y - j, so that a row is in the cache for all of them. Per pixel and
@@ -98,7 +98,7 @@ static float *lay_out(Level *level, int height, int width, float *next)
     return next;
 }
 
-/* ---- resizing, as resize_linear of tvl1_steps.py ---- */
+/* ---- resizing, as resize_linear of steps.py ---- */
 
 typedef struct {
     int first, second;
@@ -388,7 +388,7 @@ CLONES static void run_block(const Level *level, int count, const uint8_t *teste
     }
 }
 
-/* ---- median, exchanges as in tvl1_median.py ---- */
+/* ---- median, exchanges as in median.py ---- */
 
 #define SWAP(a, b) { float low = a < b ? a : b, high = a < b ? b : a; a = low; b = high; }
 #define X(i, j) SWAP(w[i], w[j])
