@@ -28,6 +28,7 @@ from mmkd.cache_tools.frames.frame_headers import (
     is_hidden,
     own_mark,
 )
+from mmkd.cache_tools.frames.nal_units import PictureCounter
 from mmkd.cache_tools.frames.records import Float64Array, IntArray
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import StorageError, VideoError
@@ -160,6 +161,13 @@ def reencode(stream: Any, *, untimed: bool = False) -> str:
     return f"re-encode it: ffmpeg -i IN {option}-c:v libx264 -crf 18 OUT.mkv"
 
 
+def unpack(stream: Any, rate: float) -> str:
+    """Return the command that parts the pictures of the opened video's packets, and encodes them again."""
+    codec = stream.codec_context.name
+    second = reencode(stream).replace("re-encode it: ffmpeg -i IN", f"ffmpeg -framerate {rate:.6g} -i OUT.{codec}")
+    return f"re-encode them one by one: ffmpeg -i IN -map 0:{stream.index} -c copy OUT.{codec} && {second}"
+
+
 @dataclass
 class _Scan:
     """What is gathered of the video stream's packets while the file is demuxed."""
@@ -176,6 +184,10 @@ class _Scan:
     """Whether frames come before the first key frame."""
     hidden: int = 0
     packed: bool = False
+    counter: PictureCounter | None = None
+    """For codecs whose packets may hold several pictures, of which a decoder shows one."""
+    unshown: int = 0
+    """Pictures beyond the first of their packet."""
     false_marks: int = 0
     marked: int = 0
     packets: int = 0
@@ -198,6 +210,8 @@ class _Scan:
         self.headless |= not self.keys
         if codec == "mpeg4" and bytes(packet).count(MPEG4_FRAME_START) > 1:
             self.packed = True
+        if self.counter is not None:
+            self.unshown += max(0, self.counter.pictures(packet) - 1)
         self.sizes.update(coded_sizes(codec, packet))
         if is_hidden(codec, packet):
             self.hidden += 1
@@ -235,6 +249,8 @@ def index_packets(path: Path, container: Any, stream: Any) -> PacketIndex:
     coder = stream.codec_context
     reordered = is_reordered_avi(container, stream)
     scan = _Scan(stream, own_mark(coder.codec), reordered)
+    if coder.name in {"h264", "hevc"}:
+        scan.counter = PictureCounter(coder.name, coder.extradata)
     end_seconds = 0.0
     for packet in container.demux():
         if packet.size and packet.pts is not None:
@@ -253,6 +269,9 @@ def index_packets(path: Path, container: Any, stream: Any) -> PacketIndex:
     pts = shown_pts(scan.pts, int(keys[0, int(reordered)]), stream)
     avi = container.format.name == "avi"  # knows decode times alone: what FFmpeg adds to reorder is no lateness
     interval_seconds = float(np.median(np.diff(pts)) * stream.time_base) if len(pts) > 1 else PRIMING_SECONDS
+    if scan.unshown:
+        seconds = float((pts[-1] - pts[0]) * stream.time_base) + interval_seconds
+        raise VideoError(f"packets that hold several frames; {unpack(stream, (len(pts) + scan.unshown) / seconds)}")
     late_seconds = seconds_late(container, stream, int(keys[0, 1] if avi else pts[0]), interval_seconds)
     by_count = scan.packed or reordered
     return PacketIndex(

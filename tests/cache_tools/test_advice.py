@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -91,11 +92,49 @@ MADE = {
 
 def follow(advice: str, video: Path) -> Path:
     """Type the command of a message with the file's own name in place of IN."""
-    command = re.search(r"ffmpeg -i IN\S* .*?(OUT\S*)", advice)
+    command = re.search(r"ffmpeg -i IN\S* .*(OUT\S*)", advice)
     out = video.parent / command[1].replace("OUT", "made")
-    typed = re.sub(r"\bIN\S*", str(video), command[0], count=1).replace(command[1], str(out))
-    subprocess.run(["bash", "-c", typed.replace("ffmpeg", "ffmpeg -v error -nostdin", 1)], check=True)
+    typed = re.sub(r"\bIN\S*", str(video), command[0], count=1).replace("OUT", str(video.parent / "made"))
+    subprocess.run(["bash", "-c", typed.replace("ffmpeg", "ffmpeg -v error -nostdin")], check=True)
     return out
+
+
+def two_in_a_packet(folder: Path, name: str, sample: barcode.Sample, rate: int = 12) -> Path:
+    """Each packet of the copy holds two pictures, as Video for Windows writes what an encoder returns at once."""
+    path = folder / name
+    with av.open(str(barcode.write_sample(folder, sample))) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        packets = [packet for packet in old.demux(video=0) if packet.size]
+        for number, (first, second) in enumerate(zip(packets[::2], packets[1::2], strict=True)):
+            both = av.Packet(bytes(first) + bytes(second))
+            both.pts = both.dts = number
+            both.time_base, both.is_keyframe, both.stream = Fraction(1, rate), first.is_keyframe, stream
+            new.mux(both)
+    return path
+
+
+H264 = barcode.x264("once.avi", "keyint=10:min-keyint=10:bframes=0", frames=36)
+TWICE = {
+    "h264.avi": H264,
+    "h264.mkv": replace(H264, name="once.mkv"),
+    "b_frames.mkv": barcode.x264("once.mkv", "keyint=12:min-keyint=12:bframes=2", frames=36),
+    "interlaced.mp4": barcode.x264("once.mp4", "keyint=10:min-keyint=10:bframes=0:tff=1", frames=36),
+    "hevc.mkv": barcode.Sample("once.mkv", "libx265", barcode.X265, frames=36),
+}
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the ffmpeg program that is advised is not installed")
+@pytest.mark.parametrize("name", TWICE)
+def test_packets_of_two_frames_are_refused_with_a_command_that_gives_both(tmp_path, name):
+    video = two_in_a_packet(tmp_path, name, TWICE[name])
+    with pytest.raises(VideoError, match="packets that hold several frames") as refused:
+        VideoFiles(tmp_path).probe(name)
+    made = follow(str(refused.value), video)
+    files = VideoFiles(tmp_path)
+    facts = files.probe(made.name)
+    found = barcode.numbers_of(files.read(made.name, np.arange(facts.frame_count), facts).frames)
+    assert found == list(range(36))
+    assert facts.times_seconds[-1] == pytest.approx(35 / 24, rel=0.1)
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the ffmpeg program that is advised is not installed")
