@@ -8,8 +8,12 @@ from typing import Any
 import click
 
 from mmkd.cache_tools.process.command import (
+    FILE,
+    FOLDER,
+    as_json,
     cache_location,
     data_options,
+    device_option,
     example_argument,
     example_recipe,
     named_data,
@@ -24,9 +28,6 @@ from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_run
 from mmkd.student.recipe import StudentRecipe
 
-FOLDER = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path, dir_okay=False)
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 cache_option = click.option(
     "--cache",
     required=True,
@@ -34,7 +35,6 @@ cache_option = click.option(
     metavar="CACHE",
     help="Folder or URL that `mmkd-cache build` made.",
 )
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 
 
 @click.group(cls=WholeHelpGroup, epilog=example("mmkd-student train -h"))

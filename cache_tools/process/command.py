@@ -24,6 +24,12 @@ from mmkd.data_manifests.system_errors import MACHINE_FAULTS
 Function = TypeVar("Function", bound=Callable[..., Any])
 log = logging.getLogger("mmkd")
 
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+example_argument = click.argument("data_set", type=click.Choice(["demo", "something-something"]))
+
 WRONG_PATH = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP})
 """The path that the user named cannot be what the command needs: usage."""
 
@@ -88,12 +94,10 @@ def recipe_options(function: Function) -> Function:
 
 def data_options(function: Function) -> Function:
     """Add --manifest, --videos, --facts and --workers, which override the recipe's data section."""
-    folder = click.Path(path_type=Path, file_okay=False)
-    file = click.Path(path_type=Path, dir_okay=False)
     options = (
-        click.option("--manifest", type=file, help="Manifest made by `mmkd-cache manifest`."),
-        click.option("--videos", type=folder, help="Folder that its video paths are relative to."),
-        click.option("--facts", type=folder, help="Folder for probed facts [default: MANIFEST.facts]."),
+        click.option("--manifest", type=FILE, help="Manifest made by `mmkd-cache manifest`."),
+        click.option("--videos", type=FOLDER, help="Folder that its video paths are relative to."),
+        click.option("--facts", type=FOLDER, help="Folder for probed facts [default: MANIFEST.facts]."),
         click.option("--workers", type=click.IntRange(0), help="Decoding processes [default: 2]."),
     )
     for option in reversed(options):
@@ -111,9 +115,6 @@ def cache_location(text: str) -> Path | str:
         told = f"it is {kind}" if kind else "name the folder or the URL of a cache"
         raise click.BadParameter(f"{path} is a file, not a cache; {told}")
     return path
-
-
-example_argument = click.argument("data_set", type=click.Choice(["demo", "something-something"]))
 
 
 def named_data(values: dict[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from typing import Any
 
 import click
 
+from mmkd.cache_tools.process.command import FILE, FOLDER
 from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Manifest
 from mmkd.data_manifests.manifest_file import save_manifest
-from mmkd.pipeline.commands.options import FILE, FOLDER
 
 
 @click.group(

@@ -7,20 +7,19 @@ from typing import Any
 import click
 
 from mmkd.cache_tools.process.command import (
+    FILE,
+    FOLDER,
     Function,
     cache_location,
     data_options,
+    device_option,
     named_data,
     recipe_options,
 )
 from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.pipeline.recipe import TeacherRecipe
 
-FOLDER = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path, dir_okay=False)
 cache_argument = click.argument("cache", type=cache_location, metavar="CACHE")
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 boxes_option = click.option(
     "--boxes", multiple=True, type=FILE, help="Box annotations in the Something-Else form; repeatable."
 )

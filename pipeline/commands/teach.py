@@ -1,0 +1,58 @@
+"""The command `mmkd-cache teach`: one expert, trained on labels."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mmkd.cache_tools.process.command import (
+    FOLDER,
+    as_json,
+    data_options,
+    device_option,
+    print_result,
+    recipe_options,
+)
+from mmkd.cache_tools.process.help_text import WholeHelp, example
+from mmkd.cache_tools.recipes.recipe import load_recipe
+from mmkd.data_manifests.counted import counted
+from mmkd.data_manifests.errors import InputError
+from mmkd.pipeline.commands.options import boxes_option, has_experts, named_options, scratch_option
+from mmkd.pipeline.recipe import TeacherRecipe
+
+
+@click.command(
+    cls=WholeHelp,
+    epilog=example(
+        "mmkd-cache teach rgb -c teacher.yaml --manifest manifest.jsonl \\\n    --videos videos -o experts/rgb"
+    ),
+)
+@click.argument("name")
+@recipe_options
+@data_options
+@boxes_option
+@scratch_option
+@click.option(
+    "-o", "--out", required=True, type=FOLDER, help="Folder of the expert; unfinished training is continued."
+)
+@click.option("--seed", type=int, help="Seed of weights, order, views and augmentation.")
+@device_option
+@as_json
+def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
+    """Train the recipe's expert NAME on labels: rgb, flow or boxes."""
+    named = named_options(options)
+    known = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named).experts
+    if name not in known:  # --seed would begin a new expert, and the error be about its missing modality
+        raise InputError(f"NAME: the recipe has no expert {name!r}; {has_experts(known, files)}")
+    named |= {f"experts.{name}.train.seed": options["seed"]}
+    recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
+    from mmkd.pipeline.experts.teach import teach as teach_expert
+    from mmkd.student.training.devices import choose_device
+
+    report = teach_expert(recipe, name, options["out"], choose_device(options["device"]))
+    card = report.card
+    lines = [f"{options['out']}: expert {name!r} " + ("trained" if report.trained else "was there already")]
+    for head, found in card.training.get("held_out", {}).items():
+        lines.append(f"held-out {head}: top-1 {100 * found['top1']:.1f} on {counted(found['clips'], 'clip')}")
+    value = {"name": name, "trained": report.trained, "training": card.training}
+    print_result(value, as_json=options["as_json"], lines=lines)
