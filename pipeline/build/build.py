@@ -99,7 +99,7 @@ class BuildReport:
         ]
 
 
-def build(
+def build_cache(
     recipe: TeacherRecipe,
     experts: tuple[Expert, ...],
     out: Path | str | Store,

@@ -53,7 +53,7 @@ def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
     if options["task"] >= options["tasks"]:
         raise InputError(f"--task {options['task']} --of {options['tasks']}: tasks are counted from 0")
     recipe = build_recipe(files, overrides, options)
-    from mmkd.pipeline.build.build import build as build_cache
+    from mmkd.pipeline.build.build import build_cache
     from mmkd.pipeline.experts.teacher import load_teacher
     from mmkd.student.training.devices import choose_device
 
@@ -105,7 +105,7 @@ def plan(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) ->
     """
     recipe = build_recipe(files, overrides, options)
     from mmkd.pipeline.experts.teacher import load_teacher
-    from mmkd.pipeline.forecast.forecast import plan as plan_cache
+    from mmkd.pipeline.forecast.forecast import plan_cache
     from mmkd.student.training.devices import choose_device
 
     chosen = {name: options[name] for name in ("sample_clips", "hours_per_task", "replace")}
@@ -140,8 +140,7 @@ def drift(cache: Path | str, files: tuple[Path, ...], overrides: tuple[str, ...]
     another picture; 5: other data or experts than the cache's.
     """
     recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named_options(options))
-    from mmkd.pipeline.drift.drift import MAX_KL_NATS
-    from mmkd.pipeline.drift.drift import drift as measure_drift
+    from mmkd.pipeline.drift.drift import MAX_KL_NATS, measure_drift
     from mmkd.pipeline.experts.teacher import load_teacher
     from mmkd.student.training.devices import choose_device
 

@@ -46,7 +46,7 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
         raise InputError(f"NAME: the recipe has no expert {name!r}; {has_experts(known, files)}")
     named |= {f"experts.{name}.train.seed": options["seed"]}
     recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
-    from mmkd.pipeline.experts.teach import teach as teach_expert
+    from mmkd.pipeline.experts.teach import teach_expert
     from mmkd.student.training.devices import choose_device
 
     report = teach_expert(recipe, name, options["out"], choose_device(options["device"]))

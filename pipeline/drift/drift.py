@@ -50,7 +50,7 @@ MAX_KL_NATS = 2e-3
 SAME_TEACHER = "Give the data, recipe and experts that built it"
 
 
-def drift(
+def measure_drift(
     recipe: TeacherRecipe,
     experts: tuple[Expert, ...],
     cache: Path | str | Store,

@@ -58,7 +58,7 @@ class TeachReport:
     """False when it was there already."""
 
 
-def teach(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> TeachReport:
+def teach_expert(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> TeachReport:
     """Train the recipe's expert `name` into the directory `out`, unless it is there already.
 
     An expert whose weights are lost or damaged is trained again, from what training left. Raises InputError for
@@ -79,7 +79,7 @@ def teach(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> 
 
 
 def whole_expert(out: Path, name: str, seen: dict[str, Any]) -> ExpertCard | None:
-    """Return the card of the expert in `out`, None where it has to be trained; raises as `teach`."""
+    """Return the card of the expert in `out`, None where it has to be trained; raises as `teach_expert`."""
     if (out / RUN_FILE).exists():
         raise InputError(f"{out} holds a run of `mmkd-student train`; name another folder with -o")
     if not (out / CARD_FILE).exists():

@@ -50,7 +50,7 @@ JOURNAL_BYTES = 400
 """Bytes of a shard's line in the journal, about."""
 
 
-def plan(
+def plan_cache(
     recipe: TeacherRecipe,
     experts: tuple[Expert, ...],
     out: Path | str,

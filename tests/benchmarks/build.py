@@ -28,7 +28,7 @@ from mmkd.data_manifests.demo.plan import DemoOptions
 from mmkd.data_manifests.demo.write import write_demo, write_recipes
 from mmkd.data_manifests.manifest_file import save_manifest
 from mmkd.data_manifests.something import read_something_something
-from mmkd.pipeline.build.build import build, clip_job
+from mmkd.pipeline.build.build import build_cache, clip_job
 from mmkd.pipeline.build.shard_block import NodeResult, ShardBlock
 from mmkd.pipeline.build.start import initialise
 from mmkd.pipeline.build.work import BuildPlan, ShardWork, pending_shards, plan_build
@@ -144,7 +144,7 @@ def main() -> None:
         rates["prepare"], prepared = prepare_alone(plan, works)
         rates["experts"], results = experts_alone(plan, prepared)
         rates["write"] = write_alone(plan, works, results, root / "written")
-        report = build(recipe, experts, root / "cache")
+        report = build_cache(recipe, experts, root / "cache")
     seconds = report.seconds["total"] - report.seconds["start"]
     whole = report.clips / seconds
     print(

@@ -24,7 +24,7 @@ from mmkd.cache_tools.storage.store import LocalStore
 from mmkd.cache_tools.tasks.finish import finalize
 from mmkd.cache_tools.upkeep.verify import verify
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
-from mmkd.pipeline.drift.drift import drift
+from mmkd.pipeline.drift.drift import measure_drift
 from mmkd.pipeline.drift.sample import draw_sample
 from mmkd.pipeline.experts.expert import Expert, load_expert, read_card, write_card
 from mmkd.pipeline.recipe import TeacherRecipe
@@ -93,7 +93,7 @@ def test_batches_are_others_than_those_of_the_build(tiny):
     recipe = load_recipe(TeacherRecipe, files=[tiny.root / "teacher.yaml", tiny.root / "tiny.yaml"], named=named)
     known = load_expert(tiny.root / "experts" / "rgb", torch.device("cpu"))
     recording = Recording(known.card, known.network, known.device)
-    report = drift(recipe, (recording,), tiny.root / "cache", sample=20, seed=1)
+    report = measure_drift(recipe, (recording,), tiny.root / "cache", sample=20, seed=1)
     assert sum(recording.sizes) == 20
     assert recipe.build.batch_views == 8 not in recording.sizes
     assert report.experts["rgb"]["action"].max_kl_nats < 1e-5
