@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from mmkd.cache_tools.frames.clip_set import DataRecipe
 from mmkd.cache_tools.recipes.recipe import Recipe
 from mmkd.cache_tools.views.drawing import ViewPolicy
+from mmkd.pipeline.tvl1.params import PresetName
 from mmkd.student.recipe import TrainRecipe
 
 Modality = Literal["rgb", "flow", "boxes"]
@@ -16,7 +17,7 @@ Modality = Literal["rgb", "flow", "boxes"]
 class FlowRecipe(Recipe):
     """How optical flow is computed and stored; the same for `teach` and `build`."""
 
-    preset: Literal["default", "opencv", "accurate", "fast"] = Field(
+    preset: PresetName = Field(
         "default",
         description="default follows OpenCV's CUDA TV-L1, as denseflow and EPIC; see mmkd.pipeline.tvl1.dispatch",
     )

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +10,13 @@ from mmkd.cache_tools.process.command import FILE, FOLDER, as_json, device_optio
 from mmkd.cache_tools.process.help_text import WholeHelp, example
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import StorageError, TooManyUnusableError
+from mmkd.pipeline.flow.file_names import LAYOUTS
+from mmkd.pipeline.flow.flow_method import PRESETS, FlowMethod
+
+if TYPE_CHECKING:
+    from mmkd.pipeline.flow_command.options import FlowRequest
+
+PRESETS_OF_METHODS = "; ".join(f"{method}: {', '.join(known)}" for method, known in PRESETS.items() if known)
 
 
 @click.command(cls=WholeHelp, epilog=example("mmkd-cache flow videos -o flow --new-short 256 --bound 20"))
@@ -20,15 +27,11 @@ from mmkd.data_manifests.errors import StorageError, TooManyUnusableError
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder, or one file NAME.h5.")
 @click.option(
     "--layout",
-    type=click.Choice(["denseflow", "epic", "mmaction", "i3d", "hdf5"]),
+    type=click.Choice(LAYOUTS),
     help="Files, names, frame sizes [default: denseflow; hdf5 for -o NAME.h5].",
 )
-@click.option(
-    "--method", type=click.Choice(["tvl1", "dis", "raft"]), default="tvl1", show_default=True, help="Algorithm."
-)
-@click.option(
-    "--preset", help="tvl1: default, opencv, accurate, fast; dis: medium, fast, ultrafast [default: the first]."
-)
+@click.option("--method", type=click.Choice(list(PRESETS)), default="tvl1", show_default=True, help="Algorithm.")
+@click.option("--preset", help=f"{PRESETS_OF_METHODS} [default: the first].")
 @click.option("--weights", type=FILE, help="raft: torchvision's weights, safetensors or a state dict.")
 @click.option(
     "-b",
@@ -84,7 +87,7 @@ def flow(videos: tuple[str, ...], **options: Any) -> None:
     """
     from mmkd.pipeline.flow_command.run import run_flow
 
-    report = run_flow(videos, options)
+    report = run_flow(flow_request(videos, options))
     value = asdict(report)
     print_result(value, as_json=options["as_json"], lines=report.lines(options["out"]))
     for video, reason in report.failed.items():
@@ -100,3 +103,30 @@ def flow(videos: tuple[str, ...], **options: Any) -> None:
             f"--max-unusable {options['max_unusable']}; "
             "the reasons are above, and the flow of the others is complete"
         )
+
+
+def flow_request(videos: tuple[str, ...], values: dict[str, Any]) -> "FlowRequest":
+    """Return what click's values ask for; InputError for those that do not go together."""
+    from mmkd.pipeline.flow_command.options import FlowOptions, FlowRequest, is_one_file
+    from mmkd.pipeline.flow_command.videos import Naming
+
+    return FlowRequest(
+        videos=videos,
+        lists=values["lists"],
+        naming=Naming(class_folder=values["class_folder"], keep_ending=values["keep_ending"]),
+        out=values["out"],
+        options=FlowOptions(
+            layout=values["layout"] or ("hdf5" if is_one_file(values["out"]) else "denseflow"),
+            method=FlowMethod(values["method"], values["preset"], values["weights"]),
+            step=values["step"],
+            stride=values["stride"],
+            bound_px=values["bound_px"],
+            new_short=values["new_short"],
+            new_width=values["new_width"],
+            new_height=values["new_height"],
+            enlarge=values["enlarge"],
+        ),
+        device=values["device"],
+        workers=values["workers"],
+        preview=values["preview"],
+    )

@@ -22,17 +22,17 @@ from mmkd.cache_tools.frames.records import (
 )
 from mmkd.cache_tools.views.view import View
 from mmkd.pipeline.flow.conventions import codes_of_flow, flow_of_codes
-from mmkd.pipeline.flow.methods import FlowMethod, sequence_flow
+from mmkd.pipeline.flow.flow_method import FlowMethod
+from mmkd.pipeline.flow.methods import sequence_flow
 from mmkd.pipeline.recipe import FlowRecipe
-from mmkd.pipeline.tvl1.dispatch import TVL1Params
+from mmkd.pipeline.tvl1.params import PRESETS, TVL1Params
 
 FLOW_RULES = "flow-1: cv2 RGB2GRAY, INTER_LINEAR, last valid pair at the end"
 
 
 def tvl1_params(recipe: FlowRecipe) -> TVL1Params:
     """Return the TV-L1 parameters of the recipe's preset."""
-    params: TVL1Params = getattr(TVL1Params, recipe.preset)()
-    return params
+    return PRESETS[recipe.preset]
 
 
 def flow_identity(recipe: FlowRecipe) -> dict[str, Any]:

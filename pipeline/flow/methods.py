@@ -5,8 +5,6 @@ Dai, Van Gool, "Fast Optical Flow using Dense Inverse Search" (ECCV 2016), smoot
 TV-L1 and of other error, see `DIS_PRESETS`. `raft` needs weights that the user has.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -14,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkd.cache_tools.cache.fingerprints import file_sha256
 from mmkd.cache_tools.frames.records import IntArray
-from mmkd.data_manifests.errors import InputError
-from mmkd.pipeline.tvl1.dispatch import TVL1Params, tvl1_clip_flow, tvl1_flow
+from mmkd.pipeline.flow.flow_method import DIS_LEAST_SIDE, FlowMethod
+from mmkd.pipeline.tvl1.dispatch import tvl1_clip_flow, tvl1_flow
+from mmkd.pipeline.tvl1.params import PRESETS as TVL1_PRESETS
+from mmkd.pipeline.tvl1.params import TVL1Params
 
 DIS_PRESETS = {
     "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
@@ -26,62 +25,6 @@ DIS_PRESETS = {
 }
 """OpenCV's presets. Mean endpoint error on Middlebury's Dimetrodon, Grove2, RubberWhale and Urban2, and time for a
 640x480 pair on one thread: ultrafast .66 px, 6 ms; fast .53 px, 9 ms; medium .34 px, 39 ms."""
-
-DIS_LEAST_SIDE = 16
-"""Pixels of an image's shorter side below which OpenCV's DIS stops the process or finds no patch."""
-
-
-@dataclass(frozen=True)
-class FlowMethod:
-    """A method and what it needs."""
-
-    name: str = "tvl1"
-    """`tvl1`, `dis` or `raft`."""
-    preset: str | None = None
-    """TV-L1: default, opencv, accurate, fast; DIS: ultrafast, fast, medium; None: default, medium."""
-    weights: Path | None = None
-    """RAFT: file of weights."""
-
-    def __post_init__(self) -> None:
-        """Raise InputError for a method, preset or weights that do not go together."""
-        if self.name not in PRESETS:
-            raise InputError(f"--method {self.name!r} is not one of {', '.join(PRESETS)}")
-        known = PRESETS[self.name]
-        if self.preset is not None and self.preset not in known:
-            has = f"has the presets {', '.join(known)}" if known else "has no presets; its weights decide"
-            raise InputError(f"--preset {self.preset!r}: the method {self.name} {has}")
-        if (self.name == "raft") != (self.weights is not None):
-            need = (
-                "needs --weights, a file"
-                if self.name == "raft"
-                else "takes no --weights; RAFT does, by --method raft"
-            )
-            raise InputError(f"the method {self.name} {need}")
-
-    @property
-    def takes_colour(self) -> bool:
-        """Whether RGB frames serve it better than grey ones."""
-        return self.name == "raft"
-
-    @property
-    def chosen_preset(self) -> str | None:
-        """The preset, or the method's default."""
-        return self.preset or next(iter(PRESETS[self.name]), None)
-
-    def identity(self) -> dict[str, Any]:
-        """Return everything that could change a value, as JSON; weights by their content."""
-        known: dict[str, Any] = {"method": self.name, "preset": self.chosen_preset}
-        if self.weights is not None:
-            known["weights_sha256"] = file_sha256(self.weights)
-        return known
-
-
-PRESETS: dict[str, tuple[str, ...]] = {
-    "tvl1": ("default", "opencv", "accurate", "fast"),
-    "dis": ("medium", "fast", "ultrafast"),
-    "raft": (),
-}
-"""Method -> its presets, the default one first."""
 
 
 def pair_flow(first: Tensor, second: Tensor, *, method: FlowMethod) -> Tensor:
@@ -118,8 +61,7 @@ def sequence_flow(frames: Tensor, firsts: IntArray, seconds: IntArray, *, method
 
 def tvl1_preset(method: FlowMethod) -> TVL1Params:
     """Return the parameters of a TV-L1 preset."""
-    params: TVL1Params = getattr(TVL1Params, method.chosen_preset or "default")()
-    return params
+    return TVL1_PRESETS[method.chosen_preset or "default"]
 
 
 def dis_flow(first: Tensor, second: Tensor, *, preset: str = "medium") -> Tensor:

@@ -26,11 +26,11 @@ import h5py
 from mmkd.cache_tools.storage.hdf5_file import writing_hdf5
 from mmkd.data_manifests.atomic import TEMPORARY, storage_errors, sync_directory, sync_file, write_atomically
 from mmkd.data_manifests.errors import InputError, StorageError
-from mmkd.pipeline.flow.conventions import NAMES
-from mmkd.pipeline.flow_command.blocks import SHORT_SIDES, FlowOptions, VideoPlan
+from mmkd.pipeline.flow.file_names import LAYOUTS, NAMES
+from mmkd.pipeline.flow_command.blocks import VideoPlan
 from mmkd.pipeline.flow_command.claims import WHOLE, FlowClaims, Holder, create_once
-from mmkd.pipeline.flow_command.files import (
-    LAYOUTS,
+from mmkd.pipeline.flow_command.options import SHORT_SIDES, FlowOptions, is_one_file
+from mmkd.pipeline.flow_command.writers import (
     FlowWriter,
     Hdf5Writer,
     JpegFolderWriter,
@@ -40,7 +40,6 @@ from mmkd.pipeline.flow_command.files import (
 )
 
 PARAMETERS, DONE, PARTS = "mmkd-flow.json", ".done", ".part"
-FILE_SUFFIXES = (".h5", ".hdf5")
 ATTRIBUTE = "mmkd"
 """Name of the HDF5 attribute that holds parameters (of the file) or a record (of a video's group), as JSON."""
 
@@ -75,7 +74,7 @@ class FlowOutput:
         Devices and paths round differently, so one output is `computed_by` one of them.
         """
         self.out = out
-        self.is_file = out.suffix.lower() in FILE_SUFFIXES
+        self.is_file = is_one_file(out)
         if self.is_file and options.layout not in ("hdf5", "i3d"):
             raise InputError(f"-o {out}: the layout {options.layout} needs a folder; one file holds hdf5 or i3d")
         self.folder = out.with_name(out.name + ".parts") if self.is_file else out

@@ -15,11 +15,9 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,33 +27,25 @@ from mmkd.cache_tools.process.interrupt import StopRequest, stop_on_signals
 from mmkd.cache_tools.process.pool import run_tasks
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.process.stages import Stages
-from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
-from mmkd.pipeline.flow.methods import FlowMethod
+from mmkd.pipeline.flow.flow_method import FlowMethod
 from mmkd.pipeline.flow_command.blocks import (
     BlockResult,
     FlowBlock,
-    FlowOptions,
-    ShownPair,
     VideoPlan,
     block_flow,
     blocks_of,
     do_block,
-    fault_of,
-    is_of_all,
     plan_video,
     shown_pairs,
 )
-from mmkd.pipeline.flow_command.claims import Holder
-from mmkd.pipeline.flow_command.colours import png_of, strip
-from mmkd.pipeline.flow_command.files import (
-    EncodedFlow,
-    FlowWriter,
-    encode_values,
-    stored_values,
-)
-from mmkd.pipeline.flow_command.output import FILE_SUFFIXES, DoneVideo, FlowOutput
+from mmkd.pipeline.flow_command.encoding import EncodedFlow, encode_values, stored_values
+from mmkd.pipeline.flow_command.faults import fault_of
+from mmkd.pipeline.flow_command.options import FlowOptions, FlowRequest
+from mmkd.pipeline.flow_command.output import FlowOutput
+from mmkd.pipeline.flow_command.report import FlowReport
+from mmkd.pipeline.flow_command.results import FlowResults
 from mmkd.pipeline.flow_command.videos import NamedVideo, find_videos
 from mmkd.pipeline.tvl1.dispatch import chosen_path
 from mmkd.student.training.devices import choose_device
@@ -72,57 +62,17 @@ PROBE_SECONDS = SOURCE.limits.clip_timeout_seconds
 """Time limit for one probe."""
 WAIT_SECONDS = 1.0
 """Between two looks at what other runs have done."""
-MOST_FAULTS = 20
-"""Videos that may fail by a fault of the machine one after the other: more is a disk that has gone."""
 ENCODERS = 4
 """Threads that encode what another device computed."""
 
 
-@dataclass
-class FlowReport:
-    """What a run did."""
-
-    videos: int = 0
-    """Videos whose flow this run wrote."""
-    fields: int = 0
-    """Flow fields in them."""
-    skipped: int = 0
-    """Videos whose flow was there."""
-    failed: dict[str, str] = field(default_factory=dict)
-    """Video file -> why it has no flow."""
-    faults: list[str] = field(default_factory=list)
-    """Those of them that failed by a fault of the machine, and may not when it is well."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Stage -> seconds, decode, flow and encode summed over processes; `total` of the clock."""
-
-    def lines(self, out: Path) -> list[str]:
-        """Return the report for people."""
-        total = self.seconds["total"]
-        rate = f"{self.fields / total:.1f} frames/s" if self.fields else "nothing left to do"
-        stages = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items() if name != "total")
-        return [
-            f"{out}: flow of {counted(self.videos, 'video')} written, {self.skipped} there "
-            f"already; {counted(self.fields, 'frame')} in "
-            f"{total:.1f} s, {rate}; {len(self.failed)} failed",
-            *([f"time: {stages} (summed over processes)"] if stages else []),
-        ]
-
-
-def run_flow(arguments: Sequence[str], options: Mapping[str, Any]) -> FlowReport:
-    """Run the command with click's values; raise InputError for those that do not go together."""
-    one_file = options["out"].suffix.lower() in FILE_SUFFIXES
-    names = ("bound_px", "step", "stride", "new_short", "new_width", "new_height", "enlarge")
-    method = FlowMethod(options["method"], options["preset"], options["weights"])
-    chosen = FlowOptions(
-        layout=options["layout"] or ("hdf5" if one_file else "denseflow"),
-        method=method,
-        **{name: options[name] for name in names},
-    )
-    naming = {name: options[name] for name in ("lists", "class_folder", "keep_ending")}
-    videos = find_videos(arguments, **naming)
-    device = method_device(method, options["device"])
-    workers = len(os.sched_getaffinity(0)) if options["workers"] is None else options["workers"]
-    return compute_flow(videos, options["out"], chosen, device=device, workers=workers, preview=options["preview"])
+def run_flow(request: FlowRequest) -> FlowReport:
+    """Run the command; raise InputError for videos that are not there and a device that does not fit the method."""
+    videos = find_videos(request.videos, lists=request.lists, naming=request.naming)
+    device = method_device(request.options.method, request.device)
+    workers = len(os.sched_getaffinity(0)) if request.workers is None else request.workers
+    options, preview = request.options, request.preview
+    return compute_flow(videos, request.out, options, device=device, workers=workers, preview=preview)
 
 
 def method_device(method: FlowMethod, name: str) -> torch.device:
@@ -170,18 +120,6 @@ def compute_flow(
     return run.report
 
 
-@dataclass
-class VideoInHand:
-    """A video of which some blocks are written."""
-
-    writer: FlowWriter
-    """Gathers its result."""
-    record: DoneVideo
-    """What its mark will say."""
-    shown: list[ShownPair] = field(default_factory=list)
-    """Pairs for its preview, so far."""
-
-
 def probe(video: str) -> VideoFacts:
     """Return a video's facts; VideoError for whatever is wrong with it, StorageError for a fault of the machine."""
     try:
@@ -199,12 +137,9 @@ class FlowRun:
         """Prepare a run; nothing is read yet."""
         self.report = FlowReport()
         self._output, self._options, self._device = output, options, device
-        self._workers, self._preview = workers, preview
+        self._workers, self._shown = workers, 0 if preview is None else SHOWN_PAIRS
         self._stage = Stages(self.report.seconds)
-        self._videos: dict[str, VideoInHand] = {}
-        self._claimed: dict[str, str] = {}
-        self._elsewhere: dict[str, tuple[VideoPlan, Holder]] = {}
-        self._faults_in_a_row = 0
+        self._results = FlowResults(output, options, self.report, stage=self._stage, preview=preview)
 
     def plan(self, videos: Sequence[NamedVideo], stop: StopRequest) -> list[VideoPlan]:
         """Probe the videos whose flow is not there, and return what is to be computed."""
@@ -240,7 +175,7 @@ class FlowRun:
                 return []
             return [plan_video(video.name, video.path, facts, options=self._options)]
         except Exception as error:
-            self._fail(video.path, error)
+            self._results.fail(video.path, error)
             return []
 
     def compute(self, plans: Sequence[VideoPlan], stop: StopRequest) -> None:
@@ -251,7 +186,7 @@ class FlowRun:
 
     def _await_others(self, stop: StopRequest) -> list[VideoPlan]:
         """Wait for the videos that other runs compute; return those that are free again and not done."""
-        waiting, self._elsewhere = self._elsewhere, {}
+        waiting, self._results.elsewhere = self._results.elsewhere, {}
         free: list[VideoPlan] = []
         if waiting:
             holders = sorted({str(holder) for _, holder in waiting.values()})
@@ -267,7 +202,7 @@ class FlowRun:
             stop.check("the flow of the videos before is kept")
             if waiting and not free:
                 time.sleep(WAIT_SECONDS)
-        self._elsewhere = waiting
+        self._results.elsewhere = waiting
         return free
 
     def _is_there(self, video: NamedVideo) -> bool:
@@ -299,32 +234,29 @@ class FlowRun:
                         break
                     self._take(sent.popleft(), result[1], encoding, executor=executor, bar=bar)
                 while encoding:
-                    self._write(*encoding.popleft(), bar=bar)
+                    self._results.write(*encoding.popleft(), bar=bar)
             finally:
                 results.close()
-                for video in self._videos.values():
-                    video.writer.abandon()
-                self._videos.clear()
+                self._results.abandon()
 
     def _jobs(self, plans: Sequence[VideoPlan], sent: deque[FlowBlock], bar: Progress) -> Iterator[FlowBlock]:
         """Yield the blocks of all videos that this run can claim, noting each; of a failed video no more."""
         for plan in plans:
             holder = self._output.take(plan.name)
             if holder is not None:
-                self._elsewhere[plan.name] = plan, holder
+                self._results.elsewhere[plan.name] = plan, holder
             elif self._is_there(NamedVideo(plan.name, plan.video)):  # another run did it meanwhile
                 self._output.release(plan.name)
                 self.report.skipped += 1
             else:
-                self._claimed[plan.video] = plan.name
+                self._results.claimed(plan)
                 yield from self._blocks(plan, sent)
                 continue
             bar.advance(len(plan.pairs))
 
     def _blocks(self, plan: VideoPlan, sent: deque[FlowBlock]) -> Iterator[FlowBlock]:
-        shown = SHOWN_PAIRS if self._preview is not None else 0
         compute = self._device.type == "cpu"
-        for block in blocks_of(plan, source=SOURCE, options=self._options, compute=compute, previewed=shown):
+        for block in blocks_of(plan, source=SOURCE, options=self._options, compute=compute, previewed=self._shown):
             if plan.video in self.report.failed:
                 break
             sent.append(block)
@@ -347,7 +279,7 @@ class FlowRun:
                 raise result
             self._take_result(block, result, encoding, executor=executor, bar=bar)
         except Exception as error:
-            self._fail(block.plan.video, error, block.plan.size)
+            self._results.fail(block.plan.video, error, block.plan.size)
 
     def _take_result(
         self,
@@ -360,12 +292,12 @@ class FlowRun:
     ) -> None:
         for name, seconds in result.seconds.items():
             self._stage.add(name, seconds)
-        video = self._in_hand(block.plan)
+        video = self._results.in_hand(block.plan)
         video.shown += result.shown
         if result.encoded is not None:
             done: Future[EncodedFlow] = Future()
             done.set_result(result.encoded)
-            self._write(block, done, bar=bar)
+            self._results.write(block, done, bar=bar)
             return
         if result.frames is None:
             raise ValueError("a block came back with neither flow nor frames")
@@ -375,68 +307,4 @@ class FlowRun:
             values = stored_values(flow, layout=self._options.layout, bound_px=self._options.bound_px)
         encoding.append((block, executor.submit(encode_values, values, layout=self._options.layout)))
         if len(encoding) > ENCODERS:
-            self._write(*encoding.popleft(), bar=bar)
-
-    def _write(self, block: FlowBlock, encoded: Future[EncodedFlow], *, bar: Progress) -> None:
-        if block.plan.video in self.report.failed:
-            return
-        video = self._videos[block.plan.name]
-        try:
-            with self._stage("write"):
-                video.writer.add(encoded.result())
-                bar.advance(len(block), note=block.plan.name)
-                if block.is_last:
-                    self._finish(block.plan, video)
-        except Exception as error:
-            self._fail(block.plan.video, error, block.plan.size)
-
-    def _finish(self, plan: VideoPlan, video: VideoInHand) -> None:
-        if not self._output.finish(plan.name, video.writer, video.record):
-            self._elsewhere[plan.name] = plan, Holder()  # this run slept, and another took it for dead
-            video.writer.abandon()
-            del self._videos[plan.name], self._claimed[plan.video]
-            return
-        del self._videos[plan.name], self._claimed[plan.video]
-        self._output.release(plan.name)
-        self.report.videos += 1
-        self.report.fields += video.record.pairs
-        self._faults_in_a_row = 0
-        if self._preview is not None:
-            self._show(plan, video, self._preview)
-
-    def _show(self, plan: VideoPlan, video: VideoInHand, folder: Path) -> None:
-        """Write a video's preview; its flow is done, so a preview that cannot be is only said."""
-        try:
-            image = strip(video.shown, title=f"{plan.name}: {self._options.method.name}, step {self._options.step}")
-            write_atomically(folder / f"{plan.name}.png", png_of(image))
-        except Exception as error:
-            fault = fault_of(error, plan.size)
-            if is_of_all(fault):
-                raise
-            log.warning("%s: no preview: %s", plan.video, fault)
-
-    def _in_hand(self, plan: VideoPlan) -> VideoInHand:
-        if plan.name not in self._videos:
-            try:
-                stamp = NamedVideo(plan.name, plan.video).stamp
-            except OSError as error:
-                raise VideoError(f"it has gone since it was probed: {error.strerror}") from error
-            record = DoneVideo(len(plan.pairs), stamp, plan.facts.identity)
-            self._videos[plan.name] = VideoInHand(self._output.writer(plan, record), record)
-        return self._videos[plan.name]
-
-    def _fail(self, video: str, error: Exception, size: tuple[int, int] = (0, 0)) -> None:
-        """Note that a video has no flow, and go on; raise what would befall all others, too."""
-        fault = fault_of(error, size)
-        self.report.failed[video] = str(fault)
-        name = self._claimed.pop(video, None)
-        if name is not None:
-            hand = self._videos.pop(name, None)
-            if hand is not None:
-                hand.writer.abandon()
-            self._output.release(name)
-        if isinstance(fault, StorageError):
-            self.report.faults.append(video)
-            self._faults_in_a_row += 1
-            if is_of_all(fault) or self._faults_in_a_row >= MOST_FAULTS:
-                raise fault
+            self._results.write(*encoding.popleft(), bar=bar)

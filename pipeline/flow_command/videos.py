@@ -54,20 +54,17 @@ class Naming:
         return (path if self.keep_ending else path.with_suffix("")).as_posix()
 
 
+PLAIN = Naming()
+
+
 def find_videos(
-    arguments: Sequence[str],
-    *,
-    lists: Sequence[Path] = (),
-    class_folder: bool = False,
-    keep_ending: bool = False,
+    arguments: Sequence[str], *, lists: Sequence[Path] = (), naming: Naming = PLAIN
 ) -> list[NamedVideo]:
     """Return the videos of files, folders (searched whole) and `@LIST` files (a path a line), in that order.
 
-    A file's result has the file's name without its ending, as denseflow's, or with `class_folder` CLASS/NAME
-    after the folder it lies in; a folder's videos keep their path below it. Raises InputError for what is not
-    there and for two videos of one name, StorageError for a folder that cannot be read.
+    A file's result is called by `naming`; a folder's videos keep their path below it. Raises InputError for what
+    is not there and for two videos of one name, StorageError for a folder that cannot be read.
     """
-    naming = Naming(class_folder, keep_ending)
     found: list[NamedVideo] = []
     for argument in arguments:
         if argument.startswith("@"):

@@ -1,6 +1,7 @@
 """Parameters of TV-L1, for every path that computes it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,3 +74,13 @@ class TVL1Params:
     def fast(cls) -> "TVL1Params":
         """Return a rough preset for tiny clips, demonstrations and tests; no published flow is like it."""
         return cls(mode="opencv", scales=3, zoom=0.5, warps=2, iterations=8, epsilon=0)
+
+
+PresetName = Literal["default", "opencv", "accurate", "fast"]
+PRESETS: Mapping[str, TVL1Params] = {
+    "default": TVL1Params.default(),
+    "opencv": TVL1Params.opencv(),
+    "accurate": TVL1Params.accurate(),
+    "fast": TVL1Params.fast(),
+}
+"""Name -> parameters, the default first."""

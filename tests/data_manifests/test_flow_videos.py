@@ -6,15 +6,15 @@ import shutil
 import pytest
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.pipeline.flow_command.videos import find_videos
+from mmkd.pipeline.flow_command.videos import Naming, find_videos
 from tests.helpers.flow_videos import write_texture
 from tests.helpers.in_process import call_ok, refused
 
 QUICK = ("--method", "dis", "--preset", "ultrafast", "--workers", 0)
 
 
-def names(*arguments, **more):
-    return [video.name for video in find_videos([str(argument) for argument in arguments], **more)]
+def names(*arguments, **naming):
+    return [video.name for video in find_videos([str(argument) for argument in arguments], naming=Naming(**naming))]
 
 
 def touch(*paths):

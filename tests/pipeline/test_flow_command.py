@@ -19,7 +19,7 @@ from mmkd.cache_tools.frames.source import VideoFiles
 from mmkd.pipeline.flow.methods import dis_flow
 from mmkd.pipeline.flow_command import blocks as flow_blocks
 from mmkd.pipeline.flow_command import run as flow_command
-from mmkd.pipeline.flow_command.files import (
+from mmkd.pipeline.flow_command.readers import (
     jpeg_pairs,
     read_hdf5,
     read_i3d,

@@ -14,10 +14,8 @@ from av.video.frame import VideoFrame
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from mmkd.pipeline.flow import conventions as conventions
+from mmkd.pipeline.flow import file_names
 from mmkd.pipeline.flow.conventions import (
-    NAMES,
-    FlowName,
     Pairs,
     codes_of_flow,
     codes_of_jpeg,
@@ -29,11 +27,10 @@ from mmkd.pipeline.flow.conventions import (
     grey_then_resize,
     i3d_of_flow,
     jpeg_of_codes,
-    pair_number,
-    pair_of_number,
     resize_then_grey,
     short_side_size,
 )
+from mmkd.pipeline.flow.file_names import NAMES, FlowName, pair_number, pair_of_number
 
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=200)
 bounds = st.integers(1, 200)
@@ -108,12 +105,12 @@ def test_jpegs_are_opencv_s_own_and_come_back_nearly():
 
 def test_the_published_names():
     x, y = FlowName("x", 0), FlowName("y", 12)
-    assert [conventions.denseflow_name(n) for n in (x, y)] == ["flow_x_00000.jpg", "flow_y_00012.jpg"]
-    assert conventions.denseflow_name(FlowName("x", 0, 2)) == "flow_x_p2_00000.jpg"
-    assert conventions.denseflow_name(FlowName("y", 1, -1)) == "flow_y_m1_00001.jpg"
-    assert conventions.epic_name(FlowName("x", 1)) == "u/frame_0000000001.jpg"
-    assert conventions.epic_name(FlowName("y", 123)) == "v/frame_0000000123.jpg"
-    assert [conventions.mmaction_name(n) for n in (x, y)] == ["x_00000.jpg", "y_00012.jpg"]
+    assert [file_names.denseflow_name(n) for n in (x, y)] == ["flow_x_00000.jpg", "flow_y_00012.jpg"]
+    assert file_names.denseflow_name(FlowName("x", 0, 2)) == "flow_x_p2_00000.jpg"
+    assert file_names.denseflow_name(FlowName("y", 1, -1)) == "flow_y_m1_00001.jpg"
+    assert file_names.epic_name(FlowName("x", 1)) == "u/frame_0000000001.jpg"
+    assert file_names.epic_name(FlowName("y", 123)) == "v/frame_0000000123.jpg"
+    assert [file_names.mmaction_name(n) for n in (x, y)] == ["x_00000.jpg", "y_00012.jpg"]
 
 
 @quick

@@ -14,18 +14,9 @@ from hypothesis import strategies as st
 
 from mmkd.data_manifests.errors import InputError, StorageError
 from mmkd.pipeline.flow.conventions import codes_of_flow, flow_of_codes
-from mmkd.pipeline.flow_command.files import (
-    EncodedFlow,
-    Hdf5Writer,
-    JpegFolderWriter,
-    NpyWriter,
-    encode_values,
-    jpeg_pairs,
-    read_hdf5,
-    read_i3d,
-    read_jpeg_folder,
-    stored_values,
-)
+from mmkd.pipeline.flow_command.encoding import EncodedFlow, encode_values, stored_values
+from mmkd.pipeline.flow_command.readers import jpeg_pairs, read_hdf5, read_i3d, read_jpeg_folder
+from mmkd.pipeline.flow_command.writers import Hdf5Writer, JpegFolderWriter, NpyWriter
 
 PAIRS = np.arange(5)
 
@@ -246,7 +237,7 @@ def test_results_in_a_folder_that_is_a_link_to_another_disk(tmp_path, kind, monk
 def test_codes_do_not_depend_on_how_many_are_made_at_once(pairs, most):
     flow = smooth_flow(pairs, 6, 5) * 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmkd.pipeline.flow_command.files.CODED_AT_ONCE", most)
+        patch.setattr("mmkd.pipeline.flow_command.encoding.CODED_AT_ONCE", most)
         values = stored_values(flow, layout="denseflow", bound_px=8)
     np.testing.assert_array_equal(values, codes_of_flow(flow, bound_px=8).numpy())
 

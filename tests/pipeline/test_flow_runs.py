@@ -29,7 +29,8 @@ from mmkd.pipeline.flow_command import (
     run as flow_command,
 )
 from mmkd.pipeline.flow_command.claims import CARD, CLAIMS, WHOLE, FlowClaims
-from mmkd.pipeline.flow_command.files import read_hdf5
+from mmkd.pipeline.flow_command.options import FlowOptions
+from mmkd.pipeline.flow_command.readers import read_hdf5
 from tests.helpers.commands import ENVIRONMENT
 from tests.helpers.flow_forks import FlowForks
 from tests.helpers.flow_videos import write_texture
@@ -267,7 +268,7 @@ def test_epic_and_i3d_enlarge_only_when_asked_and_never_mix(tmp_path, videos):
         flow(*options, "--layout", layout)
         small = refused("mmkd-cache", "flow", *QUICK, *options, "--layout", layout, "--enlarge")
         assert "flow of other parameters (enlarge False, now True)" in small
-        chosen = flow_blocks.FlowOptions(layout=layout), flow_blocks.FlowOptions(layout=layout, enlarge=True)
+        chosen = FlowOptions(layout=layout), FlowOptions(layout=layout, enlarge=True)
         assert [options.size(64, 48)[::-1] for options in chosen] == [size, large]
     with h5py.File(tmp_path / "i3d.h5") as file:
         assert file["v0"]["flow"].shape[1:3] == (48, 64)
