@@ -16,7 +16,7 @@ import torch
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.tasks.folder_lock import FolderLock, folder_lock
-from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.student.data.split_data import SplitData, check_manifest, open_split
 from mmkd.student.data.thumbprints import check_thumbprints
 from mmkd.student.evaluation.evaluate import evaluation_splits
@@ -26,6 +26,8 @@ from mmkd.student.evaluation.run_evaluation import (
     new_network,
 )
 from mmkd.student.evaluation.run_files import (
+    EVALUATION_FILE,
+    MODEL_FILE,
     RUN_FILE,
     RunRecord,
     StudentInput,
@@ -42,7 +44,7 @@ from mmkd.student.teacher.cached_targets import (
 )
 from mmkd.student.teacher.mixing import HeadMixtures
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
-from mmkd.student.training.loop import FitReport, fit
+from mmkd.student.training.loop import METRICS_FILE, FitReport, fit
 from mmkd.student.training.one_process import refuse_several_processes
 
 log = logging.getLogger("mmkd")
@@ -82,6 +84,25 @@ def refuse_other_contents(out: Path) -> None:
     for name, what in OTHER_CONTENTS.items():
         if (out / name).exists():
             raise InputError(f"{out} holds {what}; name another folder with -o")
+    if out.is_dir() and latest_checkpoint(out) is None:
+        refuse_other_run(out)
+
+
+def refuse_other_run(out: Path) -> None:
+    """Raise InputError where a folder without a checkpoint holds files of a run's names that no run wrote there."""
+    try:
+        if (out / RUN_FILE).exists():
+            read_run(out)
+            return
+    except VerificationError as error:
+        raise InputError(
+            f"{out / RUN_FILE} is damaged, or not of `mmkd-student train`; name another folder, or delete it"
+        ) from error
+    for name in (METRICS_FILE, MODEL_FILE, EVALUATION_FILE):
+        if (out / name).exists():
+            raise InputError(
+                f"{out} holds {name}, but no {RUN_FILE} that would tell whose it is; name another folder with -o"
+            )
 
 
 def train_in_folder(

@@ -40,7 +40,7 @@ from mmkd.student.data.rgb_views import RGBViews
 from mmkd.student.data.view_streams import DrawnViews
 from mmkd.student.evaluation.metrics import average_views, evaluate
 from mmkd.student.evaluation.run_files import RUN_FILE
-from mmkd.student.training.checkpoint import encode_network
+from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.training.loop import fit
 from mmkd.student.training.one_process import refuse_several_processes
 from mmkd.student.training.predict import predict
@@ -83,6 +83,11 @@ def whole_expert(out: Path, name: str, seen: dict[str, Any]) -> ExpertCard | Non
     if (out / RUN_FILE).exists():
         raise InputError(f"{out} holds a run of `mmkd-student train`; name another folder with -o")
     if not (out / CARD_FILE).exists():
+        if (out / WEIGHTS_FILE).exists() and latest_checkpoint(out / "training") is None:
+            raise InputError(
+                f"{out} holds {WEIGHTS_FILE}, but no {CARD_FILE} that would tell whose it is; name another folder "
+                "with -o"
+            )
         return None
     card = same_expert(out, name, seen)
     if has_weights(out, card):
