@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.helpers.commands import ENVIRONMENT, run_ok
+from tests.helpers.commands import run_ok
 from tests.helpers.places import check_data
 from tests.helpers.tiny import TINY_RECIPE, Tiny
 
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 def pytest_configure() -> None:
     """Refuse a wrong MMKD_TEST_DATA before anything runs."""
     check_data()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread in torch, whatever the machine: so times and sums do not depend on it."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +42,6 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Forked"]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Data set, manifest, three experts (one epoch each) and a cache; tests must not write into it."""
     root = tmp_path_factory.mktemp("tiny")
-    ENVIRONMENT["SLURM_TMPDIR"] = str(tmp_path_factory.mktemp("node"))  # copies of targets, not in the user's own
     sizes = ("--train-clips", 14, "--standard-clips", 14, "--compositional-clips", 14)
     run_ok("mmkd-cache", "demo", root, *sizes)
     (root / "tiny.yaml").write_text(TINY_RECIPE)

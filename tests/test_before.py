@@ -3,23 +3,18 @@
 import hashlib
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.in_process import call, call_ok
-from tests.helpers.places import TESTS
-
-ARCHIVE = TESTS / "data" / "before.tar.xz"
+from tests.helpers.places import unpack_before
 
 
 @pytest.fixture
 def before(tmp_path, monkeypatch):
     """A copy of the old files that may be written into; recipes name them from there."""
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(unpack_before(tmp_path))
     return tmp_path
 
 

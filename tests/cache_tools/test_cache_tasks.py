@@ -9,29 +9,12 @@ from contextlib import contextmanager
 import pytest
 
 from mmkd.cache_tools.upkeep.verify import verify
-from tests.helpers.forked import Child, Forked, contents
+from tests.helpers.forked import Forked, contents
+from tests.helpers.sleeping import stop_at, take_for_dead, told_that_it_slept
 
 SHARD = "train/0-0"
 FIRST_OBJECT = r"opened targets\.zarr/train/rgb/.*/c/0/0.*"
 RECORD = r"opened commits/train/rgb/\w+/0-0\.json"
-
-
-def stop_at(pattern: str) -> dict:
-    return {"acts": [{"match": pattern, "do": "stop"}]}
-
-
-def take_for_dead(out, child: Child) -> None:
-    """Let a task's last sign of life be an hour old, as if it slept."""
-    (sign,) = (path for path in (out / "tasks").iterdir() if path.name.split("-")[1] == str(child.pid))
-    hour_ago = time.time() - 3600
-    os.utime(sign, (hour_ago, hour_ago))
-
-
-def told_that_it_slept(child: Child) -> None:
-    ended = child.wait()
-    assert ended.code == 74, ended.err
-    assert ended.err.endswith(": another task went on while this one slept; run it again\n"), ended.err
-    assert "Traceback" not in ended.err
 
 
 def status_of(quick: Forked, out) -> dict:

@@ -18,9 +18,9 @@ from mmkd.cache_tools.upkeep.hdf5 import export_cache, import_cache
 from mmkd.cache_tools.upkeep.merge import merge
 from mmkd.cache_tools.upkeep.verify import verify
 from mmkd.data_manifests.errors import InputError, MmkdError
-from tests.cache_tools.test_cache_tasks import stop_at, take_for_dead, told_that_it_slept
 from tests.helpers.forked import Forked, contents
 from tests.helpers.many_clips import files_of, logits_of, manifest_of
+from tests.helpers.sleeping import stop_at, take_for_dead, told_that_it_slept
 from tests.helpers.small_cache import write_cache
 
 MANIFEST = manifest_of([1, 2, 4])

@@ -10,13 +10,13 @@ from mmkd.cache_tools.cache.init_record import CacheInit
 from mmkd.cache_tools.cache.sealed import seal, unsealed
 from mmkd.cache_tools.layout import SCHEMA
 from mmkd.data_manifests.errors import InputError, VerificationError
-from tests.test_before import ARCHIVE
+from tests.helpers.places import BEFORE
 
 
 @pytest.fixture(scope="module")
 def written():
     """The bytes of init.json that commit cc9a7f6 wrote."""
-    with tarfile.open(ARCHIVE) as archive:
+    with tarfile.open(BEFORE) as archive:
         return archive.extractfile("./cache/init.json").read()
 
 

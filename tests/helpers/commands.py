@@ -1,12 +1,19 @@
 """Running the commands as a user would, each in a process of its own."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+NODE = tempfile.mkdtemp(prefix="mmkd-tests-")
+"""Stands for the machine's own disk: copies of targets go there, not into the user's folder."""
+atexit.register(shutil.rmtree, NODE, ignore_errors=True)
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("MMKD_")}
+ENVIRONMENT["SLURM_TMPDIR"] = NODE
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ Each change of a store is a row of numbered steps, named by what was just done t
     decoded         a clip is ready for the experts
 
 Faults are JSON: `trace` (a file that gets a line for each step), `acts` (a list of {"at": number} or {"match":
-regular expression, "nth": 1}, each with "do": kill, stop, eio or enospc), `ordinary_user`, `file_size`,
-`stale_seconds`, `source` (see `faulty_source.py`).
+regular expression, "nth": 1}, each with "do": kill, stop, eio or enospc), `ordinary_user`, `file_size`, `source`
+(see `faulty_source.py`).
 """
 
 import ctypes
@@ -24,7 +24,6 @@ from collections import Counter
 from mmkd.cache_tools.frames import clip_set as data
 from mmkd.cache_tools.storage import store
 from mmkd.cache_tools.storage.store import LocalStore
-from mmkd.cache_tools.tasks import heartbeat as tasks
 from mmkd.pipeline.build import build
 
 TASK = re.compile(r"[0-9a-f]{12}-\d+-\d+-[0-9a-f]{8}")
@@ -68,11 +67,9 @@ def perform(action: str) -> None:
 def install(wanted: dict) -> None:
     """Install the faults in this process."""
     if "source" in wanted:
-        from faulty_source import FaultySource
+        from tests.helpers.faulty_source import FaultySource
 
         data.VideoFiles = lambda root, limits, **more: FaultySource(root, limits, **more, **wanted["source"])
-    if "stale_seconds" in wanted:
-        tasks.Others.__init__.__kwdefaults__["stale_seconds"] = wanted["stale_seconds"]
     if "file_size" in wanted:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (wanted["file_size"],) * 2)

@@ -51,7 +51,7 @@ class Forked:
     def __init__(self, root: Path) -> None:
         self.root, self._number = root, 0
         self._server = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("fork_server.py")],
+            [sys.executable, "-P", Path(__file__).with_name("fork_server.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

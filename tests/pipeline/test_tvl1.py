@@ -25,12 +25,7 @@ SHORT = TVL1Params(iterations=30)
 SHORT_OPENCV = TVL1Params(mode="opencv", median=5, iterations=60)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=("torch", "native"))

@@ -2,16 +2,15 @@
 
 import importlib.util
 
-import pytest
 import torch
 
+from tests.helpers.cuda import needs_cuda
 from tests.helpers.places import TESTS
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @needs_cuda
 def test_kernels_are_right_and_a_pair_has_the_same_bits_in_any_batch():
+    assert torch.cuda.is_available(), "this machine should have a CUDA device"
     path = TESTS / "benchmarks" / "flow_gpu.py"
     spec = importlib.util.spec_from_file_location("flow_gpu", path)
     script = importlib.util.module_from_spec(spec)

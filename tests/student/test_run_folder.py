@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from mmkd.student.evaluation.run_files import read_model, read_run
 from mmkd.student.evaluation.trained import load_student
 from tests.helpers.commands import ENVIRONMENT
 from tests.helpers.in_process import call, call_ok, refused
-from tests.test_before import ARCHIVE
+from tests.helpers.places import unpack_before
 
 TRAIN = ("mmkd-student", "train", "-c", "student.yaml", "--cache", "cache", "--node-copies", "copies")
 EVALUATE = ("mmkd-student", "evaluate", "run", "--cache", "cache", "--json")
@@ -31,9 +30,7 @@ EVALUATE = ("mmkd-student", "evaluate", "run", "--cache", "cache", "--json")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Videos, manifest, cache and experts of eight clips, and a run that was trained on them."""
-    root = tmp_path_factory.mktemp("run")
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(root, filter="data")
+    root = unpack_before(tmp_path_factory.mktemp("run"))
     shutil.rmtree(root / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -115,9 +112,7 @@ def test_a_damaged_evaluation_is_named_with_the_command_that_makes_it_again(worl
 def test_a_run_from_before_the_seal_is_read_with_a_warning_and_sealed_by_the_same_train(
     made, tmp_path, monkeypatch
 ):
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(unpack_before(tmp_path))
     result = call(*EVALUATE)
     assert result.code == 0
     assert "run/run.json has no seal" in result.err

@@ -10,7 +10,7 @@ from torch.nn import functional
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.manifest import Clip, Head, Manifest
+from mmkd.data_manifests.manifest import Head
 from mmkd.student.teacher.cached_targets import shared_targets
 from mmkd.student.teacher.cached_teacher import choose_weights, mix_split
 from mmkd.student.teacher.mixing import Mixture, sample_weights
@@ -20,6 +20,7 @@ from mmkd.student.weighing.calibration import fit_calibrated
 from mmkd.student.weighing.weigh import SCHEMES, chosen_clips, read_head, weigh
 from mmkd.student.weighing.weigh_report import report_lines
 from tests.helpers.in_process import call_ok, refused
+from tests.helpers.random_logits import draw_logits, draw_manifest
 from tests.helpers.small_cache import write_cache
 from tests.helpers.tiny_data import SHORT
 
@@ -28,43 +29,22 @@ HEADS = (Head("verb", tuple("abcdef")), Head("noun", tuple("uvwxyz")))
 ROWS, VIEWS = {"train": 120, "test": 40}, 2
 
 
-def make_manifest():
-    random = np.random.default_rng(1)
-    clips = [
-        Clip(
-            f"{split}-{row}",
-            f"{split}-{row}.webm",
-            split,
-            {"verb": int(random.integers(6)), "noun": None if row % 10 == 0 else int(random.integers(6))},
-        )
-        for split, rows in ROWS.items()
-        for row in range(rows)
-    ]
-    return Manifest("demo", HEADS, tuple(clips))
+MANIFEST = draw_manifest(HEADS, ROWS)
 
 
-def make_logits(manifest):
+def make_logits():
     """Experts that know something of the label, each at its own scale; flow has nothing for every 7th row."""
-    random, found = np.random.default_rng(2), {}
-    for split, rows in ROWS.items():
-        found[split] = {}
-        for expert, scale in EXPERTS.items():
-            heads = {}
-            for head in HEADS:
-                labels = [clip.labels[head.name] or 0 for clip in manifest.split(split)]
-                z = random.standard_normal((rows, VIEWS, 6))
-                z[np.arange(rows), :, labels] += 1.2
-                heads[head.name] = (scale * z).astype(np.float32)
-                if expert == "flow":
-                    heads[head.name][::7] = np.nan
-            found[split][expert] = heads
+    found = draw_logits(MANIFEST, EXPERTS, dict.fromkeys(ROWS, VIEWS), known=1.2)
+    for experts in found.values():
+        for value in experts["flow"].values():
+            value[::7] = np.nan
     return found
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    directory, manifest = tmp_path_factory.mktemp("weigh") / "cache", make_manifest()
-    write_cache(directory, manifest, make_logits(manifest), held_out=HeldOut(0.6, 0), shard_rows=64)
+    directory = tmp_path_factory.mktemp("weigh") / "cache"
+    write_cache(directory, MANIFEST, make_logits(), held_out=HeldOut(0.6, 0), shard_rows=64)
     return directory
 
 
@@ -206,24 +186,22 @@ def test_another_split_is_used_whole_and_is_no_test_any_more(reader):
 
 
 def test_without_a_held_out_part_another_split_is_asked_for(tmp_path):
-    manifest = make_manifest()
-    write_cache(tmp_path, manifest, make_logits(manifest), shard_rows=128)
+    write_cache(tmp_path, MANIFEST, make_logits(), shard_rows=128)
     opened = CacheReader(tmp_path)
     with pytest.raises(InputError, match=r"no held-out part of split 'train'.*--split .*has train, test"):
         weigh(opened, train_split="train")
     assert weigh(opened, split="test", train_split="train").clips == 40
     tiny_part = tmp_path / "tiny"
-    write_cache(tiny_part, manifest, make_logits(manifest), held_out=HeldOut(1e-9, 0), shard_rows=128)
+    write_cache(tiny_part, MANIFEST, make_logits(), held_out=HeldOut(1e-9, 0), shard_rows=128)
     with pytest.raises(InputError, match="no clip of split 'train' happens to be held out"):
         weigh(CacheReader(tiny_part), train_split="train")
 
 
 def test_clips_without_label_or_expert_are_refused(tmp_path):
-    manifest = make_manifest()
-    logits = make_logits(manifest)
+    logits = make_logits()
     for head in HEADS:
         logits["test"]["boxes"][head.name][:] = np.nan
-    write_cache(tmp_path, manifest, logits, shard_rows=128)
+    write_cache(tmp_path, MANIFEST, logits, shard_rows=128)
     with pytest.raises(InputError, match="head 'verb': none of 40 clips of split 'test' has a label and"):
         weigh(CacheReader(tmp_path), split="test", train_split="train")
 
@@ -252,7 +230,7 @@ def test_targets_of_every_scheme_are_its_mixture(reader, report, tmp_path, schem
     mixtures, warning = choose_weights(reader, f"{path}:{scheme}", weights_temperature=9, train_split="train")
     assert (mixtures, warning) == (report.mixtures[scheme], None)
     source = targets_of(reader, mixtures, tmp_path / "copies", missing="drop")
-    rows, views = np.array([1, 2, 3, 9, 10, 7]), np.array([0, 1, 1, 0, 1, 1])
+    rows, views = np.array([1, 2, 3, 9, 11, 7]), np.array([0, 1, 1, 0, 1, 1])
     assert source.valid(rows, views).tolist() == [True] * 5 + [False]
     for head in ("verb", "noun"):
         logits = {name: reader.logits("train", name)[head] for name in EXPERTS}
@@ -261,9 +239,9 @@ def test_targets_of_every_scheme_are_its_mixture(reader, report, tmp_path, schem
             labels = reader.split("train").labels[head]
             weights = sample_weights(logits, usable, labels, mixture=mixtures[head])
             expected = sum(weights[name][..., None] * logits[name] for name in EXPERTS)
-            # Row 10 has no noun: its experts weigh the same.
+            # Row 11 has no noun: its experts weigh the same.
             if head == "noun":
-                np.testing.assert_allclose(expected[10], sum(z[10] for z in logits.values()) / 3, rtol=1e-5)
+                np.testing.assert_allclose(expected[11], sum(z[11] for z in logits.values()) / 3, rtol=1e-5)
         else:
             expected = teacher(logits, mixtures[head])
         np.testing.assert_allclose(

@@ -10,6 +10,7 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.cache.sealed import open_seal, seal
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import FingerprintError, InputError, MmkdError
+from mmkd.data_manifests.manifest import Head
 from mmkd.student.teacher.cached_teacher import choose_weights
 from mmkd.student.teacher.mixing import Mixture
 from mmkd.student.teacher.mixture_file import (
@@ -18,8 +19,8 @@ from mmkd.student.teacher.mixture_file import (
     split_spec,
     weights_for,
 )
+from tests.helpers.random_logits import draw_logits, draw_manifest
 from tests.helpers.small_cache import write_cache
-from tests.student.test_cached_targets import make_logits, make_manifest
 
 EXPERT = {"modality": "flow", "weights": "0", "precision": "fp16-minus-row-maximum"}
 SCHEMES = {
@@ -34,7 +35,8 @@ SCHEMES = {
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     directory = tmp_path_factory.mktemp("weights") / "cache"
-    write_cache(directory, make_manifest(), make_logits())
+    manifest = draw_manifest((Head("verb", tuple("abc")), Head("noun", tuple("defghi"))), {"train": 4, "test": 2})
+    write_cache(directory, manifest, draw_logits(manifest, {"rgb": 1.0, "flow": 1.0}, {"train": 3, "test": 1}))
     return directory
 
 
