@@ -12,6 +12,8 @@ from pathlib import Path
 
 AT_MOST_BYTES = 4 << 30
 """Files to be read whole are never as large as this (4 GiB), unless the caller says otherwise."""
+GROWTH_BYTES = 1 << 20
+"""Read at once of a file that grows while it is read."""
 KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFCHR: "a device",
@@ -44,7 +46,9 @@ def read_regular(path: Path, *, at_most_bytes: int = AT_MOST_BYTES) -> bytes:
     with open_regular(path) as file:
         size_bytes = os.fstat(file.fileno()).st_size
         if size_bytes <= at_most_bytes:
-            data = file.read(at_most_bytes + 1)
+            data = file.read(size_bytes + 1)  # `read` takes the memory that it is told at once
+            while size_bytes < len(data) <= at_most_bytes and (more := file.read(GROWTH_BYTES)):
+                data += more
             if len(data) <= at_most_bytes:
                 return data
         raise OSError(

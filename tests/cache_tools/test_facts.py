@@ -266,7 +266,7 @@ def test_a_folder_that_lost_its_videos_is_the_machines_fault(root, tmp_path, kno
     for mount_point in ("gone", "empty"):
         if mount_point == "empty":
             (root / "disk").mkdir()
-        with pytest.raises(StorageError, match=r"videos/disk is empty or gone, .* is its disk mounted\?"):
+        with pytest.raises(StorageError, match="videos/disk is empty or gone, and it held videos before"):
             probe_counted(root, tmp_path / "facts", videos)
     (root / "disk").rmdir()
     (tmp_path / "elsewhere").rename(root / "disk")

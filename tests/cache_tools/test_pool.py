@@ -37,7 +37,7 @@ def workers_of(parent: int) -> list[int]:
             command = (folder / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(status[1]) == parent and b"cache_tools.pool" in command:
+        if int(status[1]) == parent and b"process.pool_worker" in command:
             found.append(int(folder.name))
     return found
 

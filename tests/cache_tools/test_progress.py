@@ -148,6 +148,11 @@ def test_other_threads_get_a_flag_that_never_rises():
 
 
 def test_modules_that_commands_need_early_do_not_import_torch():
-    names = "cache_tools.progress", "cache_tools.interrupt", "student.recipe", "student.metrics"
+    names = (
+        "cache_tools.process.progress",
+        "cache_tools.process.interrupt",
+        "student.recipe",
+        "student.evaluation.metrics",
+    )
     code = "; ".join([*(f"import mmkd.{name}" for name in names), "import sys; sys.exit('torch' in sys.modules)"])
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

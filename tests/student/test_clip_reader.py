@@ -16,19 +16,20 @@ FRAME_BYTES = 4 * 2 * 3
 
 
 class CountingSource:
-    """Frames that show their video's and their own number; notes every read."""
+    """Frames that show their video's and their own number; notes every read; the first `meeting` of them happen at once."""
 
-    def __init__(self, *, broken: set[int] = frozenset(), delay_seconds: float = 0) -> None:
+    def __init__(self, *, broken: set[int] = frozenset(), meeting: int = 0) -> None:
         self.reads: list[tuple[str, list[int]]] = []
-        self._broken, self._pause = broken, threading.Event()
-        self._delay_seconds = delay_seconds
+        self._broken, self._meeting = broken, meeting
+        self._barrier = threading.Barrier(meeting) if meeting else None
 
     def probe(self, video: str) -> VideoFacts:
         raise NotImplementedError
 
     def read(self, video, frame_indices, facts):
         self.reads.append((video, frame_indices.tolist()))
-        self._pause.wait(self._delay_seconds)
+        if len(self.reads) <= self._meeting:
+            self._barrier.wait(60)
         if self._broken & set(frame_indices.tolist()):
             raise VideoError("cannot decode")
         frames = np.zeros((len(frame_indices), 2, 4, 3), np.uint8)
@@ -77,7 +78,7 @@ def test_a_clip_that_does_not_fit_leaves_room_for_smaller_ones():
 
 
 def test_threads_that_want_the_same_clip_pay_for_it_once():
-    source = CountingSource(delay_seconds=0.05)
+    source = CountingSource(meeting=4)
     reader = ClipReader(source, clip_videos(), memory_bytes=2 * 5 * FRAME_BYTES)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: check(reader, 0, [3]), range(4)))
