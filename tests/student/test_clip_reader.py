@@ -16,7 +16,7 @@ FRAME_BYTES = 4 * 2 * 3
 
 
 class CountingSource:
-    """Frames that show their video's and their own number; notes every read; the first `meeting` of them happen at once."""
+    """Frames that show their video and number; notes every read; the first `meeting` are made at once."""
 
     def __init__(self, *, broken: set[int] = frozenset(), meeting: int = 0) -> None:
         self.reads: list[tuple[str, list[int]]] = []
