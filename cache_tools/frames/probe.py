@@ -26,6 +26,7 @@ from mmkd.cache_tools.frames.video_paths import NOT_FOUND, is_lost
 from mmkd.cache_tools.process.pool import run_tasks
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import StorageError, VideoError
+from mmkd.data_manifests.regular_file import read_regular
 
 log = logging.getLogger("mmkd")
 
@@ -233,7 +234,7 @@ def _look_up_one(
     facts = None if packed is None else decode_facts(bytes(packed), video=video, stamp=stamp)
     if facts is None and store is not None:  # not packed, or changed since
         with suppress(OSError):
-            facts = decode_facts(facts_path(store, video).read_bytes(), video=video, stamp=stamp)
+            facts = decode_facts(read_regular(facts_path(store, video)), video=video, stamp=stamp)
     return facts
 
 
@@ -249,7 +250,7 @@ def read_pack(path: Path) -> dict[str, memoryview]:
     """Return video -> its kept file's bytes; what follows a damaged record, or all of no pack, is left out."""
     found: dict[str, memoryview] = {}
     try:
-        data = memoryview(path.read_bytes())  # not mapped: on a shared disk another task may replace it meanwhile
+        data = memoryview(read_regular(path))  # not mapped: on a shared disk another task may replace it meanwhile
     except OSError:
         return found
     start = 0
@@ -269,5 +270,5 @@ def _packed(store: Path, videos: Iterable[str]) -> Iterator[bytes]:
     for video in videos:
         name = video.encode()
         with suppress(OSError):
-            data = facts_path(store, video).read_bytes()
+            data = read_regular(facts_path(store, video))
             yield PACKED.pack(len(name), len(data)) + name + data

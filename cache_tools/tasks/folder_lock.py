@@ -33,6 +33,7 @@ from mmkd.cache_tools.tasks.heartbeat import (
 )
 from mmkd.data_manifests.atomic import storage_errors
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.regular_file import read_regular
 
 log = logging.getLogger("mmkd")
 
@@ -193,7 +194,7 @@ def newest_holder(folder: Path) -> Holder | None:
 def read_holder(path: Path) -> Holder | None:
     """Return whom a lock file names, None where the file is gone."""
     try:
-        card = json.loads(path.read_bytes())
+        card = json.loads(read_regular(path))
         who = f"process {card['pid']} on host {card['host']}, since {card['since']}"
         return Holder(path, _generation(path), str(card["id"]), who)
     except FileNotFoundError:

@@ -21,8 +21,10 @@ from mmkd.cache_tools.cache.fingerprints import file_sha256
 from mmkd.cache_tools.cache.sealed import SEAL, seal, unsealed
 from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.data_manifests.atomic import write_atomically
-from mmkd.data_manifests.errors import InputError, VerificationError
+from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 from mmkd.data_manifests.kinds import it_is
+from mmkd.data_manifests.regular_file import read_regular
+from mmkd.data_manifests.system_errors import MACHINE_FAULTS
 from mmkd.data_manifests.typed_json import STRICT, typed
 from mmkd.pipeline.experts.stlt import STLT
 from mmkd.pipeline.recipe import ExpertRecipe
@@ -139,8 +141,10 @@ def read_card(directory: Path) -> ExpertCard:
     """
     path = directory / CARD_FILE
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as error:
+        if error.errno in MACHINE_FAULTS:
+            raise StorageError(f"cannot read {path}: {error.strerror}; fix that and run again") from error
         told = it_is(directory) or f": {path.name}: {error.strerror}"
         raise InputError(
             f"{directory} is not an expert{told}; `mmkd-cache teach NAME -o {directory}` trains one"

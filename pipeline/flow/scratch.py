@@ -30,6 +30,7 @@ from mmkd.cache_tools.frames.records import Float32Array, IntArray
 from mmkd.cache_tools.frames.source import DECODER_RULES
 from mmkd.data_manifests.atomic import storage_errors, write_atomically
 from mmkd.data_manifests.errors import StorageError
+from mmkd.data_manifests.regular_file import open_regular
 from mmkd.pipeline.flow.clip_flow import (
     FlowFields,
     all_pairs,
@@ -93,7 +94,7 @@ class FlowStore:
         """Return whether the clip's file is there, whole; its fields are checked as they are read."""
         height, width = flow_size(item.facts, self._recipe)
         shape = (len(all_pairs(item.facts, self._recipe.step)), 2, height, width)
-        with suppress(OSError), self.path(item).open("rb") as file:
+        with suppress(OSError), open_regular(self.path(item)) as file:
             stored = read_ends(file, self.path(item).name)
             return stored is not None and stored.shape == shape and stored.dtype == self._recipe.precision
         return False
@@ -113,7 +114,7 @@ class FlowStore:
         """
         path = self.path(item)
         positions = positions_of(starts, all_pairs(item.facts, self._recipe.step))
-        with storage_errors(path, verb="read"), path.open("rb") as file:
+        with storage_errors(path, verb="read"), open_regular(path) as file:
             stored = read_ends(file, path.name)
             fields = None if stored is None else read_fields(file, stored, positions)
         if fields is None:

@@ -30,6 +30,7 @@ from mmkd.cache_tools.tasks.heartbeat import (
     surely_dead,
 )
 from mmkd.data_manifests.atomic import ABANDONED_SECONDS, TEMPORARY, storage_errors
+from mmkd.data_manifests.regular_file import read_regular
 
 CARD, CLAIMS = "run.json", "claims"
 WHOLE = ""
@@ -206,7 +207,7 @@ class FlowClaims:
 
     def _holder(self, run: str) -> Holder:
         try:
-            return Holder(**json.loads((self._parts / run / CARD).read_bytes()))
+            return Holder(**json.loads(read_regular(self._parts / run / CARD)))
         except (OSError, ValueError, TypeError):
             return Holder()
 

@@ -26,6 +26,7 @@ import h5py
 from mmkd.cache_tools.storage.hdf5_file import writing_hdf5
 from mmkd.data_manifests.atomic import TEMPORARY, storage_errors, sync_directory, sync_file, write_atomically
 from mmkd.data_manifests.errors import InputError, StorageError
+from mmkd.data_manifests.regular_file import read_regular
 from mmkd.pipeline.flow.file_names import LAYOUTS, NAMES
 from mmkd.pipeline.flow_command.blocks import VideoPlan
 from mmkd.pipeline.flow_command.claims import WHOLE, FlowClaims, Holder, create_once
@@ -90,7 +91,7 @@ class FlowOutput:
         """Return the record of a video whose flow is there, every file that the record counts, or None."""
         marker = self.folder / DONE / name
         try:
-            record = DoneVideo(**json.loads(marker.read_bytes()))
+            record = DoneVideo(**json.loads(read_regular(marker)))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return self._in_file.get(name)
         except OSError as error:
@@ -191,7 +192,7 @@ class FlowOutput:
                 create_once(path, text.encode() + b"\n")
         if path.is_file():
             try:
-                stored = json.loads(path.read_bytes())["parameters"]
+                stored = json.loads(read_regular(path))["parameters"]
                 self._refuse_others(stored, self.folder)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{path} is damaged; name another folder, or delete this one") from error

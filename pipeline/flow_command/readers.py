@@ -9,6 +9,7 @@ import torch
 
 from mmkd.cache_tools.frames.records import Float32Array, IntArray
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.regular_file import read_regular
 from mmkd.pipeline.flow.conventions import codes_of_jpeg, flow_of_codes, flow_of_i3d
 from mmkd.pipeline.flow.file_names import NAMES, FlowName, pair_number, pair_of_number
 
@@ -65,7 +66,7 @@ def _from_i3d(values: Any) -> Float32Array:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise InputError(f"flow file {path} cannot be read: {error.strerror}") from error
 

@@ -159,3 +159,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"cannot write .*file/run"):
         folder_lock(tmp_path / "file" / "run").__enter__()
+
+
+def test_a_pipe_in_the_place_of_a_lock_file_is_an_error_and_no_wait(tmp_path):
+    os.mkfifo(tmp_path / ".mmkd-lock-000000.json")
+    with pytest.raises(StorageError, match="named pipe"):
+        folder_lock(tmp_path).__enter__()

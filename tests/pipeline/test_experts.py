@@ -1,5 +1,6 @@
 """An expert's folder: the card is sealed, the weights are hashed, and what is damaged can be made again."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -13,7 +14,8 @@ import torch
 
 from mmkd.cache_tools.cache.fingerprints import fingerprint
 from mmkd.cache_tools.tasks.folder_lock import folder_lock
-from mmkd.data_manifests.errors import InputError, MmkdError
+from mmkd.data_manifests.errors import InputError, MmkdError, StorageError
+from mmkd.pipeline.experts import expert as expert_module
 from mmkd.pipeline.experts.expert import (
     CARD_FILE,
     UNSEALED_SCHEMA,
@@ -175,3 +177,20 @@ def test_a_folder_has_one_teaching_at_a_time_and_never_a_run_s(quick, tmp_path):
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / RUN_FILE).write_text("{}")
     assert "holds a run of `mmkd-student train`" in refused(*teach)
+
+
+@pytest.mark.parametrize("name", [CARD_FILE, WEIGHTS_FILE])
+def test_a_pipe_in_the_place_of_an_expert_s_file_is_an_error_and_no_wait(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(MmkdError, match=name):
+        load_expert(folder, CPU)
+
+
+def test_a_card_that_the_disk_does_not_give_is_a_fault_of_the_machine(folder, monkeypatch):
+    def fail(path, **_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(expert_module, "read_regular", fail)
+    with pytest.raises(StorageError, match=r"cannot read .*expert.json: Input/output error"):
+        read_card(folder)
