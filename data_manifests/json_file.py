@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.regular_file import read_regular
 
 MAX_JSON_BYTES = 2**30
 
@@ -14,7 +15,7 @@ def read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise InputError(f"{path}: larger than {MAX_JSON_BYTES} bytes; is it the annotation file?")
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:

@@ -16,6 +16,8 @@ SCHEMAS = {
     "mmkd-weights": "a weights file of `mmkd-cache weigh`, which `mmkd-student train --weights` takes",
     "mmkd-cache": "a file of a cache, whose folder --cache takes",
     "mmkd-expert": "the card of an expert, whose folder --expert takes",
+    "mmkd-run": "the record of a run, whose folder --run and `mmkd-student evaluate` take",
+    "mmkd-table": "a table of `mmkd-student compare --out`, which --tables takes",
 }
 """Start of the first `schema` in a file -> what the file is."""
 HDF5 = "an HDF5 file; of one that `mmkd-cache export` wrote, `mmkd-cache import FILE -o CACHE` makes a cache again"

@@ -26,7 +26,7 @@ from mmkd.cache_tools.recipes.recipe import load_recipe, resolved_with_origins
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_run
-from mmkd.student.recipe import StudentRecipe
+from mmkd.student.recipe import Mode, StudentRecipe
 
 cache_option = click.option(
     "--cache",
@@ -82,13 +82,11 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
         "node_copies": options["node_copies"],
     }
     recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named)
-    if options["fresh_views"] and not options["labels_only"]:
-        raise click.UsageError("--fresh-views needs --labels-only: cached targets belong to cached views")
-    from mmkd.student.distil import Mode, train_student
+    mode = Mode(options["labels_only"], options["fresh_views"])
+    from mmkd.student.distil import train_student
     from mmkd.student.evaluation.table_text import metric_lines
     from mmkd.student.training.devices import choose_device
 
-    mode = Mode(options["labels_only"], options["fresh_views"])
     report = train_student(
         recipe, options["cache"], options["out"], mode=mode, device=choose_device(options["device"])
     )

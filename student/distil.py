@@ -5,7 +5,7 @@ both -> the loop. Nothing here can load flow, boxes or experts.
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,16 @@ import torch
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.tasks.folder_lock import FolderLock, folder_lock
-from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.student.data.split_data import SplitData, check_manifest, open_split
 from mmkd.student.data.thumbprints import check_thumbprints
 from mmkd.student.evaluation.evaluate import evaluation_splits
+from mmkd.student.evaluation.own_folder import refuse_other_contents
 from mmkd.student.evaluation.run_evaluation import (
     chosen_mixtures,
     evaluate_run,
     new_network,
 )
 from mmkd.student.evaluation.run_files import (
-    EVALUATION_FILE,
-    MODEL_FILE,
     RUN_FILE,
     RunRecord,
     StudentInput,
@@ -35,8 +33,9 @@ from mmkd.student.evaluation.run_files import (
     write_model,
     write_run,
 )
+from mmkd.student.evaluation.trained import without_weights
 from mmkd.student.networks.networks import RGB_MEAN, RGB_STD
-from mmkd.student.recipe import StudentRecipe
+from mmkd.student.recipe import Mode, StudentRecipe, TrainRecipe
 from mmkd.student.teacher.cached_targets import (
     CachedTargets,
     copies_folder,
@@ -44,22 +43,10 @@ from mmkd.student.teacher.cached_targets import (
 )
 from mmkd.student.teacher.mixing import HeadMixtures
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
-from mmkd.student.training.loop import METRICS_FILE, FitReport, fit
+from mmkd.student.training.loop import FitReport, fit
 from mmkd.student.training.one_process import refuse_several_processes
 
 log = logging.getLogger("mmkd")
-OTHER_CONTENTS = {"expert.json": "an expert", "targets.zarr": "a cache"}
-"""What a run is never written into, by a file or folder that it has."""
-
-
-@dataclass(frozen=True)
-class Mode:
-    """What kind of run this is."""
-
-    labels_only: bool = False
-    """The baseline: no teacher."""
-    fresh_views: bool = False
-    """Baseline only: a new view every epoch in place of the cached ones."""
 
 
 def train_student(
@@ -71,38 +58,10 @@ def train_student(
     Raises InputError for a cache of another manifest and for a folder in which another process is at work,
     VerificationError for damaged data or other pixels.
     """
-    if mode.fresh_views and not mode.labels_only:
-        raise InputError("--fresh-views needs --labels-only: cached targets belong to cached views")
     refuse_several_processes("mmkd-student train")
     refuse_other_contents(out)
     with folder_lock(out) as lock:
         return train_in_folder(recipe, cache, out, mode=mode, device=device, lock=lock)
-
-
-def refuse_other_contents(out: Path) -> None:
-    """Raise InputError for a folder that is an expert's or a cache's."""
-    for name, what in OTHER_CONTENTS.items():
-        if (out / name).exists():
-            raise InputError(f"{out} holds {what}; name another folder with -o")
-    if out.is_dir() and latest_checkpoint(out) is None:
-        refuse_other_run(out)
-
-
-def refuse_other_run(out: Path) -> None:
-    """Raise InputError where a folder without a checkpoint holds files of a run's names that no run wrote there."""
-    try:
-        if (out / RUN_FILE).exists():
-            read_run(out)
-            return
-    except VerificationError as error:
-        raise InputError(
-            f"{out / RUN_FILE} is damaged, or not of `mmkd-student train`; name another folder, or delete it"
-        ) from error
-    for name in (METRICS_FILE, MODEL_FILE, EVALUATION_FILE):
-        if (out / name).exists():
-            raise InputError(
-                f"{out} holds {name}, but no {RUN_FILE} that would tell whose it is; name another folder with -o"
-            )
 
 
 def train_in_folder(
@@ -113,12 +72,14 @@ def train_in_folder(
     check_manifest(reader, clip_set.manifest)
     split, targets, mixtures = training_data(recipe, reader, clip_set, cache=cache, mode=mode)
     record = describe_student(recipe, reader, mode=mode, mixtures=mixtures)
-    if latest_checkpoint(out) is None:  # else this run goes on under what was written then, or is refused
+    checkpoint = latest_checkpoint(out)
+    if checkpoint is None:  # else this run goes on under what was written then, or is refused
         lock.check()
         write_run(out, record)
     elif (out / RUN_FILE).exists():
         record = replace(read_run(out), input=record.input)  # an earlier version did not say what a student sees
-    network = new_network(recipe.train, reader)
+    start = starting_point(recipe.train, checkpoint)
+    network = new_network(start, reader)
     report = fit(
         network,
         split.data,
@@ -128,6 +89,7 @@ def train_in_folder(
         run_dir=out,
         lock=lock,
         device=device,
+        other_start=start != recipe.train,
         identity={
             "cache": reader.fingerprint,
             "weights": None if mixtures is None else mixtures_json(mixtures),
@@ -138,6 +100,14 @@ def train_in_folder(
     write_model(out, record, encode_network(network))
     evaluate_run(recipe, cache, out, device=device, may_be_empty=True)
     return report
+
+
+def starting_point(train: TrainRecipe, checkpoint: Path | None) -> TrainRecipe:
+    """Return the recipe of the network to begin with: without its weights file where a checkpoint replaces that."""
+    if checkpoint is None or train.weights is None or train.weights.exists():
+        return train
+    log.warning("%s, which the run started from, is gone: %s has all that is needed", train.weights, checkpoint)
+    return without_weights(train)
 
 
 def training_data(
@@ -181,6 +151,8 @@ def open_training(recipe: StudentRecipe, reader: CacheReader, clip_set: ClipSet,
         log.info("training on %d of the cache's %d training clips: those of the manifest", clips, split.table.rows)
     if split.left_out:
         log.warning("%d of %d training clips are left out: unreadable", split.left_out, clips)
+    if mode.labels_only:
+        report_unlabelled(split)
     if not mode.fresh_views:
         found = check_thumbprints(reader, split.table, split.data, rows=split.rows, sample=recipe.thumbprint_sample)
         if found.rounded:
@@ -191,6 +163,13 @@ def open_training(recipe: StudentRecipe, reader: CacheReader, clip_set: ClipSet,
                 found.checked,
             )
     return split
+
+
+def report_unlabelled(split: SplitData) -> None:
+    """Say how many clips teach a baseline nothing."""
+    unlabelled = np.logical_and.reduce([labels < 0 for labels in split.data.labels.values()])
+    if unlabelled.any():
+        log.warning("%d of %d training clips have no label, and teach nothing", unlabelled.sum(), len(unlabelled))
 
 
 def report_missing(valid: npt.NDArray[np.bool_], recipe: StudentRecipe) -> None:

@@ -4,6 +4,7 @@ Defaults are the authors' recipe for real footage, from their public code unless
 demo's recipes state what they change.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
@@ -11,6 +12,7 @@ from pydantic import Field, model_validator
 
 from mmkd.cache_tools.frames.clip_set import DataRecipe
 from mmkd.cache_tools.recipes.recipe import Recipe
+from mmkd.data_manifests.errors import InputError
 
 NetworkName = Literal["small3d", "swin3d_t", "r3d_18"]
 
@@ -19,6 +21,21 @@ WITHOUT_EFFECT = frozenset({"loader_threads", "prefetch_batches", "decoded_clips
 
 WARMUP_SHARE = 0.1
 """The authors' 3 of 30 epochs."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What kind of run this is."""
+
+    labels_only: bool = False
+    """The baseline: no teacher."""
+    fresh_views: bool = False
+    """Baseline only: a new view every epoch in place of the cached ones."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for new views with a teacher."""
+        if self.fresh_views and not self.labels_only:
+            raise InputError("--fresh-views needs --labels-only: cached targets belong to cached views")
 
 
 class JitterRecipe(Recipe):

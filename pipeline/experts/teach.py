@@ -46,6 +46,8 @@ from mmkd.student.training.one_process import refuse_several_processes
 from mmkd.student.training.predict import predict
 
 log = logging.getLogger("mmkd")
+TRAINING = "training"
+"""The folder of the checkpoints, in an expert's."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,11 @@ def teach_expert(recipe: TeacherRecipe, name: str, out: Path, device: torch.devi
 
 def whole_expert(out: Path, name: str, seen: dict[str, Any]) -> ExpertCard | None:
     """Return the card of the expert in `out`, None where it has to be trained; raises as `teach_expert`."""
-    if (out / RUN_FILE).exists():
-        raise InputError(f"{out} holds a run of `mmkd-student train`; name another folder with -o")
+    for folder in (out, out / TRAINING):
+        if (folder / RUN_FILE).exists():
+            raise InputError(f"{folder} holds a run of `mmkd-student train`; name another folder with -o")
     if not (out / CARD_FILE).exists():
-        if (out / WEIGHTS_FILE).exists() and latest_checkpoint(out / "training") is None:
+        if (out / WEIGHTS_FILE).exists() and latest_checkpoint(out / TRAINING) is None:
             raise InputError(
                 f"{out} holds {WEIGHTS_FILE}, but no {CARD_FILE} that would tell whose it is; name another folder "
                 "with -o"
@@ -107,7 +110,7 @@ def train_expert(
     device: torch.device,
 ) -> tuple[bytes, dict[str, Any]]:
     """Return the network, trained in a folder that is held, as safetensors bytes, and what training reports."""
-    run_dir = lock.folder / "training"
+    run_dir = lock.folder / TRAINING
     expert = recipe.experts[name]
     clips = clip_set.manifest.split(recipe.train_split)
     items = clip_set.probe(clips)

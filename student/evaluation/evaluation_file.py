@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from mmkd.cache_tools.cache.sealed import open_seal, seal
-from mmkd.data_manifests.atomic import write_atomically
+from mmkd.data_manifests.atomic import storage_errors, write_atomically
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.regular_file import read_regular
 from mmkd.data_manifests.typed_json import PART, STRICT, typed
 from mmkd.student.evaluation.evaluate import HeadScores, SplitMetrics, SplitScores
 from mmkd.student.evaluation.metrics import ClipScores
@@ -95,8 +96,10 @@ def clip_lines(split: SplitScores) -> Iterator[dict[str, Any]]:
 
 def read_evaluation(path: Path, again: str) -> Evaluation:
     """Return an evaluation; raise InputError, with what to run `again`, when there is none or it is damaged."""
+    data = read_stored(path)
+    if data is None:
+        raise InputError(f"{path} is missing; run {again} first")
     try:
-        data = path.read_bytes()
         value = defined(data)
         # Those of earlier versions hold nothing else, and no seal.
         if isinstance(value, dict) and value.keys() != {"cache", "metrics"}:
@@ -104,10 +107,17 @@ def read_evaluation(path: Path, again: str) -> Evaluation:
         found = typed(Evaluation, value)
         check_metrics(found.metrics)
         return found
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; run {again} first") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); run {again} again") from error
+
+
+def read_stored(path: Path) -> bytes | None:
+    """Return a file's bytes, None where there is none; StorageError where it cannot be read."""
+    with storage_errors(path, verb="read"):
+        try:
+            return read_regular(path)
+        except FileNotFoundError:
+            return None
 
 
 def defined(data: bytes) -> Any:
@@ -126,16 +136,19 @@ def read_scores(path: Path, evaluation: Evaluation, again: str) -> dict[str, Spl
     Raises InputError, with what to run `again`, when the file of single clips is not the evaluation's.
     """
     single = clips_path(path)
-    if evaluation.clips_sha256 is None or not single.exists():
+    data = read_stored(single) if evaluation.clips_sha256 else None
+    if data is None:
         return None
-    data = single.read_bytes()
     if hashlib.sha256(data).hexdigest() != evaluation.clips_sha256:
         raise InputError(f"{single} is damaged; run {again} again")
     lines: dict[str, list[ClipLine]] = {}
-    for line in data.splitlines():
-        value = typed(ClipLine, json.loads(line))
-        lines.setdefault(value.split, []).append(value)
-    return {split: split_scores(split, own) for split, own in lines.items()}
+    try:
+        for line in data.splitlines():
+            value = typed(ClipLine, json.loads(line))
+            lines.setdefault(value.split, []).append(value)
+        return {split: split_scores(split, own) for split, own in lines.items()}
+    except (ValueError, KeyError, RecursionError) as error:
+        raise InputError(f"{single} is damaged ({error}); run {again} again") from error
 
 
 def split_scores(split: str, lines: Sequence[ClipLine]) -> SplitScores:

@@ -18,6 +18,7 @@ from mmkd.cache_tools.cache.sealed import open_versions, seal
 from mmkd.data_manifests.atomic import storage_errors, write_atomically
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.kinds import it_is
+from mmkd.data_manifests.regular_file import read_regular
 from mmkd.student.teacher.mixing import HeadMixtures, Mixture
 
 log = logging.getLogger("mmkd")
@@ -80,7 +81,8 @@ _RECORDS = TypeAdapter(RunRecord)
 
 def write_run(directory: Path, record: RunRecord) -> None:
     """Write run.json with its seal; StorageError when the disk refuses."""
-    write_atomically(directory / RUN_FILE, (json.dumps(seal(asdict(record)), indent=1) + "\n").encode())
+    fields = {"schema": record.schema, **asdict(record)}  # first: what_is looks at the beginning alone
+    write_atomically(directory / RUN_FILE, (json.dumps(seal(fields), indent=1) + "\n").encode())
 
 
 def read_run(directory: Path) -> RunRecord:
@@ -91,7 +93,7 @@ def read_run(directory: Path) -> RunRecord:
     path = directory / RUN_FILE
     with storage_errors(path, verb="read"):
         try:
-            data = path.read_bytes()
+            data = read_regular(path)
         except (FileNotFoundError, NotADirectoryError) as error:
             told = it_is(directory) or f": {RUN_FILE}: {error.strerror}"
             raise InputError(f"{directory} is not a run of `mmkd-student train`{told}") from error
@@ -130,7 +132,7 @@ def read_model(directory: Path, record: RunRecord) -> bytes:
     path = directory / MODEL_FILE
     with storage_errors(path, verb="read"):
         try:
-            data = path.read_bytes()
+            data = read_regular(path)
         except FileNotFoundError:
             raise InputError(
                 f"{path} is missing: the run is not finished; run `mmkd-student train` again"

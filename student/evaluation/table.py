@@ -8,6 +8,7 @@ from typing import Any
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Manifest
+from mmkd.data_manifests.regular_file import read_regular
 from mmkd.data_manifests.typed_json import typed
 from mmkd.student.data.split_data import check_manifest
 from mmkd.student.evaluation.evaluate import (
@@ -151,8 +152,10 @@ def run_row(directory: Path, reader: CacheReader) -> TableRow:
 def load_table(path: Path) -> Table:
     """Read a table that `compare` wrote."""
     try:
-        value = defined(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        value = defined(read_regular(path))
+    except OSError as error:
+        raise InputError(f"cannot read the table {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"cannot read the table {path}: {error}") from error
     if not isinstance(value, dict) or value.get("schema") != SCHEMA or not value.get("rows"):
         raise InputError(f"{path} is not a table of `mmkd-student compare --out`")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.regular_file import open_regular
 
 CLASSIFIERS = ("head.", "fc.", "heads.")
 """Prefixes of the parameters that a file may hold without use: its classifier is for other classes."""
@@ -34,11 +35,14 @@ TAKE_OUT = (
 def read_state(path: Path) -> dict[str, Tensor]:
     """Read a dict of tensors, unwrapping one level of `state_dict` or `model`; InputError names the file."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
+    except OSError as error:
+        raise InputError(f"cannot read the weights {path}: {error.strerror or error}") from error
     except Exception as error:  # a file that is not what it seems makes torch and pickle raise anything
         raise InputError(
             f"cannot read the weights {path}: {reason(path, str(error) or type(error).__name__)}"

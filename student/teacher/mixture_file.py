@@ -17,6 +17,7 @@ from mmkd.cache_tools.process.command import without_nan
 from mmkd.data_manifests.errors import FingerprintError, InputError
 from mmkd.data_manifests.json_file import read_json
 from mmkd.data_manifests.kinds import it_is
+from mmkd.data_manifests.regular_file import read_regular
 from mmkd.student.teacher.mixing import HeadMixtures, Mixture
 
 SCHEMA = "mmkd-weights-2"
@@ -71,7 +72,7 @@ def load_weights(path: Path) -> WeightsFile:
         raise InputError(
             f"{path} is not a weights file{it_is(path)}; make one with `mmkd-cache weigh CACHE -o FILE`"
         )
-    value = open_versions(path.read_bytes(), str(path), schema=SCHEMA, before=UNSEALED_SCHEMA, advice=AGAIN)
+    value = open_versions(read_regular(path), str(path), schema=SCHEMA, before=UNSEALED_SCHEMA, advice=AGAIN)
     try:
         schemes = {
             scheme: {head: Mixture.from_json(mixture) for head, mixture in heads.items()}

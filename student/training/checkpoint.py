@@ -26,6 +26,10 @@ from mmkd.cache_tools.cache.sealed import open_seal, seal
 from mmkd.data_manifests.atomic import TEMPORARY as TEMPORARY_FILES
 from mmkd.data_manifests.atomic import storage_errors, sync_directory, write_atomically
 from mmkd.data_manifests.errors import FingerprintError, VerificationError
+from mmkd.data_manifests.regular_file import read_regular
+from mmkd.data_manifests.typed_json import STRICT, typed
+from mmkd.student.networks.pretrained import is_parameter
+from mmkd.student.training.epoch_metrics import EpochMetrics
 
 SCHEMA = "mmkd-checkpoint-1"
 NETWORK_FILE = "network.safetensors"
@@ -33,12 +37,17 @@ OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
 NAME = re.compile(r"checkpoint-\d{9}")
 TEMPORARY = re.compile(r"\.checkpoint-\d{9}\.tmp")
+INITIAL_WEIGHTS = "initial_weights"
+"""The field of a run's identity that only the network before its first step can give."""
+MOMENTS = {"exp_avg", "exp_avg_sq"}
+"""What AdamW keeps of each parameter, in its shape, beside the number of its steps."""
 
 
 @dataclass(frozen=True)
 class Position:
     """How far a run has come."""
 
+    __pydantic_config__ = STRICT
     step: int
     """Steps done."""
     loss_sum: float = 0.0
@@ -46,15 +55,27 @@ class Position:
     clips: int = 0
     """Clips seen in the current epoch."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for numbers below 0."""
+        if min(self.step, self.clips) < 0:
+            raise ValueError(f"{self.step} steps and {self.clips} clips are no position")
+
 
 @dataclass(frozen=True)
-class Loaded:
+class State:
     """What a checkpoint says beside the network's and the optimiser's state."""
 
+    __pydantic_config__ = STRICT
+    schema: str
+    """Version of this form."""
     position: Position
     """How far its run had come."""
-    metrics: list[dict[str, Any]] | None
-    """Metrics of each finished epoch; None in a checkpoint of an earlier version, which kept them elsewhere."""
+    identity: dict[str, Any]
+    """What a run that continues from it must be, field by field."""
+    sha256: dict[str, str]
+    """Name of each other file -> its hash."""
+    metrics: list[EpochMetrics] | None = None
+    """Of each finished epoch; None in a checkpoint of an earlier version, which kept them elsewhere."""
 
 
 def encode_network(network: nn.Module) -> bytes:
@@ -69,7 +90,7 @@ def save_checkpoint(
     *,
     position: Position,
     identity: Mapping[str, Any],
-    metrics: Sequence[Mapping[str, Any]] = (),
+    metrics: Sequence[EpochMetrics] = (),
 ) -> None:
     """Write the checkpoint of a position, then remove older ones; StorageError when the disk refuses."""
     final = checkpoint_path(run_dir, position.step)
@@ -81,7 +102,7 @@ def save_checkpoint(
             "schema": SCHEMA,
             "position": asdict(position),
             "identity": identity,
-            "metrics": list(metrics),
+            "metrics": [asdict(values) for values in metrics],
             "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         }
         files[STATE_FILE] = (json.dumps(seal(state), indent=1) + "\n").encode()
@@ -131,27 +152,59 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return max((path for path in own_folders(run_dir) if NAME.fullmatch(path.name)), default=None)
 
 
-def load_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, *, identity: Mapping[str, Any]) -> Loaded:
-    """Put a checkpoint into network and optimiser, and return its position and metrics.
+def load_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, *, identity: Mapping[str, Any]) -> State:
+    """Put a checkpoint into network and optimiser, and return what else it says.
 
     Raises VerificationError when its bytes are not those that were written, FingerprintError, with each field
-    that differs, when it belongs to another run, StorageError when it cannot be read.
+    that differs, when it belongs to another run, StorageError when it cannot be read. Of initial weights that
+    `identity` does not know nothing is asked.
     """
     with storage_errors(path, verb="read"):  # a machine's fault is no damage: nothing is to be removed for it
         try:
-            files = {name: (path / name).read_bytes() for name in (STATE_FILE, NETWORK_FILE, OPTIMIZER_FILE)}
-            state = open_seal(files.pop(STATE_FILE))
-            position, stored, hashes = Position(**state["position"]), state["identity"], state["sha256"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+            files = {name: read_regular(path / name) for name in (STATE_FILE, NETWORK_FILE, OPTIMIZER_FILE)}
+            state = typed(State, open_seal(files.pop(STATE_FILE)))
+        except (FileNotFoundError, ValueError) as error:
             raise VerificationError(f"checkpoint {path} is damaged ({error}); remove it to start over") from error
+    if checkpoint_path(path.parent, state.position.step) != path:
+        raise VerificationError(f"{path / STATE_FILE} is of another checkpoint; remove {path} to start over")
     for name, data in files.items():
-        if hashlib.sha256(data).hexdigest() != hashes.get(name):
+        if hashlib.sha256(data).hexdigest() != state.sha256.get(name):
             raise VerificationError(f"{path / name} is not what was written; remove {path} to start over")
+    stored = {key: value for key, value in state.identity.items() if key != INITIAL_WEIGHTS or key in identity}
     lines = [line.replace(": cache ", ": checkpoint ", 1) for line in differences(stored, identity)]
     if lines:
         raise FingerprintError(
             f"{path} belongs to another run: {'; '.join(lines)}. Use its options, or another output folder"
         )
-    network.load_state_dict(load(files[NETWORK_FILE]))
-    optimizer.load_state_dict(torch.load(io.BytesIO(files[OPTIMIZER_FILE]), weights_only=True))
-    return Loaded(position, state.get("metrics"))
+    restore(network, optimizer, files, path=path)
+    return state
+
+
+def restore(network: nn.Module, optimizer: Optimizer, files: Mapping[str, bytes], *, path: Path) -> None:
+    """Put a checkpoint's files into network and optimiser; VerificationError where they are not theirs.
+
+    The optimiser's rates and rules stay those of the recipe, whatever the file says.
+    """
+    rules = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        network.load_state_dict(load(files[NETWORK_FILE]))
+        # To the CPU first: a checkpoint of another device is as good, and the optimiser moves what it takes.
+        found = torch.load(io.BytesIO(files[OPTIMIZER_FILE]), map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(found)
+        check_moments(optimizer)
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # files that fit no network, and a pickle that is not one, make torch raise anything
+        reason = " ".join((str(error) or type(error).__name__).split())
+        raise VerificationError(f"{path} does not fit the run ({reason:.200}); remove it to start over") from error
+    for group, own in zip(optimizer.param_groups, rules, strict=True):
+        group.update(own)
+
+
+def check_moments(optimizer: Optimizer) -> None:
+    """Raise ValueError unless the optimiser's state is AdamW's, in the shapes of the parameters."""
+    parameters = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter, state in optimizer.state.items():
+        shapes = {name: value.shape for name, value in state.items() if is_parameter(name, value)}
+        if parameter not in parameters or shapes != {"step": (), **dict.fromkeys(MOMENTS, parameter.shape)}:
+            raise ValueError(f"{OPTIMIZER_FILE} is not the state of this network's optimiser")

@@ -8,7 +8,6 @@ gradient accumulation, no weight averaging.
 
 import hashlib
 import json
-import logging
 import math
 import time
 from collections.abc import Generator, Mapping
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from mmkd.cache_tools.process.interrupt import stop_on_signals
@@ -32,6 +30,7 @@ from mmkd.student.data.batches import Batch, Schedule, ViewDataset, read_batches
 from mmkd.student.recipe import WITHOUT_EFFECT, LoopRecipe, LossOptions
 from mmkd.student.teacher.targets import Targets, TargetSource, fetch_targets
 from mmkd.student.training.checkpoint import (
+    INITIAL_WEIGHTS,
     Position,
     encode_network,
     latest_checkpoint,
@@ -39,11 +38,10 @@ from mmkd.student.training.checkpoint import (
     save_checkpoint,
 )
 from mmkd.student.training.devices import keep_freed_memory, reproducible, to_device
+from mmkd.student.training.epoch_metrics import METRICS_FILE, EpochMetrics, old_metrics
 from mmkd.student.training.losses import total_loss
 from mmkd.student.training.optimiser import learning_rate, make_optimizer, step_seed
 
-log = logging.getLogger("mmkd")
-METRICS_FILE = "metrics.jsonl"
 NAMED_CLIPS = 8
 
 
@@ -63,25 +61,6 @@ class FitReport:
     """Training rate of this run; 0 when nothing was left to do."""
 
 
-@dataclass(frozen=True)
-class EpochMetrics:
-    """A line of metrics.jsonl."""
-
-    epoch: int
-    """Counted from 0."""
-    steps: int
-    """Steps done at its end."""
-    loss: float
-    """Mean over the epoch's clips."""
-    learning_rate: float
-    """Of its last step."""
-    clips_per_second: float
-    """Over the part of the epoch that this run did."""
-
-
-_METRICS = TypeAdapter(EpochMetrics)
-
-
 def fit(
     network: nn.Module,
     dataset: ViewDataset,
@@ -93,6 +72,7 @@ def fit(
     lock: FolderLock | None = None,
     device: torch.device | str = "cpu",
     identity: Mapping[str, Any] | None = None,
+    other_start: bool = False,
     progress: bool = True,
     what: str = "training",
 ) -> FitReport:
@@ -100,7 +80,8 @@ def fit(
 
     Without `targets` it learns from labels alone. `identity` (JSON values) is all that could change a number
     and that the loop cannot see, e.g. the cache's fingerprint: a checkpoint of another identity is refused. `lock`
-    is the hold on the run's folder: it is looked at before each write there.
+    is the hold on the run's folder: it is looked at before each write there. `other_start` says that the network
+    does not have its initial weights, so that a checkpoint must be there, and is not asked for them.
     Raises InterruptedByUserError after a clean stop, InputError for a data set without anything to learn from
     or a loss that is not finite.
     """
@@ -110,6 +91,8 @@ def fit(
     loss = LossOptions() if loss is None else loss
     check_dataset(dataset, needs_labels=targets is None)
     run_identity = describe_run(network, dataset, recipe, loss=loss if targets else None, extra=identity)
+    if other_start:
+        del run_identity[INITIAL_WEIGHTS]
     run = Run(network.to(device), dataset, recipe, targets=targets, loss=loss, device=device)
     run.open(run_dir, run_identity, lock)
     resumed_at, began = run.position.step, time.perf_counter()
@@ -167,11 +150,11 @@ class Run:
         if run_dir is None or path is None:
             return
         loaded = load_checkpoint(path, self.network, self.optimizer, identity=identity)
-        self.position = loaded.position
+        self.position, self._identity = loaded.position, loaded.identity
         if loaded.metrics is None:
             self.metrics = old_metrics(run_dir / METRICS_FILE, self._epoch)
         else:
-            self.metrics = [EpochMetrics(**values) for values in loaded.metrics]
+            self.metrics = loaded.metrics
             self._write_metrics()  # whatever became of the file meanwhile
 
     def show(self, what: str, enabled: bool) -> Progress:
@@ -218,7 +201,7 @@ class Run:
             self.optimizer,
             position=self.position,
             identity=self._identity,
-            metrics=[asdict(values) for values in self.metrics],
+            metrics=self.metrics,
         )
 
     def _write_metrics(self) -> None:
@@ -278,25 +261,6 @@ class Run:
         )
 
 
-def old_metrics(path: Path, epochs: int) -> list[EpochMetrics]:
-    """Return the metrics of the first `epochs` epochs from metrics.jsonl, where an earlier version kept them alone.
-
-    They only report on the run: damaged ones are left out, with a warning, and the run goes on.
-    """
-    try:
-        lines = path.read_bytes().splitlines()[:epochs] if epochs else []
-        metrics = [_METRICS.validate_json(line, strict=True, extra="forbid") for line in lines]
-        if [values.epoch for values in metrics] != list(range(epochs)):
-            raise ValueError(f"it has not each of {epochs} epochs in order")
-        return metrics
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        log.warning(
-            "%s is damaged (%s): the metrics of the epochs so far are left out; training goes on", path, reason
-        )
-        return []
-
-
 def describe_run(
     network: nn.Module,
     dataset: ViewDataset,
@@ -313,7 +277,7 @@ def describe_run(
         "loss": None if loss is None else loss.model_dump(mode="json"),
         "clips": {"count": dataset.rows, "sha256": hashlib.sha256(ids).hexdigest(), "views": dataset.views},
         "labels": labels,
-        "initial_weights": hashlib.sha256(encode_network(network)).hexdigest(),
+        INITIAL_WEIGHTS: hashlib.sha256(encode_network(network)).hexdigest(),
         "extra": dict(extra or {}),
     }
 

@@ -5,7 +5,9 @@ import json
 import h5py
 import pytest
 
+from mmkd.cache_tools import layout
 from mmkd.cache_tools.layout import INIT
+from mmkd.data_manifests import manifest
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.kinds import (
     BOXES,
@@ -21,8 +23,11 @@ from mmkd.data_manifests.kinds import (
 )
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.data_manifests.manifest_file import load_manifest, save_manifest
+from mmkd.pipeline.experts import expert
 from mmkd.pipeline.experts.expert import CARD_FILE
+from mmkd.student.evaluation import run_files, table
 from mmkd.student.evaluation.run_files import RUN_FILE
+from mmkd.student.teacher import mixture_file
 from tests.helpers.in_process import call_ok, refused
 
 FILES = {
@@ -68,6 +73,40 @@ def test_each_kind_is_recognised(given):
         ".": None,
     }
     assert {name: what_is(given / name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("schema", "kind"),
+    [
+        (manifest.SCHEMA, "mmkd-manifest"),
+        (mixture_file.SCHEMA, "mmkd-weights"),
+        (mixture_file.UNSEALED_SCHEMA, "mmkd-weights"),
+        (expert.SCHEMA, "mmkd-expert"),
+        (expert.UNSEALED_SCHEMA, "mmkd-expert"),
+        (run_files.SCHEMA, "mmkd-run"),
+        (table.SCHEMA, "mmkd-table"),
+        (layout.SCHEMA, "mmkd-cache"),
+    ],
+)
+def test_the_schema_that_its_owner_writes_is_known(tmp_path, schema, kind):
+    (tmp_path / "file").write_text(json.dumps({"schema": schema}))
+    assert what_is(tmp_path / "file") == SCHEMAS[kind]
+
+
+def test_the_record_of_a_run_is_recognised_whatever_its_length(tmp_path):
+    record = run_files.RunRecord(
+        recipe={"train": "x" * 9999},
+        cache="c",
+        heads={},
+        labels_only=True,
+        fresh_views=False,
+        weights=None,
+        versions={},
+    )
+    run_files.write_run(tmp_path, record)
+    assert run_files.read_run(tmp_path) == record
+    with pytest.raises(InputError, match=r"it is the record of a run"):
+        load_manifest(tmp_path / run_files.RUN_FILE)
 
 
 @pytest.mark.parametrize(

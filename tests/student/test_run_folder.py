@@ -1,22 +1,26 @@
 """A run's folder: sealed, one writer's, and enough by itself to know what its student sees."""
 
+import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load, save
 
-from mmkd.cache_tools.cache.sealed import open_seal
+from mmkd.cache_tools.cache.sealed import open_seal, seal
 from mmkd.cache_tools.frames.clip_set import ClipSet, DataRecipe
 from mmkd.cache_tools.tasks.folder_lock import folder_lock
 from mmkd.cache_tools.views.canonical import canonical_view
 from mmkd.data_manifests.errors import InputError, MmkdError, VerificationError
 from mmkd.pipeline.experts.teach import whole_expert
-from mmkd.student.distil import refuse_other_contents
 from mmkd.student.evaluation.evaluation_file import read_evaluation
 from mmkd.student.evaluation.metrics import average_views, evaluate
+from mmkd.student.evaluation.own_folder import refuse_other_contents
 from mmkd.student.evaluation.run_files import read_model, read_run
 from mmkd.student.evaluation.trained import load_student
 from tests.helpers.commands import ENVIRONMENT
@@ -219,3 +223,93 @@ def test_a_teaching_does_not_write_over_weights_that_are_not_its_own(tmp_path):
         whole_expert(tmp_path, "rgb", {})
     (tmp_path / "training" / "checkpoint-000000001").mkdir(parents=True)
     assert whole_expert(tmp_path, "rgb", {}) is None
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_trained_again(world):
+    for folder in (world / "run").glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    before = {path: path.read_bytes() for path in (world / "run").rglob("*") if path.is_file()}
+    said = refused(*TRAIN, "--set", "train.seed=7", "-o", "run")
+    assert "run holds a finished run whose checkpoint is gone" in said
+    (world / "run" / "model.safetensors").unlink()
+    assert "run holds a finished run" in refused(*TRAIN, "-o", "run")
+    (world / "run" / "model.safetensors").write_bytes(before[world / "run" / "model.safetensors"])
+    assert {path: path.read_bytes() for path in (world / "run").rglob("*") if path.is_file()} == before
+    call_ok(*EVALUATE)
+
+
+def test_a_run_continues_without_the_weights_that_it_started_from(world):
+    again = (*TRAIN, "--weights", "rgb=1,boxes=3", "-o", "run")
+    before = (world / "run" / "model.safetensors").read_bytes()
+    (world / "zeros.pth").rename(world / "gone.pth")
+    result = call(*again)
+    assert result.code == 0, result.err
+    assert "zeros.pth, which the run started from, is gone" in result.err
+    assert (world / "run" / "model.safetensors").read_bytes() == before
+    assert "recipe.batch_size: checkpoint 2, now 3" in refused(*again, "--set", "train.batch_size=3", code=5)
+    (world / "gone.pth").rename(world / "zeros.pth")
+    call_ok(*again)
+    (world / "zeros.pth").unlink()
+    assert "cannot read the weights zeros.pth: No such file" in refused(*TRAIN, "-o", "new")
+
+
+def test_a_training_beside_a_teaching_or_in_an_experts_folder_is_refused(world):
+    said = refused(*TRAIN, "-o", "experts/rgb/training")
+    assert "training lies in a folder that holds an expert; name another folder" in said
+    with folder_lock(world / "being-taught"):
+        assert "being-taught is in use by process" in refused(*TRAIN, "-o", "being-taught/training")
+    (world / "half").mkdir()
+    shutil.copytree(world / "run", world / "half" / "training")
+    teach = ("mmkd-cache", "teach", "rgb", "-c", "teacher.yaml", "-o", "half")
+    assert "training holds a run of `mmkd-student train`" in refused(*teach)
+
+
+@pytest.mark.parametrize("name", ["run.json", "model.safetensors", "evaluation.json", "evaluation.clips.jsonl"])
+def test_a_pipe_or_a_device_in_a_runs_folder_is_refused_at_once(world, name):
+    table = ("mmkd-student", "compare", "--cache", "cache", "--manifest", "manifest.jsonl", "--run", "student=run")
+    for make, kind in ((os.mkfifo, "a named pipe"), (lambda path: path.symlink_to("/dev/zero"), "a device")):
+        (world / "run" / name).unlink()
+        make(world / "run" / name)
+        command = table if name.startswith("evaluation") else EVALUATE
+        assert f"{name}: it is {kind}, not a regular file" in refused(*command, code=74)
+
+
+def test_a_pipe_in_place_of_weights_is_refused_at_once(world):
+    for name in ("w.pth", "w.safetensors", "w.json"):
+        os.mkfifo(world / name)
+        option = ("--weights", name) if name.endswith("json") else ("--set", f"train.weights={name}")
+        assert f"{name}: it is a named pipe" in refused(*TRAIN, *option, "-o", "new")
+
+
+def test_single_clips_of_another_form_are_named(world):
+    clips, path = world / "run" / "evaluation.clips.jsonl", world / "run" / "evaluation.json"
+    for text in ("[]\n", "{", '{"split": "standard", "clip_id": "1", "heads": {"action": "out"}}\n[1]\n'):
+        clips.write_text(text)
+        value = open_seal(path.read_bytes())
+        value["clips_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        path.write_text(json.dumps(seal(value)))
+        table = ("mmkd-student", "compare", "--cache", "cache", "--manifest", "manifest.jsonl", "--run", "s=run")
+        assert "evaluation.clips.jsonl is damaged" in refused(*table)
+
+
+def test_a_baseline_says_how_many_clips_teach_it_nothing(world):
+    path = world / "manifest.jsonl"
+    lines = path.read_text().splitlines()
+    row = next(number for number, line in enumerate(lines) if json.loads(line).get("split") == "train")
+    lines[row] = json.dumps({**json.loads(lines[row]), "labels": {"action": None}})
+    path.write_text("\n".join(lines) + "\n")
+    call_ok("mmkd-cache", "build", "-c", "teacher.yaml", "--expert", "experts/rgb", "-o", "other")
+    result = call(*TRAIN, "--cache", "other", "--labels-only", "-o", "new")
+    assert result.code == 0, result.err
+    assert "1 of 4 training clips have no label, and teach nothing" in result.err
+
+
+def test_torchrun_is_refused_once_by_each_of_its_processes(world):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--no-python")
+    program = Path(sys.executable).with_name(TRAIN[0])
+    result = subprocess.run(
+        [*launcher, program, *TRAIN[1:], "-o", "new"], capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("error: this is one of 2 processes that were started by torchrun") == 2
+    assert not (world / "new").exists()
