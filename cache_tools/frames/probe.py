@@ -4,16 +4,22 @@ A kept file is a JSON line and the frame times as raw little-endian float64, und
 video's, so that 200,000 videos spread over 256 folders. It is used while the video's stamp (size, time of
 change, limits, decoder rules) is the same, and probed again otherwise or when the file is damaged. Failures
 are not kept: a video that is repaired or copied late is found by the next run. What is asked for together is
-also packed into one file, so that the next start asks the file system for stamps alone.
+also packed into one file, so that the next start asks the file system for stamps alone. Processes that start
+together share the work: each takes the videos in an order of its own, claims one, and looks first whether its
+facts were kept meanwhile.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
+import os
+import random
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +43,12 @@ LOOKUP_THREADS = 16
 """Look-ups wait for file systems, not processors."""
 PACKED = struct.Struct("<II")
 """Bytes of the name and of the kept file in a record of a pack, before these two."""
+CLAIMS_NAME = "claims"
+"""Empty file in the folder of facts; a lock on one byte of it claims one video, and dies with its process."""
+CLAIMED_SECONDS = 10.0
+"""How long a video that another process probes is waited for; probing it twice does no harm."""
+CLAIMED_LOOK_SECONDS = 0.02
+"""Between two looks whether a claim is free."""
 PROBE_SECONDS = 120.0
 """Time limit for one probe where the source states none."""
 
@@ -78,6 +90,8 @@ def probe_all(
         if facts is not None:
             advance(1)
     missing = [video for video, facts in found.items() if facts is None]
+    if store is not None:  # in another order than the processes beside this one
+        random.Random().shuffle(missing)
     for video, result in _probe(source, missing, store=store, workers=workers):
         if not isinstance(result, StorageError):
             found[video] = result
@@ -116,6 +130,39 @@ def _probe(
 
 def probe_and_keep(source: FrameSource, store: Path | None, video: str) -> Probed:
     """Probe one video and keep its facts if that is possible; VideoError if it cannot be used."""
+    if store is None:
+        return _probe_and_keep(source, None, video)
+    with claimed(store, video):
+        kept = _look_up_one(source, store, None, video)  # another process may have been here
+        return Probed(kept) if isinstance(kept, VideoFacts) else _probe_and_keep(source, store, video)
+
+
+@contextmanager
+def claimed(store: Path, video: str) -> Iterator[None]:
+    """Let one process at a time probe a video, as far as the file system has locks and for `CLAIMED_SECONDS`."""
+    byte = int.from_bytes(hashlib.blake2b(video.encode("utf-8", "surrogatepass"), digest_size=7).digest())
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(store / CLAIMS_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:  # a folder that cannot be written: nothing is shared there
+        yield
+        return
+    try:
+        deadline = time.monotonic() + CLAIMED_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+                break
+            except (BlockingIOError, PermissionError):  # claimed
+                time.sleep(CLAIMED_LOOK_SECONDS)
+            except OSError:  # no locks here
+                break
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _probe_and_keep(source: FrameSource, store: Path | None, video: str) -> Probed:
     stamp = source.stamp(video)  # before the probe: a change while it runs makes the kept facts stale
     try:
         facts = source.probe(video)

@@ -5,6 +5,9 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +66,7 @@ class CountingFiles(VideoFiles):
 def probe_counted(root, store, videos, limits: Limits | None = None):
     CountingFiles.probed.clear()
     found = probe_all(CountingFiles(root, limits or Limits()), videos, store=store, workers=0)
-    return found, list(CountingFiles.probed)
+    return found, sorted(CountingFiles.probed)
 
 
 VIDEOS = ["0.webm", "1.webm", "2.webm"]
@@ -282,6 +285,72 @@ def test_a_folder_that_never_held_a_video_is_no_fault_of_the_machine(root, tmp_p
         "video not found: empty/a.webm",
         "video not found: none/b.webm",
     ]
+
+
+NOTING = """
+import sys, time
+from pathlib import Path
+from mmkd.cache_tools.frames.probe import probe_all
+from mmkd.cache_tools.frames.source import VideoFiles
+
+class NotingFiles(VideoFiles):
+    def probe(self, video):
+        with open("probed.txt", "a") as file:
+            print(video, file=file)
+        time.sleep(0.05)  # long enough for the other process to come to the same video
+        return super().probe(video)
+
+if __name__ == "__main__":
+    from noting_source import NotingFiles
+    Path(f"{sys.argv[1]}.ready").touch()
+    while len(list(Path().glob("*.ready"))) < 2:
+        time.sleep(0.01)
+    videos = sorted(path.name for path in Path("videos").iterdir())
+    found = probe_all(NotingFiles(Path("videos")), videos, store=Path("facts"), workers=int(sys.argv[2]))
+    print([(video, facts.frame_count, facts.identity) for video, facts in found.items()])
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_that_start_together_probe_each_video_once(root, tmp_path, workers):
+    (root / "text.webm").unlink()
+    for number in range(3, 12):
+        shutil.copyfile(root / f"{number % 3}.webm", root / f"{number}.webm")
+    (tmp_path / "noting_source.py").write_text(NOTING)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "noting_source.py", name, str(workers)],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+        )
+        for name in ("one", "other")
+    ]
+    said = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert said[0] == said[1] != b""
+    assert sorted((tmp_path / "probed.txt").read_text().split()) == sorted(path.name for path in root.iterdir())
+
+
+def test_a_claim_that_is_never_given_back_is_waited_for_no_longer_than_allowed(root, tmp_path, monkeypatch):
+    """The holder is another process: a process is not locked out by its own claims."""
+    store = tmp_path / "facts"
+    monkeypatch.setattr(facts_module, "CLAIMED_SECONDS", 0.3)
+    holder = (
+        "import sys; from pathlib import Path; from mmkd.cache_tools.frames.probe import claimed\n"
+        "with claimed(Path(sys.argv[1]), '1.webm'): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, store], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"held\n"
+        begun = time.monotonic()
+        found, probed = probe_counted(root, store, VIDEOS)
+        assert time.monotonic() - begun >= 0.3
+        process.stdin.close()
+    assert probed == VIDEOS
+    assert [facts.frame_count for facts in found.values()] == [6, 7, 8]
 
 
 ABORTING = """
