@@ -41,7 +41,8 @@ from mmkd.cache_tools.layout import (
     status_array,
     thumbprint_arrays,
 )
-from mmkd.cache_tools.storage.store import MissingObjectError, Store, open_store
+from mmkd.cache_tools.storage.open import open_store
+from mmkd.cache_tools.storage.store import MissingObjectError, Store
 from mmkd.cache_tools.views.held_out import HeldOut, common_held_out
 from mmkd.cache_tools.views.view import ViewTable
 from mmkd.data_manifests.errors import InputError, VerificationError

@@ -9,7 +9,7 @@ from typing import Any
 from mmkd.cache_tools.cache.init_record import read_init
 from mmkd.cache_tools.layout import GROUP, ROOT
 from mmkd.cache_tools.process.progress import duration
-from mmkd.cache_tools.storage.store import open_store
+from mmkd.cache_tools.storage.open import open_store
 from mmkd.cache_tools.tasks.claims import claimed_shards
 from mmkd.cache_tools.tasks.heartbeat import live_tasks
 from mmkd.cache_tools.tasks.journal import read_journal

@@ -36,7 +36,8 @@ from mmkd.cache_tools.cache.root_record import RootRecord
 from mmkd.cache_tools.layout import INDEX, INIT, ROOT, Shard, Status, group_key, label_array, status_array
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.storage.hdf5_file import Hdf5Output, writing_hdf5
-from mmkd.cache_tools.storage.store import MissingObjectError, Store, open_store
+from mmkd.cache_tools.storage.open import open_store
+from mmkd.cache_tools.storage.store import MissingObjectError, Store
 from mmkd.cache_tools.upkeep.free_place import writing_whole
 from mmkd.data_manifests.atomic import atomic_path
 from mmkd.data_manifests.counted import counted

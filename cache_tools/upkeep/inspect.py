@@ -10,7 +10,8 @@ from mmkd.cache_tools.cache.commits import CommitRecord, read_commit
 from mmkd.cache_tools.cache.init_record import CacheInit, read_init
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import ROOT, THUMBPRINT, Status
-from mmkd.cache_tools.storage.store import Store, open_store
+from mmkd.cache_tools.storage.open import open_store
+from mmkd.cache_tools.storage.store import Store
 from mmkd.data_manifests.counted import counted
 
 LISTED = 20

@@ -32,7 +32,8 @@ from mmkd.cache_tools.cache.fingerprints import require_same
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import INIT, THUMBPRINT, Shard, SplitLayout, Status, group_key, status_array
 from mmkd.cache_tools.process.progress import Progress
-from mmkd.cache_tools.storage.store import Store, open_store, same_place
+from mmkd.cache_tools.storage.open import open_store, same_place
+from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.upkeep.free_place import writing_whole
 from mmkd.cache_tools.upkeep.merge_rows import Source, SplitRows, match_rows
 from mmkd.data_manifests.counted import counted

@@ -29,7 +29,8 @@ from mmkd.cache_tools.layout import (
     own_keys,
 )
 from mmkd.cache_tools.process.progress import Progress
-from mmkd.cache_tools.storage.store import MissingObjectError, Store, open_store
+from mmkd.cache_tools.storage.open import open_store
+from mmkd.cache_tools.storage.store import MissingObjectError, Store
 from mmkd.cache_tools.tasks.claims import Claims
 from mmkd.cache_tools.tasks.heartbeat import Others, Task, live_tasks, new_task_id
 from mmkd.data_manifests.counted import ARE, counted

@@ -31,7 +31,8 @@ from mmkd.cache_tools.process.interrupt import StopRequest, stop_on_signals
 from mmkd.cache_tools.process.pool import run_tasks
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.process.stages import Stages
-from mmkd.cache_tools.storage.store import Store, open_store
+from mmkd.cache_tools.storage.open import open_store
+from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.tasks.claims import Claims, claimed_shards
 from mmkd.cache_tools.tasks.finish import finish
 from mmkd.cache_tools.tasks.heartbeat import Others, Task, new_task_id

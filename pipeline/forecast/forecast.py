@@ -19,7 +19,9 @@ from mmkd.cache_tools.cache.commits import Unusable
 from mmkd.cache_tools.cache.init_record import CacheInit
 from mmkd.cache_tools.cache.logit_formats import bytes_per_row, format_of
 from mmkd.cache_tools.layout import THUMBPRINT, Status
-from mmkd.cache_tools.storage.store import LocalStore, Store, open_store
+from mmkd.cache_tools.storage.local_store import LocalStore
+from mmkd.cache_tools.storage.open import open_store
+from mmkd.cache_tools.storage.store import Store
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.build.start import plan_init, stored_layouts

@@ -17,7 +17,8 @@ import torch
 
 from mmkd.cache_tools.layout import THUMBPRINT, Shard, SplitLayout
 from mmkd.cache_tools.process.progress import Progress
-from mmkd.cache_tools.storage.store import LocalStore, Store
+from mmkd.cache_tools.storage.local_store import LocalStore
+from mmkd.cache_tools.storage.store import Store
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.build.build import clip_job

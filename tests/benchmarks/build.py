@@ -23,7 +23,7 @@ from mmkd.cache_tools.cache.commits import publish
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.process.pool import run_tasks
 from mmkd.cache_tools.recipes.recipe import load_recipe
-from mmkd.cache_tools.storage.store import LocalStore
+from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.data_manifests.demo.plan import DemoOptions
 from mmkd.data_manifests.demo.write import write_demo, write_recipes
 from mmkd.data_manifests.manifest_file import save_manifest

@@ -24,7 +24,8 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.clip_set import clip_videos
 from mmkd.cache_tools.frames.records import VideoFacts
 from mmkd.cache_tools.layout import THUMBPRINT, Shard, SplitLayout, part_array, status_array, thumbprint_arrays
-from mmkd.cache_tools.storage.store import LocalStore, Store
+from mmkd.cache_tools.storage.local_store import LocalStore
+from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.tasks.build_status import read_status
 from mmkd.cache_tools.tasks.claims import Claims
 from mmkd.cache_tools.tasks.finish import finalize

@@ -33,7 +33,7 @@ from mmkd.cache_tools.cache.commits import (
 )
 from mmkd.cache_tools.cache.logit_formats import FORMATS
 from mmkd.cache_tools.layout import Shard, SplitLayout, commit_key, group_key
-from mmkd.cache_tools.storage.store import LocalStore
+from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.data_manifests import atomic
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError

@@ -11,7 +11,8 @@ import pytest
 
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import SplitLayout, commit_key, is_own_key
-from mmkd.cache_tools.storage.store import LocalStore, open_store
+from mmkd.cache_tools.storage.local_store import LocalStore
+from mmkd.cache_tools.storage.open import open_store
 from mmkd.cache_tools.upkeep.free_place import require_own_place
 from mmkd.cache_tools.upkeep.merge import merge
 from mmkd.cache_tools.upkeep.verify import verify

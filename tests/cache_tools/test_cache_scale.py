@@ -7,7 +7,7 @@ import pytest
 from mmkd.cache_tools.cache.init_record import read_init
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import SplitLayout
-from mmkd.cache_tools.storage.store import LocalStore
+from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.cache_tools.tasks.finish import finalize
 from tests.benchmarks.scale import SHARD_ROWS, make_manifest, start, write_shards
 

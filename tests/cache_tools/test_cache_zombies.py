@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.cache_tools.storage import store as store_module
-from mmkd.cache_tools.storage.store import LocalStore, TakenOverError, open_store
+from mmkd.cache_tools.storage import local_store
+from mmkd.cache_tools.storage.local_store import LocalStore
+from mmkd.cache_tools.storage.open import open_store
+from mmkd.cache_tools.storage.store import TakenOverError
 from mmkd.cache_tools.tasks.finish import finalize
 from mmkd.cache_tools.tasks.heartbeat import Others, Task, live_tasks, new_task_id
 from mmkd.cache_tools.upkeep.hdf5 import export_cache, import_cache
@@ -58,7 +60,7 @@ class Sleeper(threading.Thread):
 def sleepers(monkeypatch):
     """Let sleepers see the steps of local stores; a list to put them into. Nothing is synced: no power fails."""
     running: list[Sleeper] = []
-    place, delete, sweep = store_module.place_once, LocalStore.delete, LocalStore.sweep
+    place, delete, sweep = local_store.place_once, LocalStore.delete, LocalStore.sweep
 
     def reach(what, path):
         for sleeper in running:
@@ -83,7 +85,7 @@ def sleepers(monkeypatch):
         sweep(self, writer)
 
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(store_module, "place_once", placing)
+    monkeypatch.setattr(local_store, "place_once", placing)
     monkeypatch.setattr(LocalStore, "delete", deleting)
     monkeypatch.setattr(LocalStore, "sweep", sweeping)
     return running

@@ -20,7 +20,7 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.cache.root_record import RootRecord
 from mmkd.cache_tools.cache.sealed import seal, unsealed
 from mmkd.cache_tools.layout import GROUP, INDEX, INIT, ROOT, commit_key
-from mmkd.cache_tools.storage.store import LocalStore
+from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.cache_tools.tasks.build_status import read_status
 from mmkd.cache_tools.tasks.finish import finalize
 from mmkd.cache_tools.upkeep.inspect import describe

@@ -11,13 +11,10 @@ import pytest
 
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import SplitLayout
+from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.cache_tools.storage.object_store import ObjectStore
-from mmkd.cache_tools.storage.store import (
-    LocalStore,
-    MissingObjectError,
-    TakenOverError,
-    open_store,
-)
+from mmkd.cache_tools.storage.open import open_store
+from mmkd.cache_tools.storage.store import MissingObjectError, TakenOverError
 from mmkd.cache_tools.tasks.claims import Claims
 from mmkd.cache_tools.tasks.heartbeat import Others, Task, live_tasks, new_task_id
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError

@@ -22,7 +22,7 @@ import threading
 from collections import Counter
 
 from mmkd.cache_tools.frames import clip_set as data
-from mmkd.cache_tools.storage import store
+from mmkd.cache_tools.storage import local_store
 from mmkd.cache_tools.storage.store import LocalStore
 from mmkd.pipeline.build import build
 
@@ -96,8 +96,8 @@ def install_steps(steps: Steps) -> None:
     """Make the local store report its steps."""
     place, write_synced, sync, delete = (
         LocalStore._place,
-        store.write_synced,
-        store.sync_directory,
+        local_store.write_synced,
+        local_store.sync_directory,
         LocalStore.delete,
     )
     prepare = build.prepare_clip
@@ -130,7 +130,7 @@ def install_steps(steps: Steps) -> None:
         return clip
 
     LocalStore._place, LocalStore.delete = placing, deleting
-    store.write_synced, store.sync_directory = writing, syncing
+    local_store.write_synced, local_store.sync_directory = writing, syncing
     if not steps.acts and steps.trace is None:
         return  # a worker process imports the function by its name
     build.prepare_clip = preparing

@@ -28,7 +28,8 @@ from mmkd.cache_tools.layout import (
     status_array,
     thumbprint_arrays,
 )
-from mmkd.cache_tools.storage.store import LocalStore, Store
+from mmkd.cache_tools.storage.local_store import LocalStore
+from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.tasks.finish import finalize
 from mmkd.cache_tools.views.canonical import THUMBNAIL_SIZE
 from mmkd.cache_tools.views.drawing import ViewPolicy, evaluation_views, random_views

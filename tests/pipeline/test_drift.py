@@ -20,7 +20,7 @@ from mmkd.cache_tools.cache.init_record import read_init
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import block_key, commit_key, group_key
 from mmkd.cache_tools.recipes.recipe import load_recipe
-from mmkd.cache_tools.storage.store import LocalStore
+from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.cache_tools.tasks.finish import finalize
 from mmkd.cache_tools.upkeep.verify import verify
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
