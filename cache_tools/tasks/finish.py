@@ -14,7 +14,7 @@ from mmkd.data_manifests.errors import VerificationError
 NAMED_HOLES = 5
 
 
-def finalize(store: Store) -> None:
+def finalize_cache(store: Store) -> None:
     """Finish a cache as a task of its own; see `finish`."""
     read_init(store)  # what is not a cache is refused before anything is written
     with Task(store, new_task_id()) as own:

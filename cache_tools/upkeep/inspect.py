@@ -18,14 +18,14 @@ LISTED = 20
 """Unusable clips that are printed for each split and expert; --json has all."""
 
 
-def describe(cache: Path | str) -> dict[str, Any]:
+def describe_cache(cache: Path | str) -> dict[str, Any]:
     """Return everything worth knowing of a cache, finished or not, as JSON values.
 
     Of an unfinished one `fingerprint` is None, and `missing` says what its build still owes. Raises InputError for
     what is not a cache, VerificationError for a damaged one.
     """
     store = open_store(cache)
-    if store.exists(ROOT):
+    if ROOT in store.top():  # not `exists`: a pipe or device of that name is damage, and no unfinished cache
         reader = CacheReader(store)
         found = describe_records(store, reader.init, reader.records)
         held_out = asdict(reader.held_out) if reader.held_out else None

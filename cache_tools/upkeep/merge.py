@@ -62,7 +62,9 @@ class MergeReport:
         ]
 
 
-def merge(locations: Sequence[Path | str | Store], out: Path | str | Store, manifest: Manifest) -> MergeReport:
+def merge_caches(
+    locations: Sequence[Path | str | Store], out: Path | str | Store, manifest: Manifest
+) -> MergeReport:
     """Write the caches at `locations` into one at `out`, whose rows are the clips of `manifest`.
 
     Raises FingerprintError, field by field, for caches that do not belong together; InputError, by name, for a clip

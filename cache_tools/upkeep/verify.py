@@ -94,7 +94,7 @@ class VerifyReport:
             )
 
 
-def verify(location: Path | str | Store, *, repair: bool = False) -> VerifyReport:
+def verify_cache(location: Path | str | Store, *, repair: bool = False) -> VerifyReport:
     """Read all of a cache; with `repair`, remove what is damaged, so that the next build computes it again.
 
     Raises InputError for what is not a cache, or is being built while it is to be repaired.
@@ -191,7 +191,7 @@ class Verifier:
 
     def _node(self, shard: Shard, node: str, node_fingerprint: str) -> int:
         key = commit_key(shard, node, node_fingerprint)
-        what = f"{node}, {describe(shard)}"
+        what = f"{node}, {rows_and_views(shard)}"
         try:
             record = read_commit(self._store, shard, node, node_fingerprint)
             indexed = self._indexed.get((shard.name, node))
@@ -233,6 +233,6 @@ class Verifier:
         return True
 
 
-def describe(shard: Shard) -> str:
+def rows_and_views(shard: Shard) -> str:
     """Return a shard's rows and views, e.g. `train rows 128..255, views 0..7`."""
     return f"{shard.split.name} rows {shard.rows[0]}..{shard.rows[-1]}, views {shard.views[0]}..{shard.views[-1]}"

@@ -26,8 +26,8 @@ def status(cache: Path | str, as_json: bool) -> None:
 @cache_argument
 def finalize(cache: Path | str) -> None:
     """Finish a CACHE whose shards are all there (a build does so by itself); refuse one with holes."""
-    from mmkd.cache_tools.storage.store import open_store
-    from mmkd.cache_tools.tasks.finish import finalize as finalize_cache
+    from mmkd.cache_tools.storage.open import open_store
+    from mmkd.cache_tools.tasks.finish import finalize_cache
 
     finalize_cache(open_store(cache))
     click.echo(f"{cache}: finished")
@@ -39,7 +39,7 @@ def finalize(cache: Path | str) -> None:
 @as_json
 def verify(cache: Path | str, repair: bool, as_json: bool) -> None:
     """Read every byte of a CACHE against its stored checksums; exit code 4 when one is wrong."""
-    from mmkd.cache_tools.upkeep.verify import verify as verify_cache
+    from mmkd.cache_tools.upkeep.verify import verify_cache
 
     report = verify_cache(cache, repair=repair)
     print_result(asdict(report), as_json=as_json, lines=report.lines(cache))
@@ -80,7 +80,7 @@ def merge(caches: tuple[Path | str, ...], manifest_file: Path, out: Path | str, 
     The caches must have been built by one recipe with the same experts. The rows of the merged one are those of the
     --manifest, with which it trains.
     """
-    from mmkd.cache_tools.upkeep.merge import merge as merge_caches
+    from mmkd.cache_tools.upkeep.merge import merge_caches
     from mmkd.data_manifests.manifest_file import load_manifest
 
     report = merge_caches(caches, out, load_manifest(manifest_file))
@@ -92,9 +92,9 @@ def merge(caches: tuple[Path | str, ...], manifest_file: Path, out: Path | str, 
 @as_json
 def inspect(cache: Path | str, as_json: bool) -> None:
     """Print what is in a CACHE: splits, views, experts, classes, unusable clips, sizes."""
-    from mmkd.cache_tools.upkeep.inspect import describe, describe_lines
+    from mmkd.cache_tools.upkeep.inspect import describe_cache, describe_lines
 
-    found = describe(cache)
+    found = describe_cache(cache)
     print_result(found, as_json=as_json, lines=describe_lines(found))
 
 

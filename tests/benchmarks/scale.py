@@ -28,7 +28,7 @@ from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.tasks.build_status import read_status
 from mmkd.cache_tools.tasks.claims import Claims
-from mmkd.cache_tools.tasks.finish import finalize
+from mmkd.cache_tools.tasks.finish import finalize_cache
 from mmkd.cache_tools.tasks.heartbeat import Others, Task, new_task_id
 from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
@@ -159,7 +159,7 @@ def scale(root: Path, rows: int, classes: int) -> float:
     write_shards(store, metadata, shards[half:], classes)
     seconds["shards"] += time.perf_counter() - began
     began = time.perf_counter()
-    finalize(store)
+    finalize_cache(store)
     seconds["finalize"] = time.perf_counter() - began
     for what in ("status", "open", "open, ids, labels, views"):
         lines.append(measured(what, what, root))

@@ -14,8 +14,8 @@ from mmkd.cache_tools.layout import SplitLayout, commit_key, is_own_key
 from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.cache_tools.storage.open import open_store
 from mmkd.cache_tools.upkeep.free_place import require_own_place
-from mmkd.cache_tools.upkeep.merge import merge
-from mmkd.cache_tools.upkeep.verify import verify
+from mmkd.cache_tools.upkeep.merge import merge_caches
+from mmkd.cache_tools.upkeep.verify import verify_cache
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 from mmkd.data_manifests.regular_file import read_regular
 from tests.helpers.forked import Forked, contents
@@ -124,7 +124,7 @@ def test_a_cache_is_found_by_a_path_with_dots(cache, small, tmp_path, monkeypatc
         with pytest.raises(VerificationError, match="lies outside"):
             open_store(name).read("../cache/init.json")
     with pytest.raises(InputError, match="is one of the caches to merge"):
-        merge([cache], "../cache", MANIFEST)
+        merge_caches([cache], "../cache", MANIFEST)
     call_ok("mmkd-cache", "export", "../cache", "../a.h5")
     call_ok("mmkd-cache", "import", "../a.h5", "-o", "../elsewhere/../b")
     assert files_of(tmp_path / "b") == files_of(small)
@@ -236,7 +236,7 @@ def test_parts_on_another_disk_are_read_and_refused_by_name_when_written(small, 
     out, elsewhere = shutil.copytree(small, tmp_path / "cache"), disk / f"mmkd-{os.getpid()}"
     try:
         move_and_link(out / "commits", elsewhere)
-        assert verify(out).damaged == {}
+        assert verify_cache(out).damaged == {}
         with pytest.raises(InputError, match=r"lies on another disk than .*link the cache's whole folder"):
             LocalStore(out).write("commits/train/x", b"")
         with pytest.raises(InputError, match="lies on another disk"):

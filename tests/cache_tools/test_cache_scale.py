@@ -8,7 +8,7 @@ from mmkd.cache_tools.cache.init_record import read_init
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import SplitLayout
 from mmkd.cache_tools.storage.local_store import LocalStore
-from mmkd.cache_tools.tasks.finish import finalize
+from mmkd.cache_tools.tasks.finish import finalize_cache
 from tests.benchmarks.scale import SHARD_ROWS, make_manifest, start, write_shards
 
 CLASSES = 11
@@ -66,7 +66,7 @@ def test_opening_and_planning_ask_as_often_whatever_the_size(written):
     store = CountingStore(written[0].root)
     read_init(store).missing(store)
     assert store.asked == {"read": 1, "list": 1}
-    finalize(written[0])
+    finalize_cache(written[0])
     store.asked.clear()
     CacheReader(store)
     assert store.asked == {"read": 3}

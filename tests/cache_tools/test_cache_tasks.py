@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from mmkd.cache_tools.upkeep.verify import verify
+from mmkd.cache_tools.upkeep.verify import verify_cache
 from tests.helpers.forked import Forked, contents
 from tests.helpers.sleeping import stop_at, take_for_dead, told_that_it_slept
 
@@ -118,7 +118,7 @@ def test_a_task_taken_for_dead_wakes_and_does_no_harm(quick, tmp_path, point, la
     heir = quick.start_build(out, faults={} if late else stop_at(point))
     if late:
         assert heir.wait().code == 0
-        assert verify(out).damaged == {}
+        assert verify_cache(out).damaged == {}
         sleeper.go_on()
         told_that_it_slept(sleeper)
     else:

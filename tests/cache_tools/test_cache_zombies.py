@@ -14,11 +14,11 @@ from mmkd.cache_tools.storage import local_store
 from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.cache_tools.storage.open import open_store
 from mmkd.cache_tools.storage.store import TakenOverError
-from mmkd.cache_tools.tasks.finish import finalize
+from mmkd.cache_tools.tasks.finish import finalize_cache
 from mmkd.cache_tools.tasks.heartbeat import Others, Task, live_tasks, new_task_id
 from mmkd.cache_tools.upkeep.hdf5 import export_cache, import_cache
-from mmkd.cache_tools.upkeep.merge import merge
-from mmkd.cache_tools.upkeep.verify import verify
+from mmkd.cache_tools.upkeep.merge import merge_caches
+from mmkd.cache_tools.upkeep.verify import verify_cache
 from mmkd.data_manifests.errors import InputError, MmkdError
 from tests.helpers.forked import Forked, contents
 from tests.helpers.many_clips import files_of, logits_of, manifest_of
@@ -105,16 +105,16 @@ def world(tmp_path_factory):
 
 
 def repair_and_import(world: Path, out: Path) -> None:
-    verify(out, repair=True)
+    verify_cache(out, repair=True)
     import_cache(world / "cache.h5", out)
 
 
 SCENES = {
     "import": (None, import_cache_of := lambda world, out: import_cache(world / "cache.h5", out), import_cache_of),
-    "merge": (None, lambda world, out: merge([world / "cache"], out, MANIFEST), import_cache_of),
-    "finalize": ("unfinished", finish := lambda _, out: finalize(open_store(out)), finish),
-    "repair": ("damaged", lambda _, out: verify(out, repair=True), repair_and_import),
-    "repair of what is finished meanwhile": ("unfinished", lambda _, out: verify(out, repair=True), finish),
+    "merge": (None, lambda world, out: merge_caches([world / "cache"], out, MANIFEST), import_cache_of),
+    "finalize": ("unfinished", finish := lambda _, out: finalize_cache(open_store(out)), finish),
+    "repair": ("damaged", lambda _, out: verify_cache(out, repair=True), repair_and_import),
+    "repair of what is finished meanwhile": ("unfinished", lambda _, out: verify_cache(out, repair=True), finish),
 }
 """What is asleep -> (what is there before, what it does, what the other task does)."""
 
@@ -153,7 +153,7 @@ def test_who_sleeps_before_any_step_and_wakes_late_changes_nothing(world, scene,
         assert isinstance(sleeper.error, (TakenOverError, InputError, type(None))), sleeper.error
         told += isinstance(sleeper.error, TakenOverError)
         where = f"{scene}, {sleeper.steps[at]}"
-        assert verify(out).damaged == {}, where
+        assert verify_cache(out).damaged == {}, where
         left = {key: data for key, data in files_of(out).items() if not key.startswith((".tmp/", "tasks/"))}
         assert left == files_of(world / "cache"), where
     assert told >= 4
@@ -215,7 +215,7 @@ def sleep_through(quick: Forked, out: Path, where: str, *, asleep: tuple, awake:
     other = quick.build(out, *awake[0], experts=awake[1])
     assert other.code == 0, other.err
     before = contents(out)
-    assert verify(out).damaged == {}
+    assert verify_cache(out).damaged == {}
     sleeper.go_on()
     told_that_it_slept(sleeper)
     assert contents(out) == before

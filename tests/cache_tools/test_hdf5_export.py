@@ -10,7 +10,7 @@ import pytest
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.upkeep import hdf5 as hdf5_export
 from mmkd.cache_tools.upkeep.hdf5 import export_cache, import_cache
-from mmkd.cache_tools.upkeep.verify import verify
+from mmkd.cache_tools.upkeep.verify import verify_cache
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 from tests.helpers.in_process import call_ok, refused
 from tests.helpers.many_clips import EXPERTS, HEADS, files_of, logits_of, manifest_of
@@ -46,7 +46,7 @@ def test_it_comes_back_byte_for_byte(cache, exported, tmp_path):
     assert files_of(tmp_path / "back") == files_of(cache)
     assert report.reencoded == 0
     assert report.clips == 20
-    assert not verify(tmp_path / "back").damaged
+    assert not verify_cache(tmp_path / "back").damaged
     assert import_cache(exported, tmp_path / "back") == report, "the same again is harmless"
 
 
@@ -154,7 +154,7 @@ def test_another_encoder_gives_a_sound_cache_of_the_same_values(cache, exported,
     report = import_cache(exported, tmp_path / "out")
     assert report.reencoded == 2
     assert "other bytes" in report.lines("out")[0]
-    assert not verify(tmp_path / "out").damaged
+    assert not verify_cache(tmp_path / "out").damaged
     ours, theirs = CacheReader(tmp_path / "out"), CacheReader(cache)
     np.testing.assert_array_equal(ours.split("train").facts, theirs.split("train").facts)
     assert ours.fingerprint != theirs.fingerprint

@@ -22,9 +22,9 @@ from mmkd.cache_tools.cache.sealed import seal, unsealed
 from mmkd.cache_tools.layout import GROUP, INDEX, INIT, ROOT, commit_key
 from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.cache_tools.tasks.build_status import read_status
-from mmkd.cache_tools.tasks.finish import finalize
-from mmkd.cache_tools.upkeep.inspect import describe
-from mmkd.cache_tools.upkeep.verify import verify
+from mmkd.cache_tools.tasks.finish import finalize_cache
+from mmkd.cache_tools.upkeep.inspect import describe_cache
+from mmkd.cache_tools.upkeep.verify import verify_cache
 from mmkd.data_manifests.errors import MmkdError, VerificationError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from tests.helpers.small_cache import write_cache
@@ -117,14 +117,14 @@ def read_all(store: LocalStore) -> None:
             reader.usable(split, expert)
     for name in reader.arrays:
         list(reader.objects_of(name))
-    describe(store.root)
+    describe_cache(store.root)
 
 
 COMMANDS = {
     "read": read_all,
-    "verify": lambda store: verify(store).check("the cache"),
+    "verify": lambda store: verify_cache(store).check("the cache"),
     "status": lambda store: read_status(store.root).lines(),
-    "finalize": finalize,
+    "finalize": finalize_cache,
 }
 
 

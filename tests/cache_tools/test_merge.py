@@ -9,8 +9,8 @@ import pytest
 
 from mmkd.cache_tools.cache.commits import CommitRecord
 from mmkd.cache_tools.cache.reader import CacheReader
-from mmkd.cache_tools.upkeep.merge import merge
-from mmkd.cache_tools.upkeep.verify import verify
+from mmkd.cache_tools.upkeep.merge import merge_caches
+from mmkd.cache_tools.upkeep.verify import verify_cache
 from mmkd.data_manifests.errors import FingerprintError, InputError
 from mmkd.data_manifests.manifest import Manifest
 from mmkd.data_manifests.manifest_file import save_manifest
@@ -52,18 +52,18 @@ def test_merged_parts_are_the_whole_byte_for_byte(parts, blocks, tmp_path):
         sources[1] = write(tmp_path / "1", PARTS[1], **blocks)
     precision = {key: value for key, value in blocks.items() if key == "precision"}
     whole = write(tmp_path / "whole", WHOLE, **precision)
-    report = merge(sources, tmp_path / "merged", WHOLE)
+    report = merge_caches(sources, tmp_path / "merged", WHOLE)
     assert files_of(tmp_path / "merged") == files_of(whole)
     assert report.clips == {"test": 8, "train": 15}
     assert report.fingerprint == CacheReader(whole).fingerprint
-    assert not verify(tmp_path / "merged").damaged
+    assert not verify_cache(tmp_path / "merged").damaged
 
 
 def test_a_split_that_one_cache_has_and_any_order_of_the_manifest(tmp_path):
     tests, trains = manifest_of(range(0, 12, 3)), manifest_of([1, 2, 4, 5, 7])
     whole = Manifest("demo", WHOLE.heads, (*reversed(trains.clips), *tests.clips), True)
     sources = [write(tmp_path / "a", tests), write(tmp_path / "b", trains)]
-    merge(sources, tmp_path / "merged", whole)
+    merge_caches(sources, tmp_path / "merged", whole)
     assert files_of(tmp_path / "merged") == files_of(write(tmp_path / "whole", whole))
 
 
@@ -76,7 +76,7 @@ def test_the_largest_error_and_the_reasons_come_along(parts, tmp_path):
             record = CommitRecord(**{**vars(record), "worst_kl": {"verb": 3e-7, "noun": 1e-7}})
             path.write_bytes(record.to_bytes())
     call_ok("mmkd-cache", "finalize", sources[0])
-    merge(sources, tmp_path / "merged", WHOLE)
+    merge_caches(sources, tmp_path / "merged", WHOLE)
     merged = CacheReader(tmp_path / "merged")
     flow = [record for record in merged.records if record.node == "flow"]
     assert all(record.worst_kl == {"verb": 3e-7, "noun": 1e-7} for record in flow)
@@ -91,10 +91,10 @@ def test_the_largest_error_and_the_reasons_come_along(parts, tmp_path):
 def test_what_does_not_belong_together_is_refused_field_by_field(parts, tmp_path):
     other = write(tmp_path / "coarse", PARTS[1], precision="8-bit")
     with pytest.raises(FingerprintError, match=r"experts\.flow\.precision: cache \"fp16"):
-        merge([parts[0], other], tmp_path / "out", WHOLE)
+        merge_caches([parts[0], other], tmp_path / "out", WHOLE)
     renamed = Manifest("another", WHOLE.heads, WHOLE.clips, True)
     with pytest.raises(FingerprintError, match='dataset: cache "demo", now "another"'):
-        merge(parts, tmp_path / "out", renamed)
+        merge_caches(parts, tmp_path / "out", renamed)
     assert not (tmp_path / "out").exists()
 
 
@@ -102,21 +102,21 @@ def test_clips_are_refused_by_name(parts, tmp_path):
     out = tmp_path / "out"
     overlapping = write(tmp_path / "overlapping", manifest_of([1, 3, 4, 5]))
     with pytest.raises(InputError, match="clip 'clip-4' is in both"):
-        merge([parts[0], overlapping], out, WHOLE)
+        merge_caches([parts[0], overlapping], out, WHOLE)
     with pytest.raises(InputError, match="in none of the caches, the first is 'clip-3'"):
-        merge(parts[:1], out, WHOLE)
+        merge_caches(parts[:1], out, WHOLE)
     with pytest.raises(InputError, match="clip 'clip-22' is of split 'train', the manifest lacks it"):
-        merge(parts, out, manifest_of(range(22)))
+        merge_caches(parts, out, manifest_of(range(22)))
     with pytest.raises(InputError, match=r"the views of clip .* are not those that this manifest gives"):
-        merge(parts, out, manifest_of(range(23), flip_allowed=False))
+        merge_caches(parts, out, manifest_of(range(23), flip_allowed=False))
     wrong = replace(WHOLE.clips[2], labels={**WHOLE.clips[2].labels, "verb": 0})
     clips = (*WHOLE.clips[:2], wrong, *WHOLE.clips[3:])
     with pytest.raises(InputError, match="clip 'clip-2' has verb label 2, the manifest 0"):
-        merge(parts, out, Manifest("demo", WHOLE.heads, clips, True))
+        merge_caches(parts, out, Manifest("demo", WHOLE.heads, clips, True))
     with pytest.raises(InputError, match="is one of the caches to merge"):
-        merge(parts, parts[0], WHOLE)
+        merge_caches(parts, parts[0], WHOLE)
     with pytest.raises(InputError, match="holds a cache already"):
-        merge(parts, overlapping, WHOLE)
+        merge_caches(parts, overlapping, WHOLE)
     assert not out.exists()
 
 
@@ -133,11 +133,11 @@ def test_a_stopped_merge_is_no_cache_and_goes_on(parts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "publish", dying)
     with pytest.raises(KeyboardInterrupt):
-        merge(parts, tmp_path / "merged", WHOLE)
+        merge_caches(parts, tmp_path / "merged", WHOLE)
     with pytest.raises(InputError, match="is not finished"):
         CacheReader(tmp_path / "merged")
     monkeypatch.setattr(module, "publish", publish)
-    merge(parts, tmp_path / "merged", WHOLE)
+    merge_caches(parts, tmp_path / "merged", WHOLE)
     assert files_of(tmp_path / "merged") == files_of(write(tmp_path / "whole", WHOLE))
 
 

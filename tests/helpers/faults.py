@@ -23,7 +23,7 @@ from collections import Counter
 
 from mmkd.cache_tools.frames import clip_set as data
 from mmkd.cache_tools.storage import local_store
-from mmkd.cache_tools.storage.store import LocalStore
+from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.pipeline.build import build
 
 TASK = re.compile(r"[0-9a-f]{12}-\d+-\d+-[0-9a-f]{8}")

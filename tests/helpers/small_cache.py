@@ -30,7 +30,7 @@ from mmkd.cache_tools.layout import (
 )
 from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.cache_tools.storage.store import Store
-from mmkd.cache_tools.tasks.finish import finalize
+from mmkd.cache_tools.tasks.finish import finalize_cache
 from mmkd.cache_tools.views.canonical import THUMBNAIL_SIZE
 from mmkd.cache_tools.views.drawing import ViewPolicy, evaluation_views, random_views
 from mmkd.cache_tools.views.held_out import HeldOut
@@ -92,7 +92,7 @@ def write_cache(
                 encoded = encode_blocks(shard, blocks, objects)
                 record = CommitRecord(shard.name, expert, nodes[expert], hash_objects(encoded), unusable)
                 publish(store, shard, record, encoded)
-    finalize(store)
+    finalize_cache(store)
     return store
 
 

@@ -18,7 +18,7 @@ from mmkd.cache_tools.cache.softmax import kl_divergence
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.layout import group_key
 from mmkd.cache_tools.recipes.recipe import load_recipe
-from mmkd.cache_tools.upkeep.verify import verify
+from mmkd.cache_tools.upkeep.verify import verify_cache
 from mmkd.cache_tools.views.canonical import canonical_view, pixel_hash
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.pipeline.experts.expert import load_expert
@@ -159,7 +159,7 @@ def test_any_flipped_bit_is_detected_and_mended_by_repair_and_build(tiny, tmp_pa
             with pytest.raises((VerificationError, InputError), match=r"build|damaged"):
                 read_one(cache, name)
             if "/" not in name:  # root, init or index: nothing below them can be told
-                assert name in verify(cache).damaged
+                assert name in verify_cache(cache).damaged
             else:
                 flipped[name] = data
             (cache / name).write_bytes(whole[name])
@@ -167,7 +167,7 @@ def test_any_flipped_bit_is_detected_and_mended_by_repair_and_build(tiny, tmp_pa
             part = {name: data for name, data in flipped.items() if name.startswith(prefix)}
             for name, data in part.items():
                 (cache / name).write_bytes(data)
-            damaged = verify(cache).damaged
+            damaged = verify_cache(cache).damaged
             assert part.keys() <= damaged.keys()
             assert all("vouches" in damaged[name] for name in damaged.keys() - part.keys())
             for name in part:

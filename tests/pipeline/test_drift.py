@@ -21,8 +21,8 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.layout import block_key, commit_key, group_key
 from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.cache_tools.storage.local_store import LocalStore
-from mmkd.cache_tools.tasks.finish import finalize
-from mmkd.cache_tools.upkeep.verify import verify
+from mmkd.cache_tools.tasks.finish import finalize_cache
+from mmkd.cache_tools.upkeep.verify import verify_cache
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.pipeline.drift.drift import measure_drift
 from mmkd.pipeline.drift.sample import draw_sample
@@ -52,7 +52,7 @@ def republish(cache: Path, node: str, array: str, change: Callable[[np.ndarray],
             store.write(group_key(name), data)
         changed = dataclasses.replace(record, objects={**record.objects, **hash_objects(objects)})
         store.write(commit_key(shard, node, own), changed.to_bytes())
-    finalize(store)
+    finalize_cache(store)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_batches_are_others_than_those_of_the_build(tiny):
 
 def test_changed_logits_are_found_where_no_checksum_tells(tiny, copy):
     republish(copy, "rgb", "train/rgb/logits/action", lambda block: block * np.float16(3))
-    assert not verify(copy).damaged
+    assert not verify_cache(copy).damaged
     result = call("mmkd-cache", "drift", copy, *drift_options(tiny, "rgb", "boxes"))
     assert result.code == 4
     assert re.search(r"expert rgb, head action, drifted by \S+ nats in train/\S+, view \d", result.err)
