@@ -1,6 +1,6 @@
 """Worker processes for decoders that may abort, hang or be killed: one item is lost, never the job.
 
-Each worker is a fresh interpreter with a pipe of its own, minded by one thread of the parent. So there is no
+Each worker is a fresh interpreter with a pipe of its own, watched by one thread of the parent. So there is no
 lock or pipe that a dying worker could leave in an unusable state for the others: a pool with a shared result
 pipe (pebble 5.2 was measured) hangs for good when a worker is killed while it sends a large array.
 It gives up closures and functions defined in `__main__`: the function must be
@@ -44,16 +44,16 @@ def run_tasks(
     *,
     workers: int,
     timeout_seconds: float | None = None,
-    doubt_errors: bool = False,
+    recheck_errors: bool = False,
     extra_items: int = 0,
     canaries: Sequence[Item] = (),
 ) -> Generator[tuple[int, Result | VideoError | StorageError], None, None]:
     """Yield (position, `function(item)`) in the order of `items`, computed in `workers` processes.
 
     An item that is a VideoError is its own value: what is known never travels. A VideoError raised by the
-    function is its item's value, with `doubt_errors` only when it repeats in a fresh worker. A worker that dies
+    function is its item's value, with `recheck_errors` only when it repeats in a fresh worker. A worker that dies
     or takes longer than `timeout_seconds` is replaced and its item tried once more; when that fails, too, the
-    item is judged (see `_Minders.judge`): its value is a VideoError when the machine is well and the fault is the
+    item is judged (see `_Watchers.judge`): its value is a VideoError when the machine is well and the fault is the
     item's, and a StorageError when it is the machine's. So is the value of an item that raises StorageError, or
     runs out of memory, twice. Any other exception is raised here. `extra_items` are computed ahead besides
     `LOOK_AHEAD` for each worker: as many as the caller takes before it pauses. `canaries` are items that should
@@ -66,8 +66,8 @@ def run_tasks(
         return _run_inline(function, items)
     if getattr(function, "__module__", None) == "__main__":
         raise ValueError("a worker cannot import a function from __main__; define it in a module")
-    minders = _Minders(pickle.dumps(function, protocol=5), timeout_seconds, doubt_errors, canaries)
-    return _run_in_workers(minders, items, workers, ahead=LOOK_AHEAD * workers + extra_items)
+    watchers = _Watchers(pickle.dumps(function, protocol=5), timeout_seconds, recheck_errors, canaries)
+    return _run_in_workers(watchers, items, workers, ahead=LOOK_AHEAD * workers + extra_items)
 
 
 def _run_inline(
@@ -85,9 +85,9 @@ def _run_inline(
 
 
 def _run_in_workers(
-    minders: "_Minders", items: Iterable[Any], workers: int, *, ahead: int
+    watchers: "_Watchers", items: Iterable[Any], workers: int, *, ahead: int
 ) -> Generator[tuple[int, Any], None, None]:
-    executor = ThreadPoolExecutor(workers, "mmkd-worker", initializer=minders.begin_thread)
+    executor = ThreadPoolExecutor(workers, "mmkd-worker", initializer=watchers.begin_thread)
     waiting: deque[tuple[bool, Future[Any]]] = deque()
     """(whether it is in work, its outcome) of the items taken and not yet delivered."""
     in_work = delivered = 0
@@ -98,7 +98,7 @@ def _run_in_workers(
         value = future.result()
         if isinstance(value, _Suspect):  # with nothing else at work: what the machine can do, it can do now
             wait([other for _, other in waiting])
-            value = executor.submit(minders.judge, value).result()
+            value = executor.submit(watchers.judge, value).result()
         in_work -= was_in_work
         delivered += 1
         return delivered - 1, value
@@ -106,16 +106,16 @@ def _run_in_workers(
     try:
         for item in items:
             known = isinstance(item, VideoError)
-            waiting.append((not known, _done(item) if known else executor.submit(minders.call, item)))
+            waiting.append((not known, _done(item) if known else executor.submit(watchers.call, item)))
             in_work += not known
             while in_work >= ahead or len(waiting) >= ahead + KNOWN_AHEAD:
                 yield deliver()
         while waiting:
             yield deliver()
     finally:
-        minders.kill_all()
+        watchers.kill_all()
         executor.shutdown(wait=True, cancel_futures=True)
-        minders.close_all()
+        watchers.close_all()
 
 
 def _done(value: object) -> Future[Any]:
@@ -134,18 +134,18 @@ class _Suspect:
     """The last attempt's end."""
 
 
-class _Minders:
-    """What the minding threads share: the function, the time limit and the workers to kill at the end."""
+class _Watchers:
+    """What the watching threads share: the function, the time limit and the workers to kill at the end."""
 
     def __init__(
-        self, function: bytes, timeout_seconds: float | None, doubt_errors: bool, canaries: Sequence[object]
+        self, function: bytes, timeout_seconds: float | None, recheck_errors: bool, canaries: Sequence[object]
     ) -> None:
         self._function = function
         self._canaries = canaries
         self._faults_in_a_row = 0
         self._good: tuple[object, ...] = ()
         """The latest item that went well, if any."""
-        self._doubted = (VideoError, StorageError) if doubt_errors else (StorageError,)
+        self._rechecked = (VideoError, StorageError) if recheck_errors else (StorageError,)
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
         self._workers: set[Worker] = set()
@@ -164,7 +164,7 @@ class _Minders:
             value = self._attempt(item)
             if isinstance(value, _Suspect) and value.loss.by_time:
                 return value  # another attempt takes as long: it comes when nothing else is at work
-            if not isinstance(value, (_Suspect, *self._doubted)):
+            if not isinstance(value, (_Suspect, *self._rechecked)):
                 self._good = self._good if isinstance(value, VideoError) else (item,)
                 break
             if isinstance(value, StorageError) and self._faults_in_a_row >= FAULTS_IN_A_ROW:
@@ -194,7 +194,7 @@ class _Minders:
         worker = self._worker()
         try:
             value = worker.call(item, self._timeout_seconds)
-            if not isinstance(value, self._doubted):
+            if not isinstance(value, self._rechecked):
                 return value
         except WorkerLostError as error:
             value = _Suspect(item, error)

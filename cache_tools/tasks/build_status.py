@@ -20,7 +20,7 @@ RATE_ENTRIES = 20
 
 
 @dataclass(frozen=True)
-class CacheStatus:
+class BuildStatus:
     """State of a build."""
 
     finished: bool
@@ -74,7 +74,7 @@ class CacheStatus:
         return lines
 
 
-def read_status(location: Path | str) -> CacheStatus:
+def read_build_status(location: Path | str) -> BuildStatus:
     """Return the state of a cache; raise InputError when there is none."""
     store = open_store(location)
     init = read_init(store)
@@ -85,7 +85,7 @@ def read_status(location: Path | str) -> CacheStatus:
     claims = {shard: task for shard, task in claimed_shards(store).items() if shard in undone}
     rate, errors = summarise(read_journal(store), live)
     rows_left = sum(len(shard.rows) for shard in shards if shard.name in undone)
-    return CacheStatus(
+    return BuildStatus(
         finished=store.exists(ROOT),
         shards=len(shards),
         done=len(shards) - len(undone),

@@ -8,11 +8,13 @@ which exactly one task can; no claim is ever deleted to take over, so a slow tas
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmkd.cache_tools.layout import CLAIMS, Shard, own_keys
 from mmkd.cache_tools.storage.store import MissingObjectError, Store
-from mmkd.cache_tools.tasks.heartbeat import Others, Task
+from mmkd.cache_tools.tasks.heartbeat import OtherTasks, Task
 
 log = logging.getLogger("mmkd")
 WAIT_SECONDS = 0.2
@@ -25,7 +27,7 @@ CACHE = f"{CLAIMS}/init"
 class Claims:
     """The claims of one task."""
 
-    def __init__(self, task: Task, others: Others) -> None:
+    def __init__(self, task: Task, others: OtherTasks) -> None:
         """Claim in the name of `task`."""
         self._task, self._others = task, others
         self._store: Store = task.store
@@ -54,8 +56,9 @@ class Claims:
             for number in numbers if folder != CACHE else ():
                 self._store.delete(claim_key(folder, number))
 
-    def __enter__(self) -> "Claims":
-        """Claim the cache as a whole, waiting for it: only for the short time of starting or changing it."""
+    @contextmanager
+    def whole_cache(self) -> Iterator[None]:
+        """Claim the cache as a whole, waiting for it: for a block as short as starting or changing it."""
         waited = 0.0
         while not self._take(CACHE):
             time.sleep(WAIT_SECONDS)
@@ -63,11 +66,10 @@ class Claims:
             if waited >= SAY_SECONDS:
                 log.info("%s: waiting for another task that works on the whole cache", self._store.locate())
                 waited = -float("inf")  # once
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give the cache as a whole free."""
-        self._release(CACHE)
+        try:
+            yield
+        finally:
+            self._release(CACHE)
 
     def _take(self, folder: str) -> bool:
         newest = self._newest(folder)

@@ -8,7 +8,7 @@ from mmkd.cache_tools.cache.root_record import RootRecord
 from mmkd.cache_tools.layout import COMMITS, INDEX, INIT, ROOT, Shard, commit_key, own_keys
 from mmkd.cache_tools.storage.store import Store, TakenOverError
 from mmkd.cache_tools.tasks.claims import Claims
-from mmkd.cache_tools.tasks.heartbeat import Others, Task, new_task_id
+from mmkd.cache_tools.tasks.heartbeat import OtherTasks, Task, new_task_id
 from mmkd.data_manifests.errors import VerificationError
 
 NAMED_HOLES = 5
@@ -18,21 +18,22 @@ def finalize_cache(store: Store) -> None:
     """Finish a cache as a task of its own; see `finish`."""
     read_init(store)  # what is not a cache is refused before anything is written
     with Task(store, new_task_id()) as own:
-        finish(store, Claims(own, others := Others(own)), others)
+        others = OtherTasks(own)
+        finish(store, Claims(own, others), others)
     store.tidy()
 
 
-def finish(store: Store, claims: Claims, others: Others) -> None:
+def finish(store: Store, claims: Claims, others: OtherTasks) -> None:
     """Write index and root, whose bytes depend on the records alone, and remove what is of no use any more.
 
     Nothing starts or changes the cache meanwhile. Raises VerificationError, naming the holes, while a shard lacks
     a record, and StorageError when this task slept and another one went on in its place.
     """
-    with claims:
+    with claims.whole_cache():
         finish_claimed(store, claims, others)
 
 
-def finish_claimed(store: Store, claims: Claims, others: Others) -> None:
+def finish_claimed(store: Store, claims: Claims, others: OtherTasks) -> None:
     """Finish a cache that is claimed as a whole; see `finish`."""
     others.sweep()  # first: what a dead task has begun must not come after
     init = read_init(store)

@@ -111,7 +111,7 @@ class Task:
                 self.beat()
 
 
-class Others:
+class OtherTasks:
     """What a task knows of the others."""
 
     def __init__(self, own: Task, *, stale_seconds: float = STALE_SECONDS) -> None:

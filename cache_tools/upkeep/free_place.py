@@ -10,7 +10,7 @@ from mmkd.cache_tools.layout import GROUP, INDEX, INIT, ROOT, is_own_key, is_own
 from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.tasks.claims import Claims
 from mmkd.cache_tools.tasks.finish import finish_claimed
-from mmkd.cache_tools.tasks.heartbeat import Others, Task, new_task_id
+from mmkd.cache_tools.tasks.heartbeat import OtherTasks, Task, new_task_id
 from mmkd.data_manifests.errors import InputError
 
 OF_THE_SYSTEM = {"lost+found", "Thumbs.db", "desktop.ini"}
@@ -48,8 +48,9 @@ def writing_whole(store: Store, init: CacheInit, *, what: str) -> Iterator[None]
     require_own_place(store)
     require_free(store, init, what=what)
     with Task(store, new_task_id()) as own:
-        others = Others(own)
-        with Claims(own, others) as claims:
+        others = OtherTasks(own)
+        claims = Claims(own, others)
+        with claims.whole_cache():
             if others.living():
                 raise InputError(f"{store.locate()} is being built; run this again when no task is at work there")
             others.sweep()

@@ -32,7 +32,7 @@ from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.storage.open import open_store
 from mmkd.cache_tools.storage.store import MissingObjectError, Store
 from mmkd.cache_tools.tasks.claims import Claims
-from mmkd.cache_tools.tasks.heartbeat import Others, Task, live_tasks, new_task_id
+from mmkd.cache_tools.tasks.heartbeat import OtherTasks, Task, live_tasks, new_task_id
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, VerificationError
 
@@ -105,8 +105,9 @@ def verify_cache(location: Path | str | Store, *, repair: bool = False) -> Verif
     with suppress(VerificationError):  # a damaged one can be repaired, but what is not a cache is refused at once
         read_init(store)
     with Task(store, new_task_id()) as own:
-        others = Others(own)
-        with Claims(own, others) as claims:
+        others = OtherTasks(own)
+        claims = Claims(own, others)
+        with claims.whole_cache():
             if others.living():
                 raise InputError(f"{store.locate()} is being built; repair it when no task is at work")
             others.sweep()

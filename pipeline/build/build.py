@@ -35,7 +35,7 @@ from mmkd.cache_tools.storage.open import open_store
 from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.tasks.claims import Claims, claimed_shards
 from mmkd.cache_tools.tasks.finish import finish
-from mmkd.cache_tools.tasks.heartbeat import Others, Task, new_task_id
+from mmkd.cache_tools.tasks.heartbeat import OtherTasks, Task, new_task_id
 from mmkd.cache_tools.tasks.journal import Journal
 from mmkd.cache_tools.upkeep.free_place import require_own_place
 from mmkd.data_manifests.counted import ARE, counted
@@ -122,10 +122,10 @@ def build_cache(
     plan = plan_build(recipe, experts, stored_layouts(store))
     task_id = new_task_id()
     with stop_on_signals() as stop, Task(store, task_id) as own:
-        others = Others(own)
+        others = OtherTasks(own)
         others.sweep()
         claims = Claims(own, others)
-        with claims:
+        with claims.whole_cache():
             if retry:
                 retry_unusable(store, plan, others)
             init, metadata = initialise(
@@ -164,7 +164,7 @@ def build_cache(
     return report
 
 
-def abandoned(left: list[ShardWork], store: Store, others: Others, stop: StopRequest) -> list[ShardWork]:
+def abandoned(left: list[ShardWork], store: Store, others: OtherTasks, stop: StopRequest) -> list[ShardWork]:
     """Return the shards left that no task at work holds, such as those of a task that was killed elsewhere."""
     holders = claimed_shards(store)
     held = {work.shard.name: holders[work.shard.name] for work in left if work.shard.name in holders}
@@ -201,7 +201,7 @@ class ShardLine:
             self._jobs(),
             workers=recipe.data.workers,
             timeout_seconds=recipe.data.clip_timeout_seconds,
-            doubt_errors=True,
+            recheck_errors=True,
             extra_items=self._batch_clips(),  # so that decoding goes on while the experts take a whole batch
             canaries=canary_jobs(self._plan),
         )

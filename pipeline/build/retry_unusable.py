@@ -19,7 +19,7 @@ from mmkd.cache_tools.cache.init_record import CacheInit
 from mmkd.cache_tools.frames.clip_set import ClipVideos
 from mmkd.cache_tools.layout import INDEX, INIT, ROOT, Status, commit_key
 from mmkd.cache_tools.storage.store import Store
-from mmkd.cache_tools.tasks.heartbeat import Others
+from mmkd.cache_tools.tasks.heartbeat import OtherTasks
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, VideoError
 from mmkd.pipeline.build.start import NEW_PLACE, check_same, static_objects, stored_init
@@ -30,7 +30,7 @@ Rows = Mapping[str, set[int]]
 """Split -> rows."""
 
 
-def retry_unusable(store: Store, plan: BuildPlan, others: Others) -> None:
+def retry_unusable(store: Store, plan: BuildPlan, others: OtherTasks) -> None:
     """Forget what is recorded of clips that the plan can read; the caller holds the claim on the whole cache.
 
     Raises InputError when other tasks are at work, or an expert of the cache is not given: all of them saw those

@@ -16,9 +16,9 @@ from mmkd.pipeline.commands.options import cache_argument, out_option
 @as_json
 def status(cache: Path | str, as_json: bool) -> None:
     """Print how far the build of a CACHE is: done, running, failed, rate, time left, bytes."""
-    from mmkd.cache_tools.tasks.build_status import read_status
+    from mmkd.cache_tools.tasks.build_status import read_build_status
 
-    found = read_status(cache)
+    found = read_build_status(cache)
     print_result(asdict(found), as_json=as_json, lines=found.lines())
 
 

@@ -150,7 +150,7 @@ class Comparison:
             jobs,
             workers=recipe.data.workers,
             timeout_seconds=recipe.data.clip_timeout_seconds,
-            doubt_errors=True,
+            recheck_errors=True,
         )
         with closing(clips), Progress("computing again", total=len(jobs)) as progress:
             for (_, clip), (key, own) in zip(clips, positions.items(), strict=True):

@@ -26,10 +26,10 @@ from mmkd.cache_tools.frames.records import VideoFacts
 from mmkd.cache_tools.layout import THUMBPRINT, Shard, SplitLayout, part_array, status_array, thumbprint_arrays
 from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.cache_tools.storage.store import Store
-from mmkd.cache_tools.tasks.build_status import read_status
+from mmkd.cache_tools.tasks.build_status import read_build_status
 from mmkd.cache_tools.tasks.claims import Claims
 from mmkd.cache_tools.tasks.finish import finalize_cache
-from mmkd.cache_tools.tasks.heartbeat import Others, Task, new_task_id
+from mmkd.cache_tools.tasks.heartbeat import OtherTasks, Task, new_task_id
 from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.data_manifests.manifest_file import load_manifest, save_manifest
@@ -123,9 +123,9 @@ def measure(what: str, root: Path) -> dict[str, float]:
     elif what == "plan":
         store = LocalStore(root)
         own = Task(store, new_task_id())
-        committed_nodes(store, read_init(store), Claims(own, Others(own)))
+        committed_nodes(store, read_init(store), Claims(own, OtherTasks(own)))
     elif what == "status":
-        read_status(root)
+        read_build_status(root)
     elif what == "open":
         CacheReader(root)
     elif what == "open, ids, labels, views":

@@ -15,7 +15,7 @@ from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.cache_tools.storage.open import open_store
 from mmkd.cache_tools.storage.store import TakenOverError
 from mmkd.cache_tools.tasks.finish import finalize_cache
-from mmkd.cache_tools.tasks.heartbeat import Others, Task, live_tasks, new_task_id
+from mmkd.cache_tools.tasks.heartbeat import OtherTasks, Task, live_tasks, new_task_id
 from mmkd.cache_tools.upkeep.hdf5 import export_cache, import_cache
 from mmkd.cache_tools.upkeep.merge import merge_caches
 from mmkd.cache_tools.upkeep.verify import verify_cache
@@ -163,7 +163,7 @@ def test_a_buried_task_gives_no_sign_of_life_any_more(tmp_path):
     first, second = LocalStore(tmp_path), LocalStore(tmp_path)
     with Task(first, new_task_id(), beat_seconds=60) as dead, Task(second, new_task_id()) as own:
         assert live_tasks(first) == {dead.id, own.id}
-        Others(own).bury(dead.id)
+        OtherTasks(own).bury(dead.id)
         for change in (dead.beat, lambda: first.create("claims/init/0.json", b""), lambda: first.sweep(own.id)):
             with pytest.raises(TakenOverError, match="another task went on while this one slept; run it again"):
                 change()
@@ -179,12 +179,12 @@ def test_a_task_that_has_just_begun_is_not_taken_for_dead(tmp_path):
     first, second = LocalStore(tmp_path), LocalStore(tmp_path)
     first.begin(new_task_id())  # and its first sign of life is still to come
     with Task(second, new_task_id()) as own:
-        Others(own).sweep()
+        OtherTasks(own).sweep()
         first.write("init.json", b"mine")
         hour_ago = time.time() - 3600
         for folder in (tmp_path / ".tmp").iterdir():
             os.utime(folder, (hour_ago, hour_ago))
-        Others(own).sweep()
+        OtherTasks(own).sweep()
         with pytest.raises(TakenOverError):
             first.write("init.json", b"mine")
 
@@ -194,7 +194,7 @@ def test_who_names_no_task_in_a_claim_buries_nobody(tmp_path):
     (tmp_path / "mine").mkdir()
     with Task(store, new_task_id()) as own:
         for name in ("", ".", "..", "../..", "../../mine", "/tmp", own.id):
-            Others(own).bury(name) if name != own.id else store.sweep(name)
+            OtherTasks(own).bury(name) if name != own.id else store.sweep(name)
         store.write("init.json", b"x")
     assert (tmp_path / "mine").is_dir()
 

@@ -21,7 +21,7 @@ from mmkd.cache_tools.cache.root_record import RootRecord
 from mmkd.cache_tools.cache.sealed import seal, unsealed
 from mmkd.cache_tools.layout import GROUP, INDEX, INIT, ROOT, commit_key
 from mmkd.cache_tools.storage.local_store import LocalStore
-from mmkd.cache_tools.tasks.build_status import read_status
+from mmkd.cache_tools.tasks.build_status import read_build_status
 from mmkd.cache_tools.tasks.finish import finalize_cache
 from mmkd.cache_tools.upkeep.inspect import describe_cache
 from mmkd.cache_tools.upkeep.verify import verify_cache
@@ -123,7 +123,7 @@ def read_all(store: LocalStore) -> None:
 COMMANDS = {
     "read": read_all,
     "verify": lambda store: verify_cache(store).check("the cache"),
-    "status": lambda store: read_status(store.root).lines(),
+    "status": lambda store: read_build_status(store.root).lines(),
     "finalize": finalize_cache,
 }
 

@@ -16,7 +16,7 @@ from mmkd.cache_tools.storage.object_store import ObjectStore
 from mmkd.cache_tools.storage.open import open_store
 from mmkd.cache_tools.storage.store import MissingObjectError, TakenOverError
 from mmkd.cache_tools.tasks.claims import Claims
-from mmkd.cache_tools.tasks.heartbeat import Others, Task, live_tasks, new_task_id
+from mmkd.cache_tools.tasks.heartbeat import OtherTasks, Task, live_tasks, new_task_id
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student.teacher.cached_targets import shared_targets
@@ -111,7 +111,7 @@ def test_claims_and_signs_of_life(url):
     tasks = [Task(store, new_task_id(), beat_seconds=60) for store in stores]
     with tasks[0], tasks[1], tasks[2]:
         assert live_tasks(stores[0]) == {task.id for task in tasks}
-        claims = [Claims(task, Others(task)) for task in tasks]
+        claims = [Claims(task, OtherTasks(task)) for task in tasks]
 
         def work(own):
             for shard in layout.shards():
@@ -133,7 +133,7 @@ def test_a_task_taken_for_dead_changes_nothing_any_more(url):
     with Task(first, new_task_id(), beat_seconds=60) as dead, Task(second, new_task_id()) as own:
         assert set(first.writers()) == {dead.id, own.id}
         second.write("init.json", b"theirs")
-        Others(own).bury(dead.id)
+        OtherTasks(own).bury(dead.id)
         changes = (
             dead.beat,
             lambda: first.write("init.json", b"mine"),
