@@ -5,12 +5,23 @@ Run as a program it reads a JSON line for each run and forks: {"arguments": [...
 fork, so children may. Imported it is the tests' side.
 """
 
+import importlib
 import json
 import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
+
+PRELOADED = ("mmkd.pipeline.cli", "mmkd.pipeline.flow_command.run", "cv2", "av", "h5py", "torch")
+    "mmkd.pipeline.cli",
+    "mmkd.pipeline.commands.flow",
+    "mmkd.pipeline.flow_command.run",
+    "cv2",
+    "av",
+    "h5py",
+    "torch",
+)
 
 
 def die_at(change: int) -> None:
@@ -82,6 +93,8 @@ class FlowForks:
 
 
 if __name__ == "__main__":
+    for module in PRELOADED:  # once, not in every child: an import may write files, too
+        importlib.import_module(module)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

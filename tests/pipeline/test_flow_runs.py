@@ -26,6 +26,9 @@ from mmkd.pipeline.flow_command import (
     output as flow_output,
 )
 from mmkd.pipeline.flow_command import (
+    results as flow_results,
+)
+from mmkd.pipeline.flow_command import (
     run as flow_command,
 )
 from mmkd.pipeline.flow_command.claims import CARD, CLAIMS, WHOLE, FlowClaims
@@ -415,7 +418,7 @@ def test_a_disk_that_has_gone_ends_the_run_and_not_each_video_by_itself(tmp_path
         asked.append(video)
         raise StorageError(f"cannot read {video}: Stale file handle")
 
-    monkeypatch.setattr(flow_command, "MOST_FAULTS", 3)
+    monkeypatch.setattr(flow_results, "MOST_FAULTS", 3)
     monkeypatch.setattr(flow_command.VideoFiles, "probe", gone)
     assert "Stale file handle" in refused("mmkd-cache", "flow", *QUICK, videos, "-o", tmp_path, code=74)
     assert len(asked) == 3
