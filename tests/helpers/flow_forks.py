@@ -14,14 +14,6 @@ import sys
 from pathlib import Path
 
 PRELOADED = ("mmkd.pipeline.cli", "mmkd.pipeline.flow_command.run", "cv2", "av", "h5py", "torch")
-    "mmkd.pipeline.cli",
-    "mmkd.pipeline.commands.flow",
-    "mmkd.pipeline.flow_command.run",
-    "cv2",
-    "av",
-    "h5py",
-    "torch",
-)
 
 
 def die_at(change: int) -> None:

@@ -25,6 +25,7 @@ from mmkd.pipeline.experts.expert import load_expert
 from mmkd.pipeline.flow.clip_flow import all_pairs, clip_flow, crop_flow, pair_starts
 from mmkd.pipeline.recipe import TeacherRecipe
 from tests.helpers.commands import ENVIRONMENT, run_command, run_ok
+from tests.helpers.in_process import refused
 
 
 def files_of(cache: Path) -> dict[str, bytes]:
@@ -123,9 +124,7 @@ def test_a_killed_build_resumes_to_the_same_bytes(tiny, tmp_path, commits):
     process.kill()
     process.communicate()
     assert not (tmp_path / "cache" / "root.json").exists(), "killed too late to mean anything"
-    refused = run_command("mmkd-cache", "export", tmp_path / "cache", tmp_path / "cache.h5")
-    assert refused.code == 2
-    assert "not finished" in refused.err
+    assert "not finished" in refused("mmkd-cache", "export", tmp_path / "cache", tmp_path / "cache.h5")
     run_ok("mmkd-cache", "build", *tiny.stage_one, *tiny.experts, "-o", tmp_path / "cache")
     assert files_of(tmp_path / "cache") == files_of(tiny.root / "cache")
 
@@ -175,10 +174,10 @@ def test_any_flipped_bit_is_detected_and_mended_by_repair_and_build(tiny, tmp_pa
         left -= min(left, len(whole))
     read_everything(cache)
     (cache / "targets.zarr/train/rgb/logits/action/c/0/0/0").write_bytes(b"torn")
-    refused = run_command("mmkd-cache", "verify", cache)
-    assert refused.code == 4
+    damaged = run_command("mmkd-cache", "verify", cache)
+    assert damaged.code == 4
     assert re.search(
-        r"targets\.zarr/train/rgb/logits/action/c/0/0/0: its hash .*rgb, train rows 0\.\.7", refused.out
+        r"targets\.zarr/train/rgb/logits/action/c/0/0/0: its hash .*rgb, train rows 0\.\.7", damaged.out
     )
     assert "shards built" in run_ok("mmkd-cache", "build", *tiny.stage_one, *tiny.experts, "-o", cache)
     assert "compute train/0-0 again" in run_ok("mmkd-cache", "verify", cache, "--repair")
@@ -213,11 +212,11 @@ def test_a_cache_of_other_views_is_refused_field_by_field(tiny, tmp_path):
 
 def test_logits_are_stored_as_exactly_as_asked_for_or_the_build_stops(tiny, tmp_path):
     boxes = (*tiny.stage_one, "--expert", tiny.root / "experts" / "boxes")
-    refused = run_command(
+    stopped = run_command(
         "mmkd-cache", "build", *boxes, "-o", tmp_path / "c", "--precision", "8-bit", "--max-kl", 1e-9
     )
-    assert refused.code == 2
-    assert re.search(r"train/0-0, expert boxes, head action: storing logits as 8-bit costs .* choose", refused.err)
+    assert stopped.code == 2
+    assert re.search(r"train/0-0, expert boxes, head action: storing logits as 8-bit costs .* choose", stopped.err)
     run_ok("mmkd-cache", "build", *boxes, "-o", tmp_path / "d", "--precision", "9-bit", "--max-kl", 1e-3)
     coarse, fine = CacheReader(tmp_path / "d"), CacheReader(tiny.root / "cache")
     assert coarse.array("train/boxes/logits/action").dtype == np.uint8
