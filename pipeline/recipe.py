@@ -11,7 +11,7 @@ from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.pipeline.tvl1.params import PresetName
 from mmkd.student.recipe import TrainRecipe
 
-Modality = Literal["rgb", "flow", "boxes"]
+ModalityName = Literal["rgb", "flow", "boxes"]
 
 
 class FlowRecipe(Recipe):
@@ -53,7 +53,7 @@ class LayoutRecipe(Recipe):
 class ExpertRecipe(Recipe):
     """One unimodal expert."""
 
-    modality: Modality = Field(description="what the expert sees")
+    modality: ModalityName = Field(description="what the expert sees")
     views: int | None = Field(None, ge=1, description="random views in turn; null: a fresh one every epoch")
     train: TrainRecipe = Field(default_factory=TrainRecipe, description="network and optimisation")
     layout: LayoutRecipe = Field(default_factory=LayoutRecipe, description="boxes only: the layout transformer")

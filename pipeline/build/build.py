@@ -53,6 +53,7 @@ from mmkd.pipeline.build.work import (
 )
 from mmkd.pipeline.experts.expert import Expert
 from mmkd.pipeline.flow.scratch import FlowStore
+from mmkd.pipeline.inputs.modalities import needs_flow
 from mmkd.pipeline.inputs.prepare import (
     ClipJob,
     FlowJob,
@@ -379,7 +380,7 @@ def clip_job(plan: BuildPlan, work: ShardWork, row: int) -> ClipJob | VideoError
     if isinstance(item, VideoError):
         return item
     flow = None
-    if any(expert.modality == "flow" for expert in plan.experts_of(work.nodes)):
+    if needs_flow(expert.modality for expert in plan.experts_of(work.nodes)):
         device = plan.experts[0].device
         flow = FlowJob(recipe.flow, FlowStore(recipe.scratch, recipe.flow, str(device)), device.type)
     return ClipJob(plan.clip_set.source, item, work.views(row), recipe.views.size_px, flow)

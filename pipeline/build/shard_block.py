@@ -36,7 +36,8 @@ from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip
 from mmkd.pipeline.experts.expert import Expert
 from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile
-from mmkd.pipeline.inputs.modalities import Inputs, InputShapes, view_inputs
+from mmkd.pipeline.inputs.expert_views import Inputs
+from mmkd.pipeline.inputs.modalities import MODALITIES, InputShapes, ViewedClip
 from mmkd.pipeline.inputs.prepare import PreparedClip
 from mmkd.pipeline.recipe import TeacherRecipe
 
@@ -89,7 +90,7 @@ class ExpertBatcher:
         self.logits: dict[str, Float32Array] = {
             head: np.full((*grid, classes), np.nan, np.float32) for head, classes in heads.items()
         }
-        self._empty = shapes.empty(expert.modality)
+        self._empty = MODALITIES[expert.modality].empty(shapes)
         self._batch_views = batch_views
         self._slots: list[tuple[int, int]] = []
         self._inputs: list[Inputs] = []
@@ -151,10 +152,10 @@ class ShardBlock:
         """Give one prepared clip to every expert; boxes that are missing fail that expert alone."""
         position = row - self.shard.rows.start
         self._hashes[position], self._thumbnails[position] = clip.pixel_hashes, clip.thumbnails
+        seen = ViewedClip(item, views, clip, self._boxes)
         for batcher in self._batchers:
             try:
-                modality = batcher.expert.modality
-                inputs = view_inputs(modality, item, views, clip, boxes=self._boxes)
+                inputs = MODALITIES[batcher.expert.modality].inputs(seen)
             except BoxesMissingError as error:
                 self._fail(batcher, position, Status.BOXES_MISSING, str(error))
                 continue

@@ -40,6 +40,7 @@ from mmkd.data_manifests.manifest import Clip, Manifest
 from mmkd.pipeline.experts.expert import Expert
 from mmkd.pipeline.experts.teacher import check_teacher
 from mmkd.pipeline.inputs.boxes import BoxFile, boxes_fields, open_boxes
+from mmkd.pipeline.inputs.modalities import needs_boxes
 from mmkd.pipeline.recipe import BuildRecipe, TeacherRecipe
 
 
@@ -180,7 +181,7 @@ def plan_build(
     if line := unusable_line(split.items for split in splits):
         log.warning(line)
     boxes = None
-    if any(expert.modality == "boxes" for expert in experts):
+    if needs_boxes(expert.modality for expert in experts):
         boxes = open_boxes(recipe.boxes, {clip.video for split in splits for clip in split.clips})
     box_identity = boxes_fields(recipe.boxes) if boxes else None
     base = base_fields(manifest, recipe.views, train_split=recipe.train_split, view_seed=recipe.view_seed)

@@ -33,7 +33,8 @@ from mmkd.pipeline.drift.report import DriftReport, HeadDrift, PixelDrift
 from mmkd.pipeline.drift.sample import Sampled, draw_sample, stored_logits
 from mmkd.pipeline.experts.expert import Expert
 from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile, boxes_fields, open_boxes
-from mmkd.pipeline.inputs.modalities import Inputs, view_inputs
+from mmkd.pipeline.inputs.expert_views import Inputs
+from mmkd.pipeline.inputs.modalities import MODALITIES, ViewedClip, needs_boxes, needs_flow
 from mmkd.pipeline.inputs.prepare import (
     ClipJob,
     FlowJob,
@@ -80,7 +81,7 @@ def check_node_fields(
 ) -> None:
     """Raise FingerprintError, field by field, unless the base and the given experts are those of the cache."""
     base = base_fields(manifest, recipe.views, train_split=recipe.train_split, view_seed=recipe.view_seed)
-    boxes = boxes_fields(recipe.boxes) if any(expert.modality == "boxes" for expert in experts) else None
+    boxes = boxes_fields(recipe.boxes) if needs_boxes(expert.modality for expert in experts) else None
     fields = {expert.name: dict(expert_node(expert, boxes, recipe).fields) for expert in experts}
     stored = {name: reader.init.experts[name] for name in fields if name in reader.experts}
     lines = [
@@ -139,7 +140,7 @@ class Comparison:
         """Decode the clips, in several processes, and give their views to the experts."""
         recipe = self._recipe
         boxes = None
-        if any(expert.modality == "boxes" for expert in self._experts):
+        if needs_boxes(expert.modality for expert in self._experts):
             boxes = open_boxes(recipe.boxes, {item.clip.video for item in items.values()})
         positions: dict[tuple[str, int], list[int]] = {}
         for position, drawn in enumerate(self._drawn):
@@ -165,7 +166,7 @@ class Comparison:
 
     def _job(self, clip_set: ClipSet, item: ClipVideo, positions: Sequence[int]) -> ClipJob:
         flow = None
-        if any(expert.modality == "flow" for expert in self._experts):
+        if needs_flow(expert.modality for expert in self._experts):
             # Never from the scratch store: what lies there may be what drifted.
             flow = FlowJob(self._recipe.flow, None, self._experts[0].device.type)
         return ClipJob(clip_set.source, item, self._views(positions), self._recipe.views.size_px, flow)
@@ -178,9 +179,10 @@ class Comparison:
             self._compare_pixels(position, int(own_hash), own_thumbnail)
         recipe, views = self._recipe, self._views(positions)
         clip = with_flow(clip, item, views, recipe=recipe.flow, device=str(self._experts[0].device))
+        seen = ViewedClip(item, views, clip, boxes)
         for expert in self._experts:
             try:
-                inputs = view_inputs(expert.modality, item, views, clip, boxes=boxes)
+                inputs = MODALITIES[expert.modality].inputs(seen)
             except BoxesMissingError:
                 continue  # the cache may hold no logits either; if it does, NaN tells
             queue = self._queues[expert.name]

@@ -29,14 +29,13 @@ from mmkd.pipeline.experts.expert import (
     save_expert,
     write_card,
 )
-from mmkd.pipeline.flow.clip_flow import all_pairs, clip_flow, flow_identity
+from mmkd.pipeline.flow.clip_flow import all_pairs, clip_flow
 from mmkd.pipeline.flow.scratch import FlowStore
-from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile, boxes_at, boxes_fields, open_boxes
-from mmkd.pipeline.inputs.expert_views import BoxViews, FlowViews
+from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile, boxes_at, open_boxes
+from mmkd.pipeline.inputs.modalities import MODALITIES, TaughtClips
 from mmkd.pipeline.inputs.prepare import FlowFill, FlowJob, fill_flow
 from mmkd.pipeline.recipe import ExpertRecipe, TeacherRecipe
 from mmkd.student.data.batches import ViewDataset
-from mmkd.student.data.rgb_views import RGBViews
 from mmkd.student.data.view_streams import DrawnViews
 from mmkd.student.evaluation.metrics import average_views, evaluate
 from mmkd.student.evaluation.run_files import RUN_FILE
@@ -141,8 +140,7 @@ def expert_identity(recipe: TeacherRecipe, expert: ExpertRecipe, clip_set: ClipS
         "heads": {head.name: list(head.classes) for head in manifest.heads},
         "manifest": manifest.fingerprint(),
         "views": recipe.views.model_dump(mode="json"),
-        "flow": flow_identity(recipe.flow) if expert.modality == "flow" else None,
-        "boxes": boxes_fields(recipe.boxes) if expert.modality == "boxes" else None,
+        **MODALITIES[expert.modality].identity(recipe),
         "held_out": recipe.held_out.model_dump(mode="json"),
     }
 
@@ -180,12 +178,12 @@ def expert_data(
     """Open clips for an expert; those that it cannot use are counted, logged and left out."""
     clips = [item for item in items if isinstance(item, ClipVideo)]
     reasons = [str(item) for item in items if not isinstance(item, ClipVideo)]
-    boxes = None
-    if expert.modality == "boxes":
+    boxes, modality = None, MODALITIES[expert.modality]
+    if modality.needs_boxes:
         boxes = open_boxes(recipe.boxes, {item.clip.video for item in clips})
         clips, missing = with_boxes(clips, boxes)
         reasons += missing
-    if expert.modality == "flow":
+    if modality.needs_flow:
         clips, failed = fill_store(recipe, clip_set, clips, device=device)
         reasons += failed
     if not clips:
@@ -207,7 +205,7 @@ def view_dataset(
     device: torch.device,
 ) -> ViewDataset:
     """Return the data set of a modality over usable clips."""
-    manifest, size_px = clip_set.manifest, recipe.views.size_px
+    manifest = clip_set.manifest
     stream = DrawnViews(
         [item.facts for item in clips],
         [item.clip.clip_id for item in clips],
@@ -217,16 +215,18 @@ def view_dataset(
         flip_allowed=manifest.flip_allowed,
         views=expert.views,
     )
-    if expert.modality == "flow":
-        store = FlowStore(recipe.scratch, recipe.flow, str(device))
-        return FlowViews(store, recipe.flow, clips, stream=stream, heads=manifest.heads, size_px=size_px)
-    if boxes is not None:
-        tracks = [boxes.track(item.clip.video) for item in clips]
-        return BoxViews(tracks, clips, stream=stream, heads=manifest.heads)
-    memory_bytes = int(expert.train.decoded_clips_gib * 2**30)
-    return RGBViews(
-        clip_set.source, clips, stream, heads=manifest.heads, size_px=size_px, memory_bytes=memory_bytes
+    modality = MODALITIES[expert.modality]
+    taught = TaughtClips(
+        clips=clips,
+        stream=stream,
+        heads=manifest.heads,
+        size_px=recipe.views.size_px,
+        source=clip_set.source,
+        memory_bytes=int(expert.train.decoded_clips_gib * 2**30),
+        flow=FlowStore(recipe.scratch, recipe.flow, str(device)) if modality.needs_flow else None,
+        boxes=boxes,
     )
+    return modality.data_set(taught)
 
 
 def with_boxes(clips: Sequence[ClipVideo], boxes: BoxFile) -> tuple[list[ClipVideo], list[str]]:

@@ -81,7 +81,7 @@ class FlowStore:
         """
         name = fingerprint(flow_identity(recipe) | {"decoder": DECODER_RULES})[:16]
         self._directory = directory / f"{name}-{arithmetic(device)}"
-        self._recipe = recipe
+        self.recipe = recipe
 
     def path(self, item: ClipVideo) -> Path:
         """Return the file of a clip's fields."""
@@ -92,19 +92,19 @@ class FlowStore:
 
     def has(self, item: ClipVideo) -> bool:
         """Return whether the clip's file is there, whole; its fields are checked as they are read."""
-        height, width = flow_size(item.facts, self._recipe)
-        shape = (len(all_pairs(item.facts, self._recipe.step)), 2, height, width)
+        height, width = flow_size(item.facts, self.recipe)
+        shape = (len(all_pairs(item.facts, self.recipe.step)), 2, height, width)
         with suppress(OSError), open_regular(self.path(item)) as file:
             stored = read_ends(file, self.path(item).name)
-            return stored is not None and stored.shape == shape and stored.dtype == self._recipe.precision
+            return stored is not None and stored.shape == shape and stored.dtype == self.recipe.precision
         return False
 
     def write(self, item: ClipVideo, flow: FlowFields) -> None:
         """Store the fields of every native pair of the clip."""
-        if not np.array_equal(flow.starts, all_pairs(item.facts, self._recipe.step)):
+        if not np.array_equal(flow.starts, all_pairs(item.facts, self.recipe.step)):
             raise ValueError(f"clip {item.clip.clip_id!r}: the store takes every native pair, or none")
         path = self.path(item)
-        write_atomically(path, sealed_parts(encode_flow(flow.fields, self._recipe), path.name))
+        write_atomically(path, sealed_parts(encode_flow(flow.fields, self.recipe), path.name))
 
     def read(self, item: ClipVideo, starts: IntArray) -> Float32Array:
         """Return the fields (T, 2, h, w) that begin at `starts`, which may repeat.
@@ -113,7 +113,7 @@ class FlowStore:
         is not what was stored, and StorageError when the file cannot be read.
         """
         path = self.path(item)
-        positions = positions_of(starts, all_pairs(item.facts, self._recipe.step))
+        positions = positions_of(starts, all_pairs(item.facts, self.recipe.step))
         with storage_errors(path, verb="read"), open_regular(path) as file:
             stored = read_ends(file, path.name)
             fields = None if stored is None else read_fields(file, stored, positions)
@@ -121,7 +121,7 @@ class FlowStore:
             with storage_errors(path):
                 path.unlink(missing_ok=True)
             raise DamagedFlowError(f"flow scratch {path} was damaged and is deleted; run again to compute it again")
-        return decode_flow(fields, self._recipe)
+        return decode_flow(fields, self.recipe)
 
 
 def sealed_parts(fields: np.ndarray[Any, Any], name: str) -> Iterator[bytes]:

@@ -1,16 +1,31 @@
 """Data sets of the expensive modalities, for teaching their experts: flow and boxes, view by view."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy.typing as npt
 
 from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.manifest import Head
 from mmkd.pipeline.flow.clip_flow import FlowFields, pair_starts, view_flow
 from mmkd.pipeline.flow.scratch import FlowStore
-from mmkd.pipeline.inputs.boxes import BoxTrack
-from mmkd.pipeline.inputs.modalities import Inputs, boxes_input
-from mmkd.pipeline.recipe import FlowRecipe
+from mmkd.pipeline.inputs.boxes import BoxTrack, boxes_at
 from mmkd.student.data.rgb_views import label_arrays
 from mmkd.student.data.view_streams import ViewStream
+
+Inputs = dict[str, npt.NDArray[Any]]
+"""Name -> array of one view, without a batch axis."""
+
+
+def boxes_input(track: BoxTrack, view: View, item: ClipVideo) -> Inputs:
+    """Return boxes float32 (T, N, 4), full-frame normalised as in STLT, categories int64 and scores (T, N).
+
+    Raises BoxesMissingError when the annotation does not fit the video.
+    """
+    times_seconds = item.video.times_seconds[view.frame_indices]
+    found = boxes_at(track, times_seconds, width=item.facts.width, height=item.facts.height)
+    return {"boxes": found.boxes, "categories": found.categories, "scores": found.scores}
 
 
 class ClipViews:
@@ -32,23 +47,22 @@ class FlowViews(ClipViews):
     def __init__(
         self,
         store: FlowStore,
-        recipe: FlowRecipe,
         clips: Sequence[ClipVideo],
-        *,
         stream: ViewStream,
+        *,
         heads: Sequence[Head],
         size_px: int,
     ) -> None:
         """Serve views of clips whose every pair is in `store`."""
         super().__init__(clips, stream, heads)
-        self._store, self._recipe, self._size_px = store, recipe, size_px
+        self._store, self._step, self._size_px = store, store.recipe.step, size_px
 
     def item(self, row: int, view: int) -> Inputs:
         """Return {"flow": float32 (T, 2, S, S)} of one view."""
         item, wanted = self._clips[row], self._stream.view(row, view)
-        starts = pair_starts(wanted.frame_indices, item.facts, self._recipe.step)
+        starts = pair_starts(wanted.frame_indices, item.facts, self._step)
         fields = FlowFields(starts, self._store.read(item, starts))
-        flow = view_flow(fields, wanted, item.facts, step=self._recipe.step, size_px=self._size_px)
+        flow = view_flow(fields, wanted, item.facts, step=self._step, size_px=self._size_px)
         return {"flow": flow}
 
 
@@ -59,8 +73,8 @@ class BoxViews(ClipViews):
         self,
         tracks: Sequence[BoxTrack],
         clips: Sequence[ClipVideo],
-        *,
         stream: ViewStream,
+        *,
         heads: Sequence[Head],
     ) -> None:
         """Serve views of clips with their tracks, in the same order."""

@@ -1,20 +1,29 @@
-"""What an expert of each modality sees of one view: one function for teaching and for the build."""
+"""The modalities: what sets each one apart, in one table that teaching, the build and drift look into.
 
-from collections.abc import Sequence
+A further one is an entry in `MODALITIES`, the data set that teaches it (in mmkd.pipeline.inputs.expert_views or a
+file of its own), a name in the recipe and a network in mmkd.pipeline.experts.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.frames.source import FrameSource
 from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.cache_tools.views.view import View
-from mmkd.pipeline.inputs.boxes import BoxFile, BoxTrack, boxes_at
+from mmkd.data_manifests.manifest import Head
+from mmkd.pipeline.flow.clip_flow import flow_identity
+from mmkd.pipeline.flow.scratch import FlowStore
+from mmkd.pipeline.inputs.boxes import BoxFile, boxes_fields
+from mmkd.pipeline.inputs.expert_views import BoxViews, FlowViews, Inputs, boxes_input
 from mmkd.pipeline.inputs.prepare import PreparedClip
-
-Inputs = dict[str, npt.NDArray[Any]]
-"""Name -> array of one view, without a batch axis."""
+from mmkd.pipeline.recipe import ModalityName, TeacherRecipe
+from mmkd.student.data.batches import ViewDataset
+from mmkd.student.data.rgb_views import RGBViews
+from mmkd.student.data.view_streams import ViewStream
 
 
 @dataclass(frozen=True)
@@ -26,48 +35,140 @@ class InputShapes:
     max_boxes: int
     """N, box slots in a frame."""
 
-    def empty(self, modality: str) -> Inputs:
-        """Return the all-zero input of a modality, for slots without a usable clip."""
-        t, s, n = self.policy.frames, self.policy.size_px, self.max_boxes
-        if modality == "rgb":
-            return {"rgb": np.zeros((t, s, s, 3), np.uint8)}
-        if modality == "flow":
-            return {"flow": np.zeros((t, 2, s, s), np.float32)}
+
+@dataclass(frozen=True)
+class ViewedClip:
+    """A prepared clip with what experts look into."""
+
+    item: ClipVideo
+    """The clip with its facts."""
+    views: Sequence[View]
+    """(V,) the views that were prepared."""
+    prepared: PreparedClip
+    """Their pixels, and flow where an expert needs it."""
+    boxes: BoxFile | None
+    """Object annotations, where an expert needs them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaughtClips:
+    """Clips that an expert can use, with what its data set reads."""
+
+    clips: Sequence[ClipVideo]
+    """Clips with their facts."""
+    stream: ViewStream
+    """Their views."""
+    heads: Sequence[Head]
+    """What they are labelled with."""
+    size_px: int
+    """S, side of a view."""
+    source: FrameSource
+    """Where frames come from."""
+    memory_bytes: int
+    """How much decoded video may be kept."""
+    flow: FlowStore | None
+    """The store with every pair's flow, where the modality needs it."""
+    boxes: BoxFile | None
+    """Object annotations, where it needs them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modality:
+    """What sets one modality apart."""
+
+    needs_flow: bool = False
+    """Whether clips are prepared with their flow."""
+    needs_boxes: bool = False
+    """Whether object annotations are read."""
+    empty: Callable[[InputShapes], Inputs]
+    """The all-zero input, for slots without a usable clip."""
+    inputs: Callable[[ViewedClip], list[Inputs]]
+    """(V,) what an expert sees of each view; raises BoxesMissingError where the annotation does not fit."""
+    data_set: Callable[[TaughtClips], ViewDataset]
+    """What teaches an expert."""
+
+    def identity(self, recipe: TeacherRecipe) -> dict[str, Any]:
+        """Return what an expert's card says of its inputs beyond the canonical views."""
         return {
-            "boxes": np.zeros((t, n, 4), np.float32),
-            "categories": np.zeros((t, n), np.int64),
-            "scores": np.zeros((t, n), np.float32),
+            "flow": flow_identity(recipe.flow) if self.needs_flow else None,
+            "boxes": boxes_fields(recipe.boxes) if self.needs_boxes else None,
         }
 
 
-def boxes_input(track: BoxTrack, view: View, item: ClipVideo) -> Inputs:
-    """Return boxes float32 (T, N, 4), full-frame normalised as in STLT, categories int64 and scores (T, N).
-
-    Raises BoxesMissingError when the annotation does not fit the video.
-    """
-    times_seconds = item.video.times_seconds[view.frame_indices]
-    found = boxes_at(track, times_seconds, width=item.facts.width, height=item.facts.height)
-    return {"boxes": found.boxes, "categories": found.categories, "scores": found.scores}
+def needs_flow(modalities: Iterable[str]) -> bool:
+    """Return whether any of these modalities needs flow."""
+    return any(MODALITIES[modality].needs_flow for modality in modalities)
 
 
-def view_inputs(
-    modality: str,
-    item: ClipVideo,
-    views: Sequence[View],
-    clip: PreparedClip,
-    *,
-    boxes: BoxFile | None,
-) -> list[Inputs]:
-    """Return what an expert of a modality sees of each view of a prepared clip.
+def needs_boxes(modalities: Iterable[str]) -> bool:
+    """Return whether any of these modalities needs boxes."""
+    return any(MODALITIES[modality].needs_boxes for modality in modalities)
 
-    {"rgb": uint8 (T, S, S, 3)}, {"flow": float32 (T, 2, S, S)}, or what `boxes_input` returns.
-    Raises BoxesMissingError when the annotation does not fit the video.
-    """
-    if modality == "rgb":
-        return [{"rgb": pixels} for pixels in clip.pixels]
-    if modality == "flow" and clip.flow is not None:
-        return [{"flow": flow} for flow in clip.flow]
-    if modality == "boxes" and boxes is not None:
-        track = boxes.track(item.clip.video)
-        return [boxes_input(track, view, item) for view in views]
-    raise ValueError(f"an expert wants {modality!r}, which was not prepared")
+
+def _rgb_empty(shapes: InputShapes) -> Inputs:
+    t, s = shapes.policy.frames, shapes.policy.size_px
+    return {"rgb": np.zeros((t, s, s, 3), np.uint8)}
+
+
+def _rgb_inputs(clip: ViewedClip) -> list[Inputs]:
+    """Return {"rgb": uint8 (T, S, S, 3)} of each view."""
+    return [{"rgb": pixels} for pixels in clip.prepared.pixels]
+
+
+def _rgb_data(taught: TaughtClips) -> ViewDataset:
+    return RGBViews(
+        taught.source,
+        taught.clips,
+        taught.stream,
+        heads=taught.heads,
+        size_px=taught.size_px,
+        memory_bytes=taught.memory_bytes,
+    )
+
+
+def _flow_empty(shapes: InputShapes) -> Inputs:
+    t, s = shapes.policy.frames, shapes.policy.size_px
+    return {"flow": np.zeros((t, 2, s, s), np.float32)}
+
+
+def _flow_inputs(clip: ViewedClip) -> list[Inputs]:
+    """Return {"flow": float32 (T, 2, S, S)} of each view."""
+    if clip.prepared.flow is None:
+        raise ValueError("an expert wants flow, which was not prepared")
+    return [{"flow": flow} for flow in clip.prepared.flow]
+
+
+def _flow_data(taught: TaughtClips) -> ViewDataset:
+    if taught.flow is None:
+        raise ValueError("an expert wants flow, and there is no store of it")
+    return FlowViews(taught.flow, taught.clips, taught.stream, heads=taught.heads, size_px=taught.size_px)
+
+
+def _boxes_empty(shapes: InputShapes) -> Inputs:
+    t, n = shapes.policy.frames, shapes.max_boxes
+    return {
+        "boxes": np.zeros((t, n, 4), np.float32),
+        "categories": np.zeros((t, n), np.int64),
+        "scores": np.zeros((t, n), np.float32),
+    }
+
+
+def _boxes_inputs(clip: ViewedClip) -> list[Inputs]:
+    if clip.boxes is None:
+        raise ValueError("an expert wants boxes, which were not read")
+    track = clip.boxes.track(clip.item.clip.video)
+    return [boxes_input(track, view, clip.item) for view in clip.views]
+
+
+def _boxes_data(taught: TaughtClips) -> ViewDataset:
+    if taught.boxes is None:
+        raise ValueError("an expert wants boxes, which were not read")
+    tracks = [taught.boxes.track(item.clip.video) for item in taught.clips]
+    return BoxViews(tracks, taught.clips, taught.stream, heads=taught.heads)
+
+
+RGB = Modality(empty=_rgb_empty, inputs=_rgb_inputs, data_set=_rgb_data)
+FLOW = Modality(needs_flow=True, empty=_flow_empty, inputs=_flow_inputs, data_set=_flow_data)
+BOXES = Modality(needs_boxes=True, empty=_boxes_empty, inputs=_boxes_inputs, data_set=_boxes_data)
+MODALITIES: Mapping[str, Modality] = dict[ModalityName, Modality](rgb=RGB, flow=FLOW, boxes=BOXES)
+"""Name in recipes -> modality."""

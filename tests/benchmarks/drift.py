@@ -30,7 +30,8 @@ from mmkd.cache_tools.views.drawing import random_views
 from mmkd.cache_tools.views.view import View
 from mmkd.pipeline.experts.expert import Expert, load_expert
 from mmkd.pipeline.inputs.boxes import BoxFile, open_boxes
-from mmkd.pipeline.inputs.modalities import Inputs, view_inputs
+from mmkd.pipeline.inputs.expert_views import Inputs
+from mmkd.pipeline.inputs.modalities import MODALITIES, ViewedClip, needs_flow
 from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, prepare_clip
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.networks.networks import build_network
@@ -60,12 +61,12 @@ class Clips:
 
     def inputs(self, modality: str, change: Callable[[View, ClipVideo], View] | None = None) -> list[Inputs]:
         """Return what an expert sees of each view."""
-        flow = FlowJob(self.recipe.flow, None, "cpu") if modality == "flow" else None
+        flow = FlowJob(self.recipe.flow, None, "cpu") if needs_flow([modality]) else None
         found = []
         for item, stored in zip(self.items, self.views, strict=True):
             view = change(stored, item) if change else stored
             clip = prepare_clip(ClipJob(self.source, item, (view,), self.recipe.views.size_px, flow))
-            found += view_inputs(modality, item, [view], clip, boxes=self.boxes)
+            found += MODALITIES[modality].inputs(ViewedClip(item, [view], clip, self.boxes))
         return found
 
     def with_pyav(self, modality: str) -> list[Inputs]:
