@@ -12,6 +12,8 @@ from mmkd.pipeline.tvl1.params import PresetName
 from mmkd.student.recipe import TrainRecipe
 
 ModalityName = Literal["rgb", "flow", "boxes"]
+Precision = Literal["fp16", "12-bit", "9-bit", "8-bit"]
+"""Formats of mmkd.cache_tools.cache.logit_formats, the most exact first."""
 
 
 class FlowRecipe(Recipe):
@@ -76,7 +78,7 @@ class BuildRecipe(Recipe):
         None, ge=1, description="views in a shard; divides views; null: all, or those of the cache that grows"
     )
     batch_views: int = Field(32, ge=1, le=1024, description="views that an expert sees at once")
-    precision: Literal["fp16", "12-bit", "9-bit", "8-bit"] = Field(
+    precision: Precision = Field(
         "fp16", description="how logits are stored: 2, 1.5, 1.125 or 1 byte a class; see `max_kl`"
     )
     max_kl: float = Field(

@@ -51,6 +51,7 @@ CODECS = (
 )
 """The codecs of a cache's arrays, by name; no other is ever run over stored bytes."""
 INNER_ROWS = 64
+"""Rows of an inner chunk: shards of whole ones read and write best."""
 STATIC_ROWS = 16384
 
 

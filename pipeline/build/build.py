@@ -9,6 +9,9 @@
     write     objects, then the commit record of each node                   (mmkd.cache_tools.cache.commits)
     finalize  one root record over all records                               (mmkd.cache_tools.tasks.finish)
 
+One shard is, in this order, a `ShardWork` (what is missing of it), an `OpenShard` (takes its clips one by one), in
+that a `ShardBlock` (the experts' results), and for the `ShardWriter` a `NodeResult` of each node, to be published.
+
 Killed at any instant it loses the shards in flight: the next run computes what has no commit record.
 """
 
@@ -142,8 +145,8 @@ def build_cache(
         pending, report.skipped_shards = pending_shards(plan, committed_nodes(store, init, claims), task=task)
         journal = Journal(store, task_id)
         while pending:
-            line = ShardLine(plan, store, claims=claims, metadata=metadata, pending=pending)
-            line.run(report, journal, stop)
+            writer = ShardWriter(plan, store, claims=claims, metadata=metadata, pending=pending)
+            writer.run(report, journal, stop)
             left, _ = pending_shards(plan, committed_nodes(store, init, claims), task=task)
             left = [work for work in left if work.shard.name not in report.failed]
             pending = abandoned(left, store, others, stop)
@@ -183,7 +186,7 @@ def unusable_clips(reader: CacheReader) -> dict[str, str]:
     }
 
 
-class ShardLine:
+class ShardWriter:
     """Shards on their way from claim to commit, one task's share of a build."""
 
     def __init__(
@@ -234,6 +237,7 @@ class ShardLine:
         for planned in self._pending:
             if not self._claims.take(planned.shard):
                 continue
+            # Asked under the claim: another task may have committed it between the plan and now.
             nodes = tuple(node for node in planned.nodes if not self._is_committed(planned, node))
             work = dataclasses.replace(planned, nodes=nodes)
             if not nodes:

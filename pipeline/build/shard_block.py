@@ -107,6 +107,7 @@ class ExpertBatcher:
         slots, inputs, self._slots, self._inputs = self._slots, self._inputs, [], []
         if all(self.status[slot] != Status.NOT_COMPUTED for slot in slots):
             return  # nothing but unusable clips: nobody would look at the result
+        # Other batch sizes give other bits: the last batch has the shape of all others.
         padded = inputs + [self._empty] * (self._batch_views - len(inputs))
         batch = {name: torch.from_numpy(np.stack([item[name] for item in padded])) for name in self._empty}
         outputs = self.expert.logits(batch)
@@ -114,6 +115,7 @@ class ExpertBatcher:
             if self.status[row, view] != Status.NOT_COMPUTED:
                 continue
             values = {head: output[position] for head, output in outputs.items()}
+            # One head that cannot be stored fails the view for all heads: a row is whole or has a status.
             if all(storable(value) for value in values.values()):
                 self.status[row, view] = Status.OK
                 for head, value in values.items():
@@ -170,6 +172,7 @@ class ShardBlock:
     def _fail(self, batcher: ExpertBatcher, position: int, status: Status, reason: str) -> None:
         batcher.status[position] = status
         batcher.reasons[position] = reason
+        # Empty slots are run too, or the batches after them would be made up of other views.
         for number in range(len(self.shard.views)):
             batcher.add((position, number), None)
 

@@ -289,6 +289,7 @@ def committed_nodes(store: Store, init: CacheInit, claims: Claims) -> set[tuple[
         if all(key in objects for key in keys):
             there.add((shard.name, node))
         elif claims.take(shard):
+            # Asked again under the claim: another task may have written them since the listing.
             if not all(map(store.exists, keys)):
                 store.delete(commit_key(shard, node, node_fingerprint))
             claims.release(shard)
@@ -319,6 +320,7 @@ def pending_shards(
         for shard in split.layout.shards()
     ]
     index, count = task
+    # Own shards first, so that tasks seldom meet; then all others, in case their task never came.
     own = [work for number, work in enumerate(works) if number % count == index]
     rest = [work for number, work in enumerate(works) if number % count != index]
     pending = [work for work in (*own, *rest) if work.nodes]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -17,7 +17,7 @@ from mmkd.cache_tools.process.command import (
     recipe_options,
 )
 from mmkd.cache_tools.recipes.recipe import load_recipe
-from mmkd.pipeline.recipe import TeacherRecipe
+from mmkd.pipeline.recipe import Precision, TeacherRecipe
 
 cache_argument = click.argument("cache", type=cache_location, metavar="CACHE")
 boxes_option = click.option(
@@ -56,7 +56,7 @@ def cache_options(function: Any) -> Any:
         click.option("--views", type=int, help="Random views of each training clip."),
         click.option(
             "--precision",
-            type=click.Choice(["fp16", "12-bit", "9-bit", "8-bit"]),
+            type=click.Choice(get_args(Precision)),
             help="How logits are stored.",
         ),
         click.option("--max-kl", type=float, help="Largest error in nats that storing may cost [default: 1e-4]."),

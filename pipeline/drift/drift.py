@@ -220,6 +220,7 @@ def compare_expert(
         present = np.flatnonzero(~np.isnan(stored).all(-1))
         if not len(present):
             continue
+        # Fresh logits may be NaN or infinite: that is the finding, infinite drift.
         with np.errstate(invalid="ignore"):
             kl = kl_divergence(stored[present], fresh[present])
         kl = np.where(np.isfinite(fresh[present]).all(-1), kl, np.inf)

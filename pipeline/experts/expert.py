@@ -198,6 +198,7 @@ def load_expert(directory: Path, device: torch.device) -> Expert:
         )
     try:
         recipe = ExpertRecipe.model_validate(card.recipe)
+        # The file of initial weights may be gone; all weights come from the expert's own.
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"weights": None})})
         network = make_network(recipe, {head: len(classes) for head, classes in card.heads.items()})
         network.load_state_dict(load_file(weights))

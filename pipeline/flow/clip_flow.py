@@ -8,7 +8,6 @@ bilinear). Vectors stay in pixels of the grid they were computed on.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch.nn import functional
@@ -21,7 +20,7 @@ from mmkd.cache_tools.frames.records import (
     UInt8Array,
 )
 from mmkd.cache_tools.views.view import View
-from mmkd.pipeline.flow.conventions import codes_of_flow, flow_of_codes
+from mmkd.pipeline.flow.conventions import codes_of_flow, flow_of_codes, grey_then_resize
 from mmkd.pipeline.flow.flow_method import FlowMethod
 from mmkd.pipeline.flow.methods import sequence_flow
 from mmkd.pipeline.recipe import FlowRecipe
@@ -101,8 +100,7 @@ def flow_size(facts: ClipFacts, recipe: FlowRecipe) -> tuple[int, int]:
 def grey_frames(frames: UInt8Array, size: tuple[int, int]) -> UInt8Array:
     """Turn RGB (N, H, W, 3) into grey (N, h, w) of the given (height, width)."""
     height, width = size
-    grey = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames)
-    return np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR) for frame in grey])
+    return np.stack([grey_then_resize(frame, (width, height)) for frame in frames])
 
 
 def clip_flow(
@@ -111,6 +109,7 @@ def clip_flow(
     """Compute the fields of the pairs that begin at `starts` (ascending), rounded as the recipe says."""
     size = flow_size(facts, recipe)
     ends = pair_ends(starts, facts, recipe.step)
+    # Each frame once, though most are in two pairs.
     used = np.union1d(starts, ends)
     grey = torch.from_numpy(grey_frames(clip.select(used), size)).to(device)
     firsts, seconds = (np.searchsorted(used, side) for side in (starts, ends))

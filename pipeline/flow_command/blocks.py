@@ -126,6 +126,7 @@ def blocks_of(
     for start in range(0, total, count):
         pairs = np.arange(start, min(start + count, total))
         firsts, seconds = (np.array(side) for side in zip(*map(plan.pairs.frames, pairs.tolist()), strict=True))
+        # Of the plan a process gets this block's frames alone, renumbered: a long video's are megabytes.
         used = np.union1d(firsts, seconds)
         part = VideoPlan(plan.name, plan.video, plan.facts, plan.sequence[used], plan.pairs, plan.size)
         yield FlowBlock(
@@ -175,6 +176,7 @@ def _do_block(block: FlowBlock) -> BlockResult:
 
 def read_frames(block: FlowBlock) -> UInt8Array:
     """Return the prepared frames (N, h, w) or (N, h, w, 3) of a block's sequence; each is decoded once."""
+    # A sequence at a stated rate repeats frames; each is decoded once.
     wanted, position = np.unique(block.plan.sequence, return_inverse=True)
     stream = block.source.stream(block.plan.video, wanted, block.plan.facts)
     decoded = np.stack([block.options.prepare(frame, block.plan.size) for frame in stream])

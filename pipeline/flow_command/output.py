@@ -236,6 +236,7 @@ class FlowOutput:
         self.take_whole()
         temporary, is_new = self._claims.part(".h5"), not self.out.exists()
         with storage_errors(self.out):
+            # A copy, since HDF5 written in place is lost when the process is killed.
             if not is_new:
                 shutil.copyfile(self.out, temporary)
             with writing_hdf5(temporary, "w" if is_new else "r+") as output:

@@ -72,6 +72,7 @@ class JpegFolderWriter:
         """Move the folder into place, or its files into the folder that is there, in place of its flow."""
         with storage_errors(self._target):
             names = sorted(self._names(range(self._pairs)))
+            # A cleaner of temporary files may have been here: a folder that lacks some must not look whole.
             if lacks_any(self._part, names):
                 raise StorageError(f"cannot write {self._target}: another program deletes its parts; run again")
             self._target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mmkd.cache_tools.cache.arrays import Objects
+from mmkd.cache_tools.cache.arrays import INNER_ROWS, Objects
 from mmkd.cache_tools.cache.commits import Unusable
 from mmkd.cache_tools.cache.init_record import CacheInit
 from mmkd.cache_tools.cache.logit_formats import bytes_per_row, format_of
@@ -46,8 +46,6 @@ ROOT_BYTES = 512
 """Bytes of root.json, at most."""
 FIXED_OBJECTS = 3
 """Objects that every cache has: init.json, index.jsonl, root.json."""
-INNER_ROWS = 64
-"""Rows of an inner chunk: shards of whole ones read and write best."""
 JOURNAL_BYTES = 400
 """Bytes of a shard's line in the journal, about."""
 

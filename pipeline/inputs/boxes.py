@@ -6,7 +6,6 @@ video whose annotation is absent or malformed is no error of the file: asking fo
 `BoxesMissingError` with the reason, so that the build records `boxes missing` and continues.
 """
 
-import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ class FrameBoxes:
     """Boxes of a clip's sampled frames, ready for the boxes expert."""
 
     boxes: Float32Array
-    """(T, N, 4) x1, y1, x2, y2 as parts of the frame's (or crop's) width and height, 0..1; 0 for no box."""
+    """(T, N, 4) x1, y1, x2, y2 as parts of the frame's width and height, 0..1; 0 for no box."""
     categories: IntArray
     """(T, N) 0 no box, 1 hand, 2 object."""
     scores: Float32Array
@@ -88,20 +87,6 @@ class BoxFile:
         if isinstance(found, str):
             raise BoxesMissingError(found)
         return found
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of all tracks and reasons, independent of the files' form and order."""
-        digest = hashlib.sha256()
-        for video in sorted(self.tracks):
-            track = self.tracks[video]
-            digest.update(f"{video}\0".encode())
-            if isinstance(track, str):
-                digest.update(track.encode())
-                continue
-            digest.update(f"{track.categories.shape}{track.period_seconds!r}{track.max_boxes}".encode())
-            for array in (track.times_seconds, track.boxes_px, track.categories, track.scores):
-                digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
 
 
 def load_boxes(
@@ -168,23 +153,6 @@ def boxes_at(track: BoxTrack, times_seconds: Float64Array, *, width: int, height
     found.categories[:, :slots] = np.where(present, track.categories[nearest], EMPTY)
     found.scores[:, :slots] = track.scores[nearest]
     return _clipped(found)
-
-
-def crop_boxes(
-    boxes: FrameBoxes, crop_xywh: tuple[int, int, int, int], *, flip: bool, width: int, height: int
-) -> FrameBoxes:
-    """Return full-frame boxes as parts of a view's crop (pixels of the width x height frame), then flipped.
-
-    What lies outside the crop is cut off, or dropped where nothing remains. The boxes expert sees the full
-    frame by default, as in the authors' code; this form is for experts that see the student's view alone.
-    """
-    left, top, crop_width, crop_height = crop_xywh
-    scale = np.array([width / crop_width, height / crop_height] * 2, np.float32)
-    offset = np.array([left / crop_width, top / crop_height] * 2, np.float32)
-    inside = boxes.boxes * scale - offset
-    if flip:
-        inside = np.stack([1 - inside[..., 2], inside[..., 1], 1 - inside[..., 0], inside[..., 3]], axis=-1)
-    return _clipped(FrameBoxes(inside, boxes.categories, boxes.scores, boxes.annotated))
 
 
 def _clipped(found: FrameBoxes) -> FrameBoxes:

@@ -182,5 +182,6 @@ def fill_flow(job: FlowFill) -> ClipFrames | None:
 
 
 def _flow(frames: ClipFrames, item: ClipVideo, starts: IntArray, job: FlowJob) -> FlowFields:
+    # As many processes as cores do this at the same time.
     torch.set_num_threads(1)
     return clip_flow(frames, item.facts, starts, recipe=job.recipe, device="cpu")

@@ -47,7 +47,7 @@ constexpr unsigned ALL_ROWS = (1u << ROWS) - 1;
 constexpr float SMALLEST_SQUARED_GRADIENT = 1e-30f;
 
 // The fields are documented in blocked.py, whose structure mirrors this one.
-struct Task {
+struct Work {
     float* state;
     const float* data;
     float* partials;
@@ -81,42 +81,42 @@ struct Cells {
 enum MaskBit { ROW_HAS_BELOW = 0, ROW_OWNED = 8, COLUMN_HAS_RIGHT = 16, COLUMN_OWNED = 18, HAS_ABOVE = 20 };
 __device__ __forceinline__ bool has(unsigned masks, int bit) { return masks >> bit & 1; }
 
-__device__ __forceinline__ Place locate(const Task& task, int item) {
-    int tiles = task.tiles_x * task.tiles_y;
+__device__ __forceinline__ Place locate(const Work& work, int item) {
+    int tiles = work.tiles_x * work.tiles_y;
     Place place;
-    place.pair = task.list[item / tiles];
+    place.pair = work.list[item / tiles];
     place.tile = item % tiles;
-    int column = place.tile % task.tiles_x, row = place.tile / task.tiles_x;
-    place.x = column * task.step_x;
-    place.y = row * task.step_y;
-    place.own_x = column == 0 ? 0 : place.x + task.halo;
-    place.own_y = row == 0 ? 0 : place.y + task.halo;
-    place.own_x_stop = column == task.tiles_x - 1 ? task.width : place.x + task.step_x + task.halo;
-    place.own_y_stop = row == task.tiles_y - 1 ? task.height : place.y + task.step_y + task.halo;
-    place.side = task.side[place.pair];
-    place.steps = task.steps[place.pair];
-    place.done = task.done[place.pair];
+    int column = place.tile % work.tiles_x, row = place.tile / work.tiles_x;
+    place.x = column * work.step_x;
+    place.y = row * work.step_y;
+    place.own_x = column == 0 ? 0 : place.x + work.halo;
+    place.own_y = row == 0 ? 0 : place.y + work.halo;
+    place.own_x_stop = column == work.tiles_x - 1 ? work.width : place.x + work.step_x + work.halo;
+    place.own_y_stop = row == work.tiles_y - 1 ? work.height : place.y + work.step_y + work.halo;
+    place.side = work.side[place.pair];
+    place.steps = work.steps[place.pair];
+    place.done = work.done[place.pair];
     return place;
 }
 
-__device__ __forceinline__ float* state_planes(const Task& task, int side, int pair) {
-    size_t plane = static_cast<size_t>(task.height) * task.pitch;
-    return task.state + (static_cast<size_t>(side) * task.pairs + pair) * STATE_PLANES * plane;
+__device__ __forceinline__ float* state_planes(const Work& work, int side, int pair) {
+    size_t plane = static_cast<size_t>(work.height) * work.pitch;
+    return work.state + (static_cast<size_t>(side) * work.pairs + pair) * STATE_PLANES * plane;
 }
 
 // Four columns at a time; the pitch is a multiple of four, and beyond the width lie zeros.
-__device__ __forceinline__ void fetch(const Task& task, const Place& place, float* stage) {
-    size_t plane = static_cast<size_t>(task.height) * task.pitch;
-    const float* state = state_planes(task, place.side, place.pair);
-    const float* data = task.data + static_cast<size_t>(place.pair) * (PLANES - STATE_PLANES) * plane;
+__device__ __forceinline__ void fetch(const Work& work, const Place& place, float* stage) {
+    size_t plane = static_cast<size_t>(work.height) * work.pitch;
+    const float* state = state_planes(work, place.side, place.pair);
+    const float* data = work.data + static_cast<size_t>(place.pair) * (PLANES - STATE_PLANES) * plane;
     int quad = threadIdx.x % QUADS;
     int x = place.x + 4 * quad;
 #pragma unroll
     for (int row = 0; row < TILE_HEIGHT; row += THREADS / QUADS) {
         int tile_row = row + static_cast<int>(threadIdx.x / QUADS);
         int y = place.y + tile_row;
-        bool inside = x < task.pitch && y < task.height;
-        size_t offset = inside ? static_cast<size_t>(y) * task.pitch + x : 0;
+        bool inside = x < work.pitch && y < work.height;
+        size_t offset = inside ? static_cast<size_t>(y) * work.pitch + x : 0;
         float* target = stage + tile_row * TILE_WIDTH + 4 * quad;
 #pragma unroll
         for (int i = 0; i < PLANES; i++) {
@@ -127,16 +127,16 @@ __device__ __forceinline__ void fetch(const Task& task, const Place& place, floa
 }
 
 // -rho/(theta g) (I_x, I_y) limited to lambda |grad I|, times tau: clamp(s - d U, -limit, limit) d.
-__device__ __forceinline__ void derive(Cells& c, int r, int k, float i_x, float i_y, float rho, const Task& task) {
+__device__ __forceinline__ void derive(Cells& c, int r, int k, float i_x, float i_y, float rho, const Work& work) {
     float g = fmaf(i_x, i_x, i_y * i_y);
     float inverse = g > SMALLEST_SQUARED_GRADIENT ? fast_inverse_sqrt(g) : 0.0f;
     c.d1[r][k] = i_x * inverse;
     c.d2[r][k] = i_y * inverse;
-    c.s[r][k] = -task.scale * rho * inverse;
-    c.limit[r][k] = task.limit * g * inverse;
+    c.s[r][k] = -work.scale * rho * inverse;
+    c.limit[r][k] = work.limit * g * inverse;
 }
 
-__device__ __forceinline__ void load(Cells& c, const float* stage, const Task& task) {
+__device__ __forceinline__ void load(Cells& c, const float* stage, const Work& work) {
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         int row = ROWS * static_cast<int>(threadIdx.x / LANES) + r;
@@ -146,23 +146,23 @@ __device__ __forceinline__ void load(Cells& c, const float* stage, const Task& t
         put(c.u1[r], plane(0)), put(c.u2[r], plane(1));
         put(c.p11[r], plane(2)), put(c.p12[r], plane(3)), put(c.p21[r], plane(4)), put(c.p22[r], plane(5));
         float2 i_x = plane(6), i_y = plane(7), rho = plane(8);
-        derive(c, r, 0, i_x.x, i_y.x, rho.x, task);
-        derive(c, r, 1, i_x.y, i_y.y, rho.y, task);
+        derive(c, r, 0, i_x.x, i_y.x, rho.x, work);
+        derive(c, r, 1, i_x.y, i_y.y, rho.y, work);
     }
 }
 
-__device__ __forceinline__ unsigned masks(const Task& task, const Place& place) {
+__device__ __forceinline__ unsigned masks(const Work& work, const Place& place) {
     int x = place.x + 2 * static_cast<int>(threadIdx.x % LANES);
     int y = place.y + ROWS * static_cast<int>(threadIdx.x / LANES);
     unsigned m = (y > 0) << HAS_ABOVE;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-        m |= (x + k < task.width - 1) << (COLUMN_HAS_RIGHT + k);
+        m |= (x + k < work.width - 1) << (COLUMN_HAS_RIGHT + k);
         m |= (x + k >= place.own_x && x + k < place.own_x_stop) << (COLUMN_OWNED + k);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        m |= (y + r < task.height - 1) << (ROW_HAS_BELOW + r);
+        m |= (y + r < work.height - 1) << (ROW_HAS_BELOW + r);
         m |= (y + r >= place.own_y && y + r < place.own_y_stop) << (ROW_OWNED + r);
     }
     return m;
@@ -241,24 +241,24 @@ __device__ __forceinline__ float iterate(Cells& c, unsigned m, float tau, float4
 }
 
 template <bool BORDER_X, bool BORDER_Y>
-__device__ __forceinline__ void iterations(Cells& c, unsigned m, const Task& task, const Place& place,
+__device__ __forceinline__ void iterations(Cells& c, unsigned m, const Work& work, const Place& place,
                                            float4* u_edges, float4* p_edges, float* warp_errors) {
     int steps = uniform(place.steps), done = uniform(place.done);
     for (int j = 0; j < steps; j++) {
-        bool with_error = task.error_every > 0 && (done + j + 1) % task.error_every == 0;
+        bool with_error = work.error_every > 0 && (done + j + 1) % work.error_every == 0;
         if (!with_error) {
-            iterate<BORDER_X, BORDER_Y, false>(c, m, task.tau, u_edges, p_edges);
+            iterate<BORDER_X, BORDER_Y, false>(c, m, work.tau, u_edges, p_edges);
             continue;
         }
-        float error = iterate<BORDER_X, BORDER_Y, true>(c, m, task.tau, u_edges, p_edges);
+        float error = iterate<BORDER_X, BORDER_Y, true>(c, m, work.tau, u_edges, p_edges);
         for (int distance = LANES / 2; distance > 0; distance /= 2) error += __shfl_xor_sync(ALL, error, distance);
         if (threadIdx.x % LANES == 0) warp_errors[j * WARPS + threadIdx.x / LANES] = error;
     }
 }
 
-__device__ __forceinline__ void store(const Cells& c, const Task& task, const Place& place) {
-    size_t plane = static_cast<size_t>(task.height) * task.pitch;
-    float* state = state_planes(task, 1 - place.side, place.pair);
+__device__ __forceinline__ void store(const Cells& c, const Work& work, const Place& place) {
+    size_t plane = static_cast<size_t>(work.height) * work.pitch;
+    float* state = state_planes(work, 1 - place.side, place.pair);
     int x = place.x + 2 * static_cast<int>(threadIdx.x % LANES);
     int first_row = place.y + ROWS * static_cast<int>(threadIdx.x / LANES);
     if (x < place.own_x || x >= place.own_x_stop) return;
@@ -267,7 +267,7 @@ __device__ __forceinline__ void store(const Cells& c, const Task& task, const Pl
         int y = first_row + r;
         if (y < place.own_y || y >= place.own_y_stop) continue;
         // Both columns of the lane: own_x is even, and the one beyond an odd width lies in the pitch and is zero.
-        float* cell = state + static_cast<size_t>(y) * task.pitch + x;
+        float* cell = state + static_cast<size_t>(y) * work.pitch + x;
         auto put = [&](int i, const float (&from)[2]) {
             *reinterpret_cast<float2*>(cell + i * plane) = make_float2(from[0], from[1]);
         };
@@ -276,7 +276,7 @@ __device__ __forceinline__ void store(const Cells& c, const Task& task, const Pl
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) tvl1_blocked(const Task task) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) tvl1_blocked(const Work work) {
     extern __shared__ float4 shared[];
     float4* u_edges = shared;
     float4* p_edges = u_edges + THREADS;
@@ -284,39 +284,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tvl1_blocked(const Task
     float* warp_errors = stage + PLANES * TILE_CELLS;
     Place* places = reinterpret_cast<Place*>(warp_errors + MOST_HALO * WARPS);
 
-    int tiles = task.tiles_x * task.tiles_y;
-    int total = *task.count * tiles;
+    int tiles = work.tiles_x * work.tiles_y;
+    int total = *work.count * tiles;
     int item = blockIdx.x;
     if (item >= total) return;
-    if (threadIdx.x == 0) places[0] = locate(task, item);
+    if (threadIdx.x == 0) places[0] = locate(work, item);
     __syncthreads();
-    fetch(task, places[0], stage);
+    fetch(work, places[0], stage);
     for (int turn = 0; item < total; turn ^= 1) {
         const Place& place = places[turn];
         item += gridDim.x;
         wait_for_copies();
         __syncthreads();
         // Not before: until here other threads may still read the place of the tile before.
-        if (threadIdx.x == 0 && item < total) places[turn ^ 1] = locate(task, item);
+        if (threadIdx.x == 0 && item < total) places[turn ^ 1] = locate(work, item);
         Cells c;
-        load(c, stage, task);
+        load(c, stage, work);
         p_edges[threadIdx.x] = make_float4(c.p12[ROWS - 1][0], c.p12[ROWS - 1][1], c.p22[ROWS - 1][0], c.p22[ROWS - 1][1]);
         __syncthreads();
-        if (item < total) fetch(task, places[turn ^ 1], stage);
-        unsigned m = masks(task, place);
-        bool border_x = uniform(place.x == 0 || place.x + TILE_WIDTH >= task.width);
+        if (item < total) fetch(work, places[turn ^ 1], stage);
+        unsigned m = masks(work, place);
+        bool border_x = uniform(place.x == 0 || place.x + TILE_WIDTH >= work.width);
         bool border_y = uniform(!has(m, HAS_ABOVE) || (m >> ROW_HAS_BELOW & ALL_ROWS) != ALL_ROWS);
         // Warps of one block may take different ones: each has the same barriers.
-        if (border_x && border_y) iterations<true, true>(c, m, task, place, u_edges, p_edges, warp_errors);
-        else if (border_x) iterations<true, false>(c, m, task, place, u_edges, p_edges, warp_errors);
-        else if (border_y) iterations<false, true>(c, m, task, place, u_edges, p_edges, warp_errors);
-        else iterations<false, false>(c, m, task, place, u_edges, p_edges, warp_errors);
-        store(c, task, place);
+        if (border_x && border_y) iterations<true, true>(c, m, work, place, u_edges, p_edges, warp_errors);
+        else if (border_x) iterations<true, false>(c, m, work, place, u_edges, p_edges, warp_errors);
+        else if (border_y) iterations<false, true>(c, m, work, place, u_edges, p_edges, warp_errors);
+        else iterations<false, false>(c, m, work, place, u_edges, p_edges, warp_errors);
+        store(c, work, place);
         __syncthreads();
         if (static_cast<int>(threadIdx.x) < place.steps) {
             float sum = 0.0f;
             for (int warp = 0; warp < WARPS; warp++) sum += warp_errors[threadIdx.x * WARPS + warp];
-            task.partials[(static_cast<size_t>(place.pair) * task.halo + threadIdx.x) * tiles + place.tile] = sum;
+            work.partials[(static_cast<size_t>(place.pair) * work.halo + threadIdx.x) * tiles + place.tile] = sum;
         }
     }
 }

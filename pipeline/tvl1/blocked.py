@@ -80,10 +80,12 @@ class Tiles:
     @classmethod
     def over(cls, height: int, width: int, *, shape: Shape, halo: int) -> "Tiles":
         """Cover an image so that each pixel is stored by the one tile in which it is right."""
+        # What lies within the halo of a tile's edge is wrong after `halo` iterations: the next tile stores it.
         step_x = (TILE_WIDTH - 2 * halo) // 4 * 4
         step_y = shape.tile_height - 2 * halo
         if halo % 2 or halo > MOST_HALO or min(step_x, step_y) < 1:
             raise ValueError(f"a halo of {halo} is odd, above {MOST_HALO}, or too large for {TILE_WIDTH} x {shape}")
+        # The first and the last tile are right up to the image's border: nothing beyond it is needed.
         across = 1 + max(0, -(-(width - TILE_WIDTH) // step_x))
         down = 1 + max(0, -(-(height - shape.tile_height) // step_y))
         return cls(across, down, step_x, step_y, halo)
@@ -93,6 +95,7 @@ class Tiles:
         """Cover an image with the halo that takes the fewest instructions per iteration."""
         fitting = [halo for halo in HALOS if 2 * halo < shape.tile_height]
         plans = [cls.over(height, width, shape=shape, halo=halo) for halo in fitting]
+        # A larger halo runs more iterations a launch on more tiles; ties go to the smaller one.
         return min(plans, key=lambda plan: plan.count * (1 + TILE_OVERHEAD / plan.halo))
 
     @property
@@ -101,8 +104,8 @@ class Tiles:
         return self.across * self.down
 
 
-class Task(ctypes.Structure):
-    """What a launch works on; mirrors `Task` of blocked.cu. Buffers are those of triton_kernels.py."""
+class Work(ctypes.Structure):
+    """What a launch works on; mirrors `Work` of blocked.cu. Buffers are those of triton_kernels.py."""
 
     _fields_ = [
         ("state", ctypes.c_void_p),  # float32 (2, pairs, 6, height, pitch)
@@ -129,8 +132,8 @@ class Task(ctypes.Structure):
     ]
 
 
-Launch = Callable[[Task, int], None]
-"""Runs a task in so many blocks."""
+Launch = Callable[[Work, int], None]
+"""Runs a work in so many blocks."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,8 @@ def load_blocked(device: torch.device) -> Blocked | None:
         code = cubin(shape, architecture=f"sm_{properties.major}{properties.minor}")
         kernel = Kernel.load(code, "tvl1_blocked", threads=shape.threads, shared_bytes=shape.shared_bytes)
 
-    def launch(task: Task, blocks: int) -> None:
+    def launch(work: Work, blocks: int) -> None:
         with torch.cuda.device(device):
-            kernel.launch(task, blocks=blocks)
+            kernel.launch(work, blocks=blocks)
 
     return Blocked(shape, properties.multi_processor_count, launch)

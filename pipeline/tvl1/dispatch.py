@@ -17,8 +17,9 @@ modules/cudaoptflow/src/tvl1flow.cpp, cuda/tvl1flow.cu and modules/optflow/src/t
 
 import importlib
 import os
-from collections import defaultdict
-from collections.abc import Sequence
+import tempfile
+from contextlib import suppress
+from pathlib import Path as FilePath
 from types import ModuleType
 from typing import Literal
 
@@ -27,26 +28,13 @@ from torch import Tensor
 
 from mmkd.pipeline.tvl1 import native_path as tvl1_native
 from mmkd.pipeline.tvl1 import torch_path as tvl1_torch
-from mmkd.pipeline.tvl1.params import MODES, Mode, TVL1Params
-
-__all__ = [
-    "MODES",
-    "PATHS",
-    "Mode",
-    "Path",
-    "TVL1Params",
-    "chosen_path",
-    "tvl1_clip_flow",
-    "tvl1_flow",
-    "tvl1_flow_many",
-]
+from mmkd.pipeline.tvl1.params import BUDGET_BYTES_DEVICE, TVL1Params
 
 ChosenPath = Literal["torch", "native", "triton"]
 Path = Literal["auto", "torch", "native", "triton"]
 PATHS: tuple[Path, ...] = ("auto", "torch", "native", "triton")
 TRITON_MODULE = "mmkd.pipeline.tvl1.triton_path"
 BUDGET_BYTES_CPU = 512 * 2**20
-BUDGET_BYTES_DEVICE = 4 * 2**30
 
 
 def chosen_path(device: torch.device | str) -> ChosenPath:
@@ -63,6 +51,7 @@ def arithmetic(device: torch.device | str) -> str:
     For whoever keeps flow and must not mix it. On a CUDA device this loads the kernels.
     """
     device, path = torch.device(device), chosen_path(device)
+    # The kernels of a CUDA device differ too: blocked and fused round differently.
     triton = _triton() if path == "triton" else None
     return f"{device.type}-{path}" + (f"-{triton.iteration_kernel(device)}" if triton else "")
 
@@ -110,30 +99,6 @@ def tvl1_clip_flow(
         if taken == "triton" and len(frames) > step:
             return _triton_flow("tvl1_clip_flow_triton", frames, step=step, params=params, budget_bytes=budget)
         return tvl1_torch.flow_of_clip(frames, step=step, params=params, budget_bytes=budget)
-
-
-def tvl1_flow_many(
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    *,
-    params: TVL1Params,
-    path: Path = "auto",
-    budget_bytes: int | None = None,
-) -> list[Tensor]:
-    """Return the flow (2, H, W) of each pair of single images (H, W), which may have different sizes.
-
-    Pairs of one size, type and device are computed together, with the bits of `tvl1_flow`.
-    """
-    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for i, (first, second) in enumerate(pairs):
-        if first.ndim != 2:
-            raise ValueError(f"tvl1_flow_many needs single images (H, W); pair {i} has {tuple(first.shape)}")
-        groups[first.shape, second.shape, first.dtype, second.dtype, first.device, second.device].append(i)
-    found: dict[int, Tensor] = {}
-    for places in groups.values():
-        first, second = (torch.stack([pairs[i][side] for i in places]) for side in (0, 1))
-        flows = tvl1_flow(first, second, params=params, path=path, budget_bytes=budget_bytes)
-        found |= dict(zip(places, flows, strict=True))
-    return [found[i] for i in range(len(pairs))]
 
 
 def _check_images(first: Tensor, second: Tensor) -> None:
@@ -194,10 +159,26 @@ def _budget(images: Tensor, params: TVL1Params, budget_bytes: int | None, *, pat
 
 def _triton() -> ModuleType | None:
     """Return the module of the Triton kernels, None where Triton is absent; loaded on first use, as it is slow."""
+    give_triton_a_home()
     try:
         return importlib.import_module(TRITON_MODULE)
     except ImportError:
         return None
+
+
+def give_triton_a_home() -> None:
+    """Name a folder for what Triton compiles where the user has no home, as in containers and batch jobs.
+
+    Triton would make one named `~` in the current folder.
+    """
+    if os.path.expanduser("~") != "~" or "TRITON_HOME" in os.environ:  # noqa: PTH111 - Path raises where this tells
+        return
+    folder = FilePath(tempfile.gettempdir()) / f"mmkd-{os.getuid()}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700)
+    # Anybody may write into the temporary folder, and what lies in Triton's is run: never somebody else's.
+    is_ours = folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+    os.environ["TRITON_HOME"] = str(folder) if is_ours else tempfile.mkdtemp(prefix="mmkd-")
 
 
 def _triton_flow(name: str, *images: Tensor, **options: object) -> Tensor:

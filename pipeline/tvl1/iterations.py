@@ -94,6 +94,7 @@ class Iterations:
         self._slope, self._gradient = new(2, pixels), new(2, pixels)
         self._constant = new(pixels)
         self._row_errors = new(pixels // line)
+        # Whole rows, so that a strip is one flat operation.
         self._strip = max(1, min(pixels // line, strip_pixels // line)) * line
         self._scratch = new(8, self._strip + line)
         self._one = flow.new_ones(())
@@ -129,6 +130,7 @@ class Iterations:
         inverse = squared.reciprocal_().neg_()
         torch.mul(residual, inverse, out=self._constant.view_as(first)).div_(self.theta)
         torch.mul(gradient, inverse.div_(self.tau), out=slope)
+        # A new warp begins: pairs that had converged within the last one iterate again.
         if self.active != self.pairs:
             self.active = self.pairs
             self._plan()
@@ -138,6 +140,7 @@ class Iterations:
         last = self.active - 1
         self.order[position], self.order[last] = self.order[last], self.order[position]
         size = self.height * self.width
+        # Active pairs stay next to each other, so that strips need not skip any.
         if position != last:
             one, two = (slice(i * size, (i + 1) * size) for i in (position, last))
             for state in (self._u, self._p, self._slope, self._gradient, self._constant):
@@ -224,6 +227,7 @@ class Iterations:
         view.last_column.zero_()
         view.last_row.zero_()
         torch.mul(across, across, out=view.norm).addcmul_(down, down).sqrt_().add_(self._one)
+        # τ is in U already (see the module), so none stands here.
         view.p.add_(view.forward).div_(view.norm)
 
 

@@ -98,6 +98,7 @@ class NativePairs:
             for start in range(0, len(pairs), group):
                 places = range(start, min(start + group, len(pairs)))
                 used = sorted({i for place in places for i in pairs[place]})
+                # A frame that the group before used keeps its pyramid; the others' memory is free again.
                 missing = [i for i in used if i not in held]
                 held = {i: held[i] if i in held else torch.empty(self._pyramid_floats) for i in used}
                 workers.run(missing, functools.partial(self._pyramid, frames, held))
@@ -112,11 +113,13 @@ class NativePairs:
     def _threads_and_group(self, pairs: int) -> tuple[int, int]:
         """Return the threads, and how many pairs have their pyramids at one time, within the budget."""
         threads = max(1, min(torch.get_num_threads(), pairs, self._budget // self.pair_bytes()))
+        # 4 pyramids of 4 bytes a value for each pair: of its two frames, and of as many of the group before.
         free = self._budget - 4 * threads * self._scratch_floats
         return threads, max(threads, free // (16 * self._pyramid_floats))
 
     def _pyramid(self, frames: Sequence[Tensor], held: dict[int, Tensor], i: int, scratch: Tensor) -> None:
         image = frames[i] if frames[i].dtype == torch.uint8 else frames[i].to(torch.float32)
+        # The library is given an address, and no strides.
         image = image.contiguous()
         is_bytes = image.dtype == torch.uint8
         self._library.tvl1_pyramid(
@@ -161,8 +164,11 @@ class _Workers:
             finally:
                 self._scratch.put(scratch)
 
-        for _ in (map if self._pool is None else self._pool.map)(one, items):
-            pass
+        if self._pool is None:
+            for item in items:
+                one(item)
+        else:
+            list(self._pool.map(one, items))  # reading the results raises what a thread raised
 
 
 def pair_bytes(height: int, width: int, *, params: TVL1Params) -> int:

@@ -7,6 +7,8 @@ from typing import Literal
 
 Mode = Literal["opencv-cuda", "opencv"]
 MODES: tuple[Mode, ...] = ("opencv-cuda", "opencv")
+BUDGET_BYTES_DEVICE = 4 * 2**30
+"""Memory beyond images and result that is taken on a GPU unless the caller says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,7 @@ def flow_of_clip(frames: Tensor, *, step: int, params: TVL1Params, budget_bytes:
         levels = [torch.cat(both) for both in zip(held, fresh, strict=True)]
         firsts, seconds = [level[:size] for level in levels], [level[step:] for level in levels]
         result[start : start + size] = _group_flow(firsts, seconds, params=params)
+        # The last `step` frames are the first ones of the next group's pairs.
         held = [level[size:] for level in levels]
     return result
 
@@ -124,7 +125,9 @@ def _iterate(state: Iterations, params: TVL1Params) -> None:
             planes.copy_(median_filter(planes, size=params.median, chunk_pixels=MEDIAN_PIXELS))
         due = [_error_is_due(n, previous[i], threshold, params) for i in range(state.active)]
         errors = state.step(with_error=any(due))
+        # From the end: retiring swaps a pair with the last active one, which was looked at already.
         for i in reversed(range(state.active)):
+            # OpenCV counts down by the threshold until the next test is due.
             previous[i] = errors[i] if due[i] else previous[i] - threshold
             if due[i] and errors[i] <= threshold:
                 last = state.retire(i)

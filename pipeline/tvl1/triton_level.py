@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from mmkd.pipeline.tvl1 import triton_kernels as kernels
-from mmkd.pipeline.tvl1.blocked import Blocked, Task, Tiles
+from mmkd.pipeline.tvl1.blocked import Blocked, Tiles, Work
 from mmkd.pipeline.tvl1.median import WINDOWS_AS_EXCHANGES
 from mmkd.pipeline.tvl1.params import TVL1Params
 from mmkd.pipeline.tvl1.steps import linear_taps
@@ -96,11 +96,13 @@ class Level:
         # Which iterations may have to test for the end, see `decide_kernel`.
         self.error_every = 0 if params.epsilon == 0 else 1 if params.mode == "opencv" else 2
         self.plan = Tiles.best(*size, shape=blocked.shape) if blocked else None
+        # A blocked launch runs up to `halo` iterations, each with an error of its own; a fused one runs one.
         self.slots = self.plan.halo if self.plan else 1
         self.tiles = self._tiles()
         self.chunks = triton.cdiv(self.tiles, kernels.TILES_AT_ONCE.value)
+        # Sums of tiles are kept apart and added in one order, so that bits do not depend on which tile ends first.
         self.partials = zeros(MOST_PAIRS, self.slots, self.tiles, device=device)
-        self.task = self._task()
+        self.work = self._work()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.chunks_run = 0
 
@@ -109,7 +111,7 @@ class Level:
             return self.plan.count
         return math.ceil(self.height / FUSED_ROWS) * math.ceil(self.width / FUSED_COLUMNS)
 
-    def _task(self) -> Task | None:
+    def _work(self) -> Work | None:
         if not self.plan:
             return None
         control, params, plan = self.control, self.params, self.plan
@@ -129,12 +131,13 @@ class Level:
             plan.halo,
         )
         factors = params.tau, params.tau / params.theta, params.tau * params.lambda_
-        return Task(*(ctypes.c_void_p(b.data_ptr()) for b in buffers), *sizes, self.error_every, *factors)
+        return Work(*(ctypes.c_void_p(b.data_ptr()) for b in buffers), *sizes, self.error_every, *factors)
 
     def start(self, coarser: "Level | None", *, pairs: int) -> None:
         """Set U from the coarser level (zero without one), p to zero, as at the start of each scale."""
         self.control.side.zero_()
         self.state[0].zero_()
+        # The coarsest scale starts from no motion.
         if coarser is None:
             return
         half_pixel = self.params.mode == "opencv"
@@ -148,6 +151,7 @@ class Level:
 
     def flow(self, pairs: int) -> Tensor:
         """Return u of the first `pairs` pairs in pixels, (pairs, 2, H, W)."""
+        # Pairs stop after an odd or an even number of launches, so each has its own side.
         side = self.control.side[:pairs].long()
         places = torch.arange(pairs, device=side.device)
         flow = self.state[side, places, :2, :, : self.width]
@@ -167,6 +171,7 @@ class Level:
                 self.pairs, self.height, self.width, self.pitch, params.theta / params.tau,
                 CLAMPED=params.mode == "opencv-cuda", BLOCK=PIXELS_PER_PROGRAM, **OPTIONS,
             )  # fmt: skip
+            # A launch never runs past a median or past the last iteration: those are between launches.
             first_steps = min(self.slots, self._period(), params.iterations)
             kernels.begin_kernel[(1,)](
                 control.done, control.steps, control.final, control.previous, control.listed, control.count,
@@ -183,6 +188,7 @@ class Level:
 
     def _iterate(self) -> None:
         chunk = self._period() if self.params.median > 1 else CHUNK_ITERATIONS
+        # As many launches as bring each pair to the end of a chunk if none has to repeat one.
         self.launches = math.ceil(min(chunk, self.params.iterations) / self.slots)
         per_chunk = chunk if self.params.median > 1 else self.launches * self.slots
         chunks = math.ceil(self.params.iterations / per_chunk)
@@ -192,12 +198,14 @@ class Level:
             return
         for _ in range(chunks + 1):  # one more for pairs that repeat the end of the last one
             self._run_chunk()
+            # Waits for the device, so it is asked once a chunk, not once a launch.
             if int(self.control.count) == 0:
                 return
 
     def _run_chunk(self) -> None:
         """Run a chunk; on CUDA as a graph from the second time on: the first compiles the kernels."""
         if self.graph is None and self.state.is_cuda and self.chunks_run == 1:
+            # A launch from Python costs more than a small scale's iterations: a graph sends a whole chunk at once.
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._chunk()
@@ -217,8 +225,8 @@ class Level:
 
     def launch_iterations(self) -> None:
         """Launch `control.steps` iterations of each pair."""
-        if self.blocked and self.task:
-            self.blocked.launch(self.task, min(self.blocked.blocks, self.tiles * self.pairs))
+        if self.blocked and self.work:
+            self.blocked.launch(self.work, min(self.blocked.blocks, self.tiles * self.pairs))
             return
         control, params = self.control, self.params
         kernels.iterate_kernel[(self.tiles, self.pairs)](

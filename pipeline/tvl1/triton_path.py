@@ -21,7 +21,7 @@ from torch import Tensor
 from mmkd.pipeline.tvl1 import triton_kernels as kernels
 from mmkd.pipeline.tvl1.blocked import Blocked, load_blocked
 from mmkd.pipeline.tvl1.nvrtc import NvrtcError
-from mmkd.pipeline.tvl1.params import TVL1Params
+from mmkd.pipeline.tvl1.params import BUDGET_BYTES_DEVICE, TVL1Params
 from mmkd.pipeline.tvl1.steps import pyramid_sizes
 from mmkd.pipeline.tvl1.triton_level import (
     MOST_PAIRS,
@@ -34,7 +34,6 @@ from mmkd.pipeline.tvl1.triton_level import (
     pitch_of,
 )
 
-BUDGET_BYTES = 4 * 2**30
 IMAGE_PLANES_PER_PAIR = 10
 """float32 planes of a pair outside its levels: both images, as they come and smaller, and the result twice."""
 
@@ -58,7 +57,7 @@ def tvl1_flow_triton(
     second: Tensor,
     *,
     params: TVL1Params,
-    budget_bytes: int = BUDGET_BYTES,
+    budget_bytes: int = BUDGET_BYTES_DEVICE,
     kernel: IterationKernel | None = None,
 ) -> Tensor:
     """Return the flow from `first` to `second`, float32 (B, 2, H, W), as tvl1.tvl1_flow, which checks the images.
@@ -78,7 +77,7 @@ def tvl1_clip_flow_triton(
     *,
     step: int,
     params: TVL1Params,
-    budget_bytes: int = BUDGET_BYTES,
+    budget_bytes: int = BUDGET_BYTES_DEVICE,
     kernel: IterationKernel | None = None,
 ) -> Tensor:
     """Return the flow from each frame to the one `step` later: the same bits, each frame's pyramid made once."""

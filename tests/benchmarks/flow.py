@@ -22,8 +22,8 @@ import cv2
 import numpy as np
 import torch
 
+from mmkd.pipeline.tvl1 import TVL1Params, chosen_path, tvl1_clip_flow
 from mmkd.pipeline.tvl1.dispatch import Path as FlowPath
-from mmkd.pipeline.tvl1.dispatch import TVL1Params, chosen_path, tvl1_clip_flow
 
 DATA = Path(os.environ.get("MMKD_TEST_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 CLIPS = (

@@ -297,8 +297,8 @@ def shape_rows() -> Iterator[list[str]]:
             continue
         blocks = torch.cuda.get_device_properties(DEVICE).multi_processor_count
 
-        def launch(task: tvl1_blocked.Task, count: int, kernel: Kernel = kernel) -> None:
-            kernel.launch(task, blocks=count)
+        def launch(work: tvl1_blocked.Work, count: int, kernel: Kernel = kernel) -> None:
+            kernel.launch(work, blocks=count)
 
         halos = tvl1_blocked.HALOS
         for halo in halos:

@@ -129,9 +129,9 @@ using std::size_t;
 
 #include KERNEL_FILE
 
-extern "C" void emulate(const Task* task, int blocks, int late_copies) {
+extern "C" void emulate(const Work* work, int blocks, int late_copies) {
     emulation::late_copies = late_copies;
     gridDim.x = blocks;
-    emulation::kernel = [=] { tvl1_blocked(*task); };
+    emulation::kernel = [=] { tvl1_blocked(*work); };
     for (int i = 0; i < blocks; i++) blockIdx.x = i, emulation::run_block(THREADS);
 }

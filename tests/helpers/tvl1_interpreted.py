@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mmkd.pipeline.tvl1 import TVL1Params, tvl1_flow
 from mmkd.pipeline.tvl1 import triton_kernels as kernels
 from mmkd.pipeline.tvl1 import triton_level as tvl1_level
 from mmkd.pipeline.tvl1 import triton_path as tvl1_triton
 from mmkd.pipeline.tvl1.blocked import SOURCE, Blocked, Shape
-from mmkd.pipeline.tvl1.dispatch import TVL1Params, tvl1_flow
 from mmkd.pipeline.tvl1.median import WINDOWS_AS_EXCHANGES
 
 SIZES = ((1, 1), (3, 2), (5, 131), (33, 1))

@@ -37,7 +37,7 @@ from mmkd.pipeline.flow.clip_flow import (
 from mmkd.pipeline.flow.scratch import DamagedFlowError, FlowStore
 from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, prepare_clip
 from mmkd.pipeline.recipe import FlowRecipe
-from mmkd.pipeline.tvl1.dispatch import TVL1Params, tvl1_flow
+from mmkd.pipeline.tvl1 import TVL1Params, tvl1_flow
 
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=100)
 EIGHT_BITS = FlowRecipe(precision="uint8", bound_px=20)

@@ -25,7 +25,7 @@ from mmkd.pipeline.flow_command.readers import (
     read_i3d,
     read_jpeg_folder,
 )
-from mmkd.pipeline.tvl1.dispatch import TVL1Params, tvl1_flow
+from mmkd.pipeline.tvl1 import TVL1Params, tvl1_flow
 from tests.helpers.commands import ENVIRONMENT
 from tests.helpers.flow_videos import write_texture
 from tests.helpers.in_process import call, call_ok, refused

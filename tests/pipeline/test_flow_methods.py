@@ -19,7 +19,7 @@ from mmkd.pipeline.flow.methods import (
     sequence_flow,
 )
 from mmkd.pipeline.flow.raft import pad_images, padding, raft_flow
-from mmkd.pipeline.tvl1.dispatch import TVL1Params, tvl1_flow
+from mmkd.pipeline.tvl1 import TVL1Params, tvl1_flow
 from tests.helpers.flow_videos import texture
 from tests.helpers.places import DATA, needs_data
 

@@ -8,18 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from mmkd.pipeline.tvl1 import TVL1Params, chosen_path, tvl1_clip_flow, tvl1_flow
 from mmkd.pipeline.tvl1 import torch_path as tvl1_torch
-from mmkd.pipeline.tvl1.dispatch import (
-    TVL1Params,
-    chosen_path,
-    tvl1_clip_flow,
-    tvl1_flow,
-)
 from mmkd.pipeline.tvl1.median import median_filter
+from mmkd.pipeline.tvl1.params import PRESETS
 from tests.helpers import tvl1_numpy_reference as reference
 from tests.helpers.places import DATA, skip_without_data
 
-PRESETS = ("default", "opencv", "accurate", "fast")
 # Fewer iterations than the presets' 300 where a test is about something else than accuracy.
 SHORT = TVL1Params(iterations=30)
 SHORT_OPENCV = TVL1Params(mode="opencv", median=5, iterations=60)

@@ -1,6 +1,7 @@
 """TV-L1's paths against each other, the choice among them, their memory, and what the native library promises."""
 
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
@@ -11,22 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from mmkd.pipeline.tvl1 import (
-    dispatch as tvl1,
-)
+import mmkd.pipeline.tvl1 as users
+from mmkd.pipeline.tvl1 import TVL1Params, arithmetic, chosen_path, tvl1_clip_flow, tvl1_flow
+from mmkd.pipeline.tvl1 import dispatch as tvl1
 from mmkd.pipeline.tvl1 import (
     native_path as tvl1_native,
 )
 from mmkd.pipeline.tvl1 import (
     torch_path as tvl1_torch,
-)
-from mmkd.pipeline.tvl1.dispatch import (
-    TVL1Params,
-    arithmetic,
-    chosen_path,
-    tvl1_clip_flow,
-    tvl1_flow,
-    tvl1_flow_many,
 )
 from tests.helpers.places import ROOT
 
@@ -191,26 +184,6 @@ def test_the_budget_changes_no_bit(path, step):
 
 
 @pytest.mark.parametrize("path", ["torch", pytest.param("native", marks=native_only)])
-def test_pairs_of_many_sizes_come_back_in_order(path):
-    params = PARAMS["fast"]
-    clips = [clip(*shape, seed=seed) for seed, shape in enumerate([(30, 40), (40, 30), (17, 90)])]
-    pairs = [(frames[i], frames[i + 1]) for i in (3, 0, 6) for frames in clips]
-    pairs[4] = tuple(image.round().to(torch.uint8) for image in pairs[4])
-    found = tvl1_flow_many(pairs, params=params, path=path)
-    for flow, (first, second) in zip(found, pairs, strict=True):
-        assert torch.equal(flow, tvl1_flow(first[None], second[None], params=params, path=path)[0])
-    assert tvl1_flow_many([], params=params, path=path) == []
-
-
-def test_many_pairs_are_checked():
-    image = torch.zeros(20, 30)
-    with pytest.raises(ValueError, match=r"single images \(H, W\); pair 1 has \(1, 20, 30\)"):
-        tvl1_flow_many([(image, image), (image[None], image[None])], params=PARAMS["fast"])
-    with pytest.raises(ValueError, match="of one shape"):
-        tvl1_flow_many([(image, image[1:])], params=PARAMS["fast"])
-
-
-@pytest.mark.parametrize("path", ["torch", pytest.param("native", marks=native_only)])
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float16, torch.float64])
 def test_images_that_are_views_are_read_right(path, kind):
     frames = clip()[:3].round().to(kind)
@@ -285,3 +258,30 @@ def test_the_library_lies_beside_the_package_and_needs_no_python():
     spec = importlib.util.find_spec(tvl1_native.EXTENSION)
     assert Path(spec.origin).parent == Path(tvl1.__file__).parent
     assert b"PyObject" not in Path(spec.origin).read_bytes()
+
+
+def test_users_import_from_the_package_itself():
+    assert all(callable(getattr(users, name)) for name in users.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'tvl2_flow'"):
+        users.tvl2_flow  # noqa: B018
+
+
+def test_without_a_home_triton_keeps_its_kernels_in_a_folder_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setattr(tvl1.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(tvl1.tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"mmkd-{os.getuid()}"
+    for _ in range(2):  # the second time it is there
+        monkeypatch.delenv("TRITON_HOME", raising=False)
+        tvl1.give_triton_a_home()
+        assert os.environ["TRITON_HOME"] == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    folder.symlink_to(tmp_path / "another's")
+    monkeypatch.delenv("TRITON_HOME")
+    tvl1.give_triton_a_home()
+    found = Path(os.environ["TRITON_HOME"])
+    assert (found.parent, found.stat().st_mode & 0o777) == (tmp_path, 0o700)
+    assert found != folder
+    monkeypatch.setenv("TRITON_HOME", "mine")
+    tvl1.give_triton_a_home()
+    assert os.environ["TRITON_HOME"] == "mine"

@@ -22,8 +22,8 @@ from mmkd.pipeline.tvl1.blocked import (
     SOURCE,
     TILE_WIDTH,
     Shape,
-    Task,
     Tiles,
+    Work,
     cubin,
 )
 from mmkd.pipeline.tvl1.nvrtc import NvrtcError
@@ -219,9 +219,9 @@ def test_halo_is_the_one_with_the_least_work():
 
 
 def test_structures_of_both_languages_agree():
-    fields = re.search(r"struct Task \{(.*?)\};", SOURCE.read_text(), re.S).group(1)
+    fields = re.search(r"struct Work \{(.*?)\};", SOURCE.read_text(), re.S).group(1)
     names = [name.strip(" *") for line in fields.split(";") for name in line.replace("*", "* ").split(",")]
-    assert [name.split()[-1] for name in names if name.strip()] == [name for name, _ in Task._fields_]
+    assert [name.split()[-1] for name in names if name.strip()] == [name for name, _ in Work._fields_]
 
 
 # --- machine code for Hopper --------------------------------------------------------------------------------
