@@ -84,14 +84,29 @@ class ImportReport:
 def export_cache(location: Path | str | Store, path: Path) -> int:
     """Write a finished cache to the HDF5 file `path`, replacing it in one step; return its size in bytes.
 
-    A shard of one array is all that lies in memory. Raises VerificationError for a damaged cache, StorageError when
-    the file cannot be written.
+    A shard of one array is all that lies in memory. Raises InputError for a `path` that is another file,
+    VerificationError for a damaged cache, StorageError when the file cannot be written.
     """
     reader = CacheReader(location)
+    if path.exists() and not is_export(path):
+        raise InputError(
+            f"{path} is there and not an export of `mmkd-cache export`; name another file, or delete it"
+        )
     # Files from HDF5 1.10 on have checksums over their metadata, too.
     with atomic_path(path) as temporary, writing_hdf5(temporary, libver=("v110", "v110")) as output:
         _write_file(reader, output)
     return path.stat().st_size
+
+
+def is_export(path: Path) -> bool:
+    """Return whether a file is one that `export_cache` wrote, as far as its first attribute says."""
+    if not path.is_file():  # HDF5 would wait for what a pipe gives
+        return False
+    try:
+        with h5py.File(path, "r") as file:
+            return str(file.attrs.get("schema")).startswith(EXPORT_SCHEMA.rstrip("0123456789"))
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def _write_file(reader: CacheReader, output: Hdf5Output) -> None:

@@ -36,6 +36,7 @@ from mmkd.pipeline.flow_command.writers import (
     Hdf5Writer,
     JpegFolderWriter,
     NpyWriter,
+    flow_files,
     jpeg_names,
     lacks_any,
 )
@@ -69,10 +70,11 @@ class DoneVideo:
 class FlowOutput:
     """A folder of results, or one HDF5 file that is gathered at the end."""
 
-    def __init__(self, out: Path, options: FlowOptions, computed_by: str) -> None:
+    def __init__(self, out: Path, options: FlowOptions, computed_by: str, *, names: Iterable[str] = ()) -> None:
         """Open or start the output; raise InputError when it holds flow of other parameters.
 
-        Devices and paths round differently, so one output is `computed_by` one of them.
+        Devices and paths round differently, so one output is `computed_by` one of them. A folder is not started
+        where another program's flow of one of the videos `names` lies.
         """
         self.out = out
         self.is_file = is_one_file(out)
@@ -85,7 +87,7 @@ class FlowOutput:
         self._identity = options_identity(options) | {"computed_by": computed_by}
         self._claims = FlowClaims(self.folder / PARTS)
         self._in_file = self._read_file()
-        self._check_parameters(write=not self.is_file)
+        self._check_parameters(write=not self.is_file, names=names)
 
     def done(self, name: str) -> DoneVideo | None:
         """Return the record of a video whose flow is there, every file that the record counts, or None."""
@@ -179,12 +181,17 @@ class FlowOutput:
         except OSError:
             return False
 
-    def _check_parameters(self, *, write: bool) -> None:
+    def _check_parameters(self, *, write: bool, names: Iterable[str] = ()) -> None:
         """Refuse a folder of other parameters or programs; with `write` state ours where none are."""
         path = self.folder / PARAMETERS
         if write and not path.is_file():
             if not self._in_file and (self.folder / DONE).is_dir() and any((self.folder / DONE).iterdir()):
                 raise InputError(f"{self.folder} holds flow of another program; name another folder")
+            foreign = next((name for name in names if self._holds_flow(name)), None)
+            if foreign is not None and not path.is_file():  # else another run started, and has written since
+                raise InputError(
+                    f"{self._target(foreign)} holds flow that this command did not write; name another folder"
+                )
             versions = {name: version(name) for name in ("mmkd", "torch", "numpy", "av")}
             text = json.dumps({"parameters": self._identity, "versions": versions}, indent=1)
             with storage_errors(path):
@@ -196,6 +203,13 @@ class FlowOutput:
                 self._refuse_others(stored, self.folder)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{path} is damaged; name another folder, or delete this one") from error
+
+    def _holds_flow(self, name: str) -> bool:
+        """Return whether something lies where a video's flow would replace it."""
+        options, target = self._options, self._target(name)
+        if options.layout not in NAMES:
+            return os.path.lexists(target)
+        return any(True for _ in flow_files(target, layout=options.layout, step=options.step))
 
     def _refuse_others(self, stored: Any, where: Path) -> None:
         known = OLD_VALUES.get(self._options.layout, {}) | stored

@@ -107,7 +107,8 @@ def compute_flow(
 
     Raises InputError for other parameters than `out` was made with, and InterruptedByUserError after a clean stop.
     """
-    output = FlowOutput(out, options, rounding_of(options.method, device))
+    names = [video.name for video in videos]
+    output = FlowOutput(out, options, rounding_of(options.method, device), names=names)
     run = FlowRun(output, options, device, workers=workers, preview=preview)
     began = time.perf_counter()
     with stop_on_signals() as stop:

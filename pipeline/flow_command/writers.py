@@ -15,7 +15,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -116,13 +116,19 @@ def lacks_any(folder: Path, names: Iterable[str]) -> bool:
         return True
 
 
-def _remove_flow(folder: Path, *, layout: str, step: int) -> None:
-    """Delete a folder's flow of this step: that of a video that has changed, or that may have been longer."""
+def flow_files(folder: Path, *, layout: str, step: int) -> Iterator[Path]:
+    """Yield a folder's files that are flow of this step by their names."""
     _, parse = NAMES[layout]
-    for path in list(folder.rglob("*.jpg")):
+    for path in folder.rglob("*.jpg"):
         name = parse(path.relative_to(folder).as_posix())
         if name is not None and (name.step == step or layout != "denseflow"):
-            path.unlink()
+            yield path
+
+
+def _remove_flow(folder: Path, *, layout: str, step: int) -> None:
+    """Delete a folder's flow of this step: that of a video that has changed, or that may have been longer."""
+    for path in list(flow_files(folder, layout=layout, step=step)):
+        path.unlink()
 
 
 class NpyWriter:

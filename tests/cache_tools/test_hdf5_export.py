@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 
 import h5py
 import numpy as np
@@ -52,8 +53,7 @@ def test_it_comes_back_byte_for_byte(cache, exported, tmp_path):
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.7, 0.99])
 def test_a_file_that_cannot_grow_leaves_the_old_export_and_says_so(cache, exported, tmp_path, share):
-    path = tmp_path / "cache.h5"
-    path.write_bytes(b"the export before")
+    path = shutil.copy(exported, tmp_path / "cache.h5")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * exported.stat().st_size), before[1]))
     try:
@@ -61,7 +61,7 @@ def test_a_file_that_cannot_grow_leaves_the_old_export_and_says_so(cache, export
             export_cache(cache, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert path.read_bytes() == b"the export before"
+    assert path.read_bytes() == exported.read_bytes()
     assert list(tmp_path.iterdir()) == [path]
     assert h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE) == 0, (
         "HDF5 has nothing left to write when the process ends"
@@ -185,14 +185,29 @@ def test_what_is_no_export_is_refused(exported, cache, tmp_path):
     assert CacheReader(tmp_path / "there").split("test").clip_ids == ("clip-0", "clip-3")
 
 
-def test_a_failed_export_leaves_the_old_file_and_nothing_else(cache, tmp_path, monkeypatch):
-    path = tmp_path / "old.h5"
-    path.write_bytes(b"old")
+def test_a_failed_export_leaves_the_old_file_and_nothing_else(cache, exported, tmp_path, monkeypatch):
+    path = shutil.copy(exported, tmp_path / "old.h5")
     monkeypatch.setattr(hdf5_export, "_explain", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(StorageError, match=r"cannot write .*old\.h5"):
         export_cache(cache, path)
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == exported.read_bytes()
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["text", "hdf5", "pipe"])
+def test_a_file_that_is_no_export_is_not_replaced(cache, exported, tmp_path, kind):
+    path = tmp_path / "mine.h5"
+    if kind == "text":
+        path.write_text("mine")
+    elif kind == "hdf5":
+        with h5py.File(path, "w") as file:
+            file["mine"] = [1, 2]
+    else:
+        os.mkfifo(path)
+    before = path.read_bytes() if kind != "pipe" else None
+    with pytest.raises(InputError, match=r"is there and not an export .*; name another file"):
+        export_cache(cache, path)
+    assert path.is_fifo() if kind == "pipe" else path.read_bytes() == before
 
 
 def test_commands(cache, tmp_path):

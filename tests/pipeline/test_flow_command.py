@@ -322,6 +322,31 @@ def test_flow_of_another_program_is_not_mixed_with_ours(tmp_path, videos):
     )
 
 
+@pytest.mark.parametrize("layout", ["denseflow", "epic", "mmaction", "i3d", "hdf5"])
+def test_files_that_another_program_wrote_are_neither_replaced_nor_deleted(tmp_path, videos, layout):
+    """A published data set's flow has no record of ours: a longer one would even lose its last files."""
+    made, theirs = tmp_path / "made", tmp_path / "theirs"
+    flow(videos, "-o", made, "--layout", layout)
+    last = max(files_below(made))
+    (theirs / last).parent.mkdir(parents=True)
+    (theirs / last).write_text("published")
+    before = files_below(theirs)
+    message = refused("mmkd-cache", "flow", *QUICK, videos, "-o", theirs, "--layout", layout)
+    assert "holds flow that this command did not write; name another folder" in message
+    assert files_below(theirs) == before
+    assert (theirs / last).read_text() == "published"
+
+
+def test_a_killed_run_s_own_files_and_those_of_other_names_do_not_stop_a_run(tmp_path, videos):
+    flow(videos, "-o", tmp_path)
+    shutil.rmtree(tmp_path / ".done")
+    flow(videos, "-o", tmp_path)
+    (tmp_path / "other" / "a").mkdir(parents=True)
+    (tmp_path / "other" / "a" / "notes.jpg").write_text("mine")
+    flow(videos, "-o", tmp_path / "other")
+    assert (tmp_path / "other" / "a" / "notes.jpg").read_text() == "mine"
+
+
 def test_sigterm_stops_with_exit_75_and_a_killed_run_goes_on_to_the_same_files(tmp_path):
     count, pairs = 30, 6
     for number in range(count):
