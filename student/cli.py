@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -26,7 +26,7 @@ from mmkd.cache_tools.recipes.recipe import load_recipe, resolved_with_origins
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_run
-from mmkd.student.recipe import Mode, StudentRecipe
+from mmkd.student.recipe import Missing, Mode, StudentRecipe
 
 cache_option = click.option(
     "--cache",
@@ -60,7 +60,7 @@ def cli() -> None:
 @click.option("--label-weight", type=float, help="Weight of the label term, 0 to 1 [default: 0].")
 @click.option(
     "--missing",
-    type=click.Choice(["renormalise", "drop", "label-only"]),
+    type=click.Choice(get_args(Missing)),
     help="Views without an expert [default: renormalise].",
 )
 @click.option("--seed", type=int, help="Seed of weights, order, views and augmentation.")
@@ -168,9 +168,8 @@ def _table(options: dict[str, Any]) -> Any:
     from mmkd.cache_tools.cache.reader import CacheReader
     from mmkd.student.data.split_data import check_manifest
     from mmkd.student.evaluation.evaluate import left_out_splits
-    from mmkd.student.evaluation.table import compare as compare_runs
-    from mmkd.student.evaluation.table import mixtures_of_runs
-    from mmkd.student.teacher.cached_teacher import choose_weights
+    from mmkd.student.evaluation.table import compare_runs, mixtures_of_runs
+    from mmkd.student.teacher.cached_teacher import choose_mixtures
 
     if options["cache"] is None or options["manifest"] is None:
         raise click.UsageError("give --cache and --manifest, or --tables to merge finished tables")
@@ -187,7 +186,7 @@ def _table(options: dict[str, Any]) -> Any:
     if absent:
         click.echo(f"{absent}: the teacher's row has uniform weights over {', '.join(reader.experts)}", err=True)
     if mixtures is None:
-        mixtures, warning = choose_weights(
+        mixtures, warning = choose_mixtures(
             reader,
             options["weights"] or "uniform",
             weights_temperature=options["weights_temperature"],

@@ -14,6 +14,8 @@ from mmkd.cache_tools.frames.clip_set import DataRecipe
 from mmkd.cache_tools.recipes.recipe import Recipe
 from mmkd.data_manifests.errors import InputError
 
+Missing = Literal["renormalise", "drop", "label-only"]
+"""What becomes of a view that lacks an expert: the others are weighed, it is left out, or its label is used."""
 NetworkName = Literal["small3d", "swin3d_t", "r3d_18"]
 
 WITHOUT_EFFECT = frozenset({"loader_threads", "prefetch_batches", "decoded_clips_gib"})
@@ -135,7 +137,7 @@ class TeacherMix(Recipe):
         "`mmkd-cache weigh`",
     )
     weights_temperature: float = Field(1.0, gt=0, description="heldout and per-sample only: larger is more uniform")
-    missing: Literal["renormalise", "drop", "label-only"] = Field(
+    missing: Missing = Field(
         "renormalise",
         description="a view that lacks an expert: weigh the others, leave it out, or use its label",
     )

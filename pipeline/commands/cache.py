@@ -121,12 +121,12 @@ def weigh(cache: Path | str, out: Path | None, as_json: bool, **options: Any) ->
     """Fit the experts' weights to the logits in a CACHE, and compare the schemes: top-1, NLL, calibration."""
     from mmkd.cache_tools.cache.reader import CacheReader
     from mmkd.data_manifests.atomic import write_atomically
-    from mmkd.student.teacher.mixture_file import weights_for
-    from mmkd.student.weighing.weigh import weigh as weigh_cache
+    from mmkd.student.teacher.mixture_file import mixture_file_for
+    from mmkd.student.weighing.weigh import weigh_experts
     from mmkd.student.weighing.weigh_report import report_lines
 
     reader = CacheReader(cache)
-    report = weigh_cache(reader, train_split=reader.init.train_split, **options)
+    report = weigh_experts(reader, train_split=reader.init.train_split, **options)
     if out:
-        write_atomically(out, weights_for(reader, report.mixtures, report.to_json()).to_bytes())
+        write_atomically(out, mixture_file_for(reader, report.mixtures, report.to_json()).to_bytes())
     print_result(report.to_json(), as_json=as_json, lines=report_lines(report))

@@ -15,8 +15,9 @@ from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Manifest
 from mmkd.student.evaluation.metrics import ClipScores, average_views, clip_scores
+from mmkd.student.recipe import Missing
 from mmkd.student.teacher.cached_teacher import mix_split, teacher_views
-from mmkd.student.teacher.mixing import HeadMixtures, Missing
+from mmkd.student.teacher.mixing import HeadMixtures
 
 SplitMetrics = dict[str, dict[str, dict[str, Any]]]
 """`split` or `split/group` -> head -> metrics (mmkd.student.evaluation.metrics.Metrics; None where undefined), with

@@ -35,9 +35,9 @@ from mmkd.student.evaluation.run_files import (
 )
 from mmkd.student.evaluation.trained import model_state, without_weights
 from mmkd.student.networks.networks import VideoClassifier, build_network
-from mmkd.student.recipe import StudentRecipe, TrainRecipe
-from mmkd.student.teacher.cached_teacher import choose_weights, mix_split
-from mmkd.student.teacher.mixing import HeadMixtures, Missing
+from mmkd.student.recipe import Missing, StudentRecipe, TrainRecipe
+from mmkd.student.teacher.cached_teacher import choose_mixtures, mix_split
+from mmkd.student.teacher.mixing import HeadMixtures
 from mmkd.student.training.predict import predict
 
 log = logging.getLogger("mmkd")
@@ -186,7 +186,7 @@ def new_network(recipe: TrainRecipe, reader: CacheReader) -> VideoClassifier:
 
 def chosen_mixtures(recipe: StudentRecipe, reader: CacheReader) -> tuple[HeadMixtures, str | None]:
     """Return the recipe's mixture of each head, and a warning or None."""
-    return choose_weights(
+    return choose_mixtures(
         reader,
         recipe.teacher.weights,
         weights_temperature=recipe.teacher.weights_temperature,

@@ -25,7 +25,8 @@ from mmkd.student.evaluation.evaluation_file import (
     read_scores,
 )
 from mmkd.student.evaluation.run_files import evaluation_path, run_mixtures
-from mmkd.student.teacher.mixing import HeadMixtures, Missing, Mixture
+from mmkd.student.recipe import Missing
+from mmkd.student.teacher.mixing import HeadMixtures, Mixture
 
 SCHEMA = "mmkd-table-1"
 
@@ -67,7 +68,7 @@ class TableRow:
         return found
 
 
-def compare(
+def compare_runs(
     reader: CacheReader,
     manifest: Manifest,
     runs: Mapping[str, Path],

@@ -17,10 +17,11 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.records import Float32Array, IntArray
 from mmkd.cache_tools.layout import SplitLayout
 from mmkd.data_manifests.errors import InputError
+from mmkd.student.recipe import Missing
 from mmkd.student.teacher.cached_teacher import Block, mixed_blocks, valid_views
 from mmkd.student.teacher.copy_file import ArrayPlan
-from mmkd.student.teacher.mixing import HeadMixtures, Missing
-from mmkd.student.teacher.node_copy import default_copies_folder, shared_arrays
+from mmkd.student.teacher.mixing import HeadMixtures
+from mmkd.student.teacher.node_copy import default_copies_folder, open_or_make
 
 CONTENTS = "mixed-teacher-1"
 """Rises when mixing the same experts would give other numbers, or the arrays lie otherwise."""
@@ -67,7 +68,7 @@ def shared_targets(
         "weights": {head: mixture.to_json() for head, mixture in mixtures.items()},
         "missing": missing,
     }
-    maps = shared_arrays(directory, key, lambda: plan_arrays(reader, split, mixtures, missing))
+    maps = open_or_make(directory, key, plan_arrays(reader, split, mixtures, missing))
     mask = np.asarray(maps.pop("valid"))
     logits = {
         name.removeprefix("logits/"): np.asarray(value).reshape(-1, len(mask), *value.shape[1:])
@@ -77,7 +78,7 @@ def shared_targets(
 
 
 def plan_arrays(reader: CacheReader, split: str, mixtures: HeadMixtures, missing: Missing) -> Iterator[ArrayPlan]:
-    """Yield the arrays of a copy: the mask, then each head's logits in the order of the shards."""
+    """Yield the arrays of a copy, made as they are asked for: the mask, then each head's logits by shards."""
     layout, valid = reader.layout(split), valid_views(reader, split, mixtures, missing)
     yield ArrayPlan("valid", valid.shape, "bool", [valid])
     for head in reader.heads:

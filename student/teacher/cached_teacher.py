@@ -14,9 +14,9 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.cache_tools.layout import label_array
 from mmkd.data_manifests.errors import InputError
+from mmkd.student.recipe import Missing
 from mmkd.student.teacher.mixing import (
     HeadMixtures,
-    Missing,
     Mixture,
     mean_cross_entropy,
     mix_head,
@@ -41,7 +41,7 @@ class MixedTeacher:
     """(rows, views) whether the teacher has logits."""
 
 
-def choose_weights(
+def choose_mixtures(
     reader: CacheReader, spec: str, *, weights_temperature: float, train_split: str
 ) -> tuple[HeadMixtures, str | None]:
     """Return the mixture of each head for what `--weights` says, and a warning or None.

@@ -8,7 +8,7 @@ per head and sum to 1. Beyond the authors': a temperature per expert, which divi
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,10 @@ import numpy.typing as npt
 from mmkd.cache_tools.cache.softmax import log_softmax
 from mmkd.cache_tools.frames.records import Float32Array, Float64Array, IntArray
 from mmkd.data_manifests.errors import InputError
+from mmkd.student.recipe import Missing
 
 SCHEMES = ("uniform", "heldout", "per-sample")
 """Weights by name, without a file."""
-Missing = Literal["renormalise", "drop", "label-only"]
 Mask = npt.NDArray[np.bool_]
 Weights = dict[str, float]
 """Expert -> weight; positive, summing to 1."""

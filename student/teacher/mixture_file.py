@@ -27,7 +27,7 @@ AGAIN = "run `mmkd-cache weigh` on this cache"
 
 
 @dataclass(frozen=True)
-class WeightsFile:
+class MixtureFile:
     """What a weights file says."""
 
     base: str
@@ -53,13 +53,15 @@ class WeightsFile:
         return (json.dumps(seal(self.to_json()), indent=1) + "\n").encode()
 
 
-def weights_for(reader: CacheReader, schemes: Mapping[str, HeadMixtures], notes: Mapping[str, Any]) -> WeightsFile:
+def mixture_file_for(
+    reader: CacheReader, schemes: Mapping[str, HeadMixtures], notes: Mapping[str, Any]
+) -> MixtureFile:
     """Return a weights file for the experts of a cache."""
     notes = without_nan(notes)  # an error without a bound is infinite, which JSON does not have
-    return WeightsFile(fingerprint(reader.init.base), dict(reader.init.experts), schemes, notes)
+    return MixtureFile(fingerprint(reader.init.base), dict(reader.init.experts), schemes, notes)
 
 
-def load_weights(path: Path) -> WeightsFile:
+def load_mixtures(path: Path) -> MixtureFile:
     """Read a weights file, with a warning where it has no seal yet.
 
     Raises InputError, naming it, when it is not one, VerificationError when it is not what was written.
@@ -80,7 +82,7 @@ def load_weights(path: Path) -> WeightsFile:
         }
         teacher = value["teacher"]
         experts = {name: dict(fields) for name, fields in teacher["experts"].items()}
-        return WeightsFile(str(teacher["base"]), experts, schemes, dict(value.get("notes", {})))
+        return MixtureFile(str(teacher["base"]), experts, schemes, dict(value.get("notes", {})))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}); {AGAIN}") from error
 
@@ -98,7 +100,7 @@ def mixtures_from_file(reader: CacheReader, path: Path, scheme: str) -> HeadMixt
 
     Raises InputError for an unknown scheme, FingerprintError when the file's weights belong to other experts.
     """
-    file = load_weights(path)
+    file = load_mixtures(path)
     if scheme not in file.schemes:
         raise InputError(f"{path} has no scheme {scheme!r}; it has: {', '.join(file.schemes)}")
     mixtures = file.schemes[scheme]
@@ -110,7 +112,7 @@ def mixtures_from_file(reader: CacheReader, path: Path, scheme: str) -> HeadMixt
     return {head: mixtures[head] for head in heads}
 
 
-def check_expert(reader: CacheReader, file: WeightsFile, expert: str, *, path: Path) -> None:
+def check_expert(reader: CacheReader, file: MixtureFile, expert: str, *, path: Path) -> None:
     """Raise FingerprintError unless the cache holds the expert that the weights were fitted on."""
     if expert not in reader.experts:
         raise FingerprintError(f"{path} weighs the expert {expert!r}, which the cache does not hold; {AGAIN}")

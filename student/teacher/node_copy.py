@@ -17,7 +17,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,6 @@ KEPT = 4
 POLL_SECONDS = 0.05
 COPY_NAME = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUFFIX)}")
 ADVICE = "name another folder with --node-copies"
-
-Make = Callable[[], Iterable[ArrayPlan]]
 
 
 def default_copies_folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -82,12 +80,12 @@ def own_folder(temporary: Path) -> Path:
     return folder
 
 
-def shared_arrays(directory: Path, key: Mapping[str, Any], make: Make) -> Maps:
+def open_or_make(directory: Path, key: Mapping[str, Any], plans: Iterable[ArrayPlan]) -> Maps:
     """Return name -> read-only map of the arrays of `key`, made by one of the node's processes.
 
-    `key` (JSON values) must hold all that could change a number. `make` is called only where no sound copy of that
-    key is there; what it raises passes through and leaves nothing. Raises StorageError naming the folder when that
-    is full, may not be written, or cannot lock.
+    `key` (JSON values) must hold all that could change a number. `plans` may be a generator: it is asked only where
+    no sound copy of that key is there; what it raises passes through and leaves nothing. Raises StorageError naming
+    the folder when that is full, may not be written, or cannot lock.
     """
     path = directory / f"{fingerprint(key)[:32]}{SUFFIX}"
     made = told = False
@@ -105,7 +103,7 @@ def shared_arrays(directory: Path, key: Mapping[str, Any], make: Make) -> Maps:
             return arrays
         with claim(path.with_suffix(".lock")) as ours:
             if ours:
-                made = _make_unless_there(path, key, make)
+                made = _make_unless_there(path, key, plans)
                 continue
         if not told:
             log.info("waiting for another process, which copies the cached targets to %s", directory)
@@ -127,7 +125,7 @@ def open_copy(path: Path, key: Mapping[str, Any]) -> Maps | None:
     return arrays
 
 
-def _make_unless_there(path: Path, key: Mapping[str, Any], make: Make) -> bool:
+def _make_unless_there(path: Path, key: Mapping[str, Any], plans: Iterable[ArrayPlan]) -> bool:
     """Make the copy, this process having the claim; return False when another one finished it just before."""
     try:
         if open_copy(path, key) is not None:
@@ -137,14 +135,14 @@ def _make_unless_there(path: Path, key: Mapping[str, Any], make: Make) -> bool:
     with _storage_errors(path.parent):
         path.unlink(missing_ok=True)
         _sweep(path.parent)
-    _write_copy(path, key, make)
+    _write_copy(path, key, plans)
     return True
 
 
-def _write_copy(path: Path, key: Mapping[str, Any], make: Make) -> None:
+def _write_copy(path: Path, key: Mapping[str, Any], plans: Iterable[ArrayPlan]) -> None:
     with atomic_path(path, advice=ADVICE) as temporary, temporary.open("xb", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # a sweeper deletes what nobody holds
-        write_arrays(file, key, make())
+        write_arrays(file, key, plans)
 
 
 @contextmanager

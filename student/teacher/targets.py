@@ -13,7 +13,7 @@ from mmkd.cache_tools.frames.records import Float32Array, IntArray
 
 
 class TargetSource(Protocol):
-    """The teacher's logits of clips under views: stored (`CachedTargets`) or computed (a live teacher)."""
+    """The teacher's logits of clips under views: what the loop needs of `CachedTargets`."""
 
     def targets(self, rows: IntArray, views: IntArray) -> Mapping[str, Float32Array]:
         """Return head -> float32 (B, classes) for data-set rows (B,) under view numbers (B,).
@@ -51,21 +51,3 @@ def fetch_targets(source: TargetSource, rows: IntArray, views: IntArray, *, devi
     """Return the targets of a batch on a device."""
     logits = {head: torch.from_numpy(value).to(device) for head, value in source.targets(rows, views).items()}
     return Targets(logits, torch.from_numpy(source.valid(rows, views)).to(device))
-
-
-@dataclass(frozen=True)
-class ArrayTargets:
-    """Targets that lie in memory as arrays: for tests, and for a teacher that was run beforehand."""
-
-    logits: Mapping[str, Float32Array]
-    """Head -> float32 (rows, views, classes); NaN where there is none."""
-
-    def targets(self, rows: IntArray, views: IntArray) -> dict[str, Float32Array]:
-        """Return the logits of rows (B,) under views (B,)."""
-        return {head: array[rows, views] for head, array in self.logits.items()}
-
-    def valid(self, rows: IntArray, views: IntArray) -> npt.NDArray[np.bool_]:
-        """Return whether all of a row's logits are finite."""
-        finite = [np.isfinite(value).all(1) for value in self.targets(rows, views).values()]
-        mask: npt.NDArray[np.bool_] = np.logical_and.reduce(finite)
-        return mask

@@ -34,11 +34,6 @@ def distillation_rows(student_logits: Tensor, teacher_logits: Tensor, temperatur
     return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
 
 
-def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Return the batch mean of T^2 KL(softmax(z_T / T) || softmax(z_S / T)) as a scalar."""
-    return distillation_rows(student_logits, teacher_logits, temperature).mean()
-
-
 def total_loss(
     logits: Mapping[str, Tensor],
     labels: Mapping[str, Tensor],

@@ -118,7 +118,7 @@ class Row:
 
 @dataclass(frozen=True)
 class WeighReport:
-    """What `weigh` found."""
+    """What `weigh_experts` found."""
 
     split: str
     """Split whose clips were used."""
@@ -162,7 +162,7 @@ class WeighReport:
         return {name: getattr(self, name) for name in names} | {"heads": rows}
 
 
-def weigh(
+def weigh_experts(
     reader: CacheReader,
     *,
     split: str | None = None,

@@ -11,9 +11,9 @@ from mmkd.cache_tools.layout import GROUP
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.manifest import Head
-from mmkd.student.evaluation.table import Table, compare, load_table, merge_tables
+from mmkd.student.evaluation.table import Table, compare_runs, load_table, merge_tables
 from mmkd.student.evaluation.table_text import cell, render
-from mmkd.student.teacher.cached_teacher import choose_weights, mix_split
+from mmkd.student.teacher.cached_teacher import choose_mixtures, mix_split
 from mmkd.student.teacher.mixing import Mixture
 from tests.helpers.random_logits import draw_logits, draw_manifest
 from tests.helpers.small_cache import write_cache
@@ -74,20 +74,20 @@ def test_a_cache_reads_back_what_was_put_in(reader, logits):
 
 def test_uniform_and_given_weights(reader):
     even = {"rgb": 0.5, "flow": 0.5}
-    assert choose_weights(reader, "uniform", weights_temperature=1, train_split="train") == (
+    assert choose_mixtures(reader, "uniform", weights_temperature=1, train_split="train") == (
         {"verb": Mixture(even), "noun": Mixture(even)},
         None,
     )
     uneven = {"rgb": 0.25, "flow": 0.75}
-    chosen, _ = choose_weights(reader, "rgb=1,flow=3", weights_temperature=1, train_split="train")
+    chosen, _ = choose_mixtures(reader, "rgb=1,flow=3", weights_temperature=1, train_split="train")
     assert chosen == {"verb": Mixture(uneven), "noun": Mixture(uneven)}
     with pytest.raises(InputError, match="experts: rgb, flow"):
-        choose_weights(reader, "boxes=1", weights_temperature=1, train_split="train")
+        choose_mixtures(reader, "boxes=1", weights_temperature=1, train_split="train")
 
 
 def test_held_out_weights_are_the_softmin_of_errors_on_held_out_clips_alone(reader, logits):
     rows = (1, 4, 7, 8)  # those of HeldOut(0.5, 0): one has no noun, one no flow
-    chosen, warning = choose_weights(reader, "heldout", weights_temperature=0.5, train_split="train")
+    chosen, warning = choose_mixtures(reader, "heldout", weights_temperature=0.5, train_split="train")
     assert warning is None
     for head in ("verb", "noun"):
         errors = []
@@ -107,7 +107,7 @@ def test_held_out_weights_are_the_softmin_of_errors_on_held_out_clips_alone(read
 
 def test_without_a_held_out_part_weights_are_uniform_with_a_warning(tmp_path):
     write_cache(tmp_path, MANIFEST, make_logits())
-    chosen, warning = choose_weights(CacheReader(tmp_path), "heldout", weights_temperature=1, train_split="train")
+    chosen, warning = choose_mixtures(CacheReader(tmp_path), "heldout", weights_temperature=1, train_split="train")
     assert chosen["verb"] == Mixture({"rgb": 0.5, "flow": 0.5})
     assert "uniform" in warning
 
@@ -153,7 +153,7 @@ def write_evaluation(directory, value):
 
 def compared(reader, runs):
     even = {"rgb": 0.5, "flow": 0.5}
-    return compare(
+    return compare_runs(
         reader,
         MANIFEST,
         runs,
@@ -216,7 +216,7 @@ def test_another_manifest_is_refused(reader):
     even = {"verb": Mixture({"rgb": 1.0}), "noun": Mixture({"rgb": 1.0})}
     other = replace(MANIFEST, clips=(replace(MANIFEST.clips[0], split="test"), *MANIFEST.clips[1:]))
     with pytest.raises(InputError, match="the cache's split 'test' lacks clip 'train-0'"):
-        compare(reader, other, {}, mixtures=even, missing="drop", train_split="train")
+        compare_runs(reader, other, {}, mixtures=even, missing="drop", train_split="train")
 
 
 def one_table(*values, part="test"):

@@ -18,7 +18,7 @@ from mmkd.student.evaluation.evaluation_file import (
 )
 from mmkd.student.evaluation.metrics import evaluate
 from mmkd.student.evaluation.run_files import RunRecord, write_run
-from mmkd.student.evaluation.table import Table, compare, load_table, mixtures_of_runs
+from mmkd.student.evaluation.table import Table, compare_runs, load_table, mixtures_of_runs
 from mmkd.student.evaluation.table_text import render
 from mmkd.student.teacher.mixing import Mixture
 from tests.helpers.small_cache import write_cache
@@ -81,7 +81,7 @@ def student(reader, tmp_path):
 
 def compared(reader, runs, **options):
     mixtures = dict.fromkeys(("verb", "noun"), Mixture({"rgb": 1 / 3, "flow": 1 / 3, "boxes": 1 / 3}))
-    return compare(reader, make_manifest(), runs, mixtures=mixtures, missing="drop", **options)
+    return compare_runs(reader, make_manifest(), runs, mixtures=mixtures, missing="drop", **options)
 
 
 def counts(table, part, head):

@@ -17,7 +17,7 @@ import pytest
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 from mmkd.student.teacher import node_copy
 from mmkd.student.teacher.copy_file import BLOCK_BYTES, ArrayPlan
-from mmkd.student.teacher.node_copy import KEPT, default_copies_folder, shared_arrays
+from mmkd.student.teacher.node_copy import KEPT, default_copies_folder, open_or_make
 
 KEY = {"cache": "seal", "weights": {"verb": {"rgb": 0.25}}}
 
@@ -43,6 +43,7 @@ def in_blocks(value, rows):
 
 def never():
     raise AssertionError("a sound copy was there")
+    yield  # so that it is raised when the first plan is asked for
 
 
 def only_copy(directory):
@@ -60,8 +61,8 @@ def small():
 
 def test_arrays_come_back_bit_for_bit_and_are_made_once(tmp_path):
     made = contents()
-    for make in (lambda: plans(made), never):
-        found = shared_arrays(tmp_path / "new" / "folder", KEY, make)
+    for wanted in (plans(made), never()):
+        found = open_or_make(tmp_path / "new" / "folder", KEY, wanted)
         assert set(found) == set(made)
         for name, value in made.items():
             assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
@@ -82,18 +83,18 @@ def test_arrays_come_back_bit_for_bit_and_are_made_once(tmp_path):
 )
 def test_blocks_that_are_not_what_was_planned_leave_nothing(tmp_path, blocks):
     with pytest.raises(ValueError, match=r"^a: "):
-        shared_arrays(tmp_path, KEY, lambda: [ArrayPlan("a", (4, 3), "float64", blocks)])
+        open_or_make(tmp_path, KEY, [ArrayPlan("a", (4, 3), "float64", blocks)])
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((0, 3), "float32"), ((), "float32"), ((2,), "object")])
 def test_what_cannot_be_mapped_is_refused(tmp_path, shape, dtype):
     with pytest.raises(ValueError, match="cannot be mapped"):
-        shared_arrays(tmp_path, KEY, lambda: [ArrayPlan("a", shape, dtype, [])])
+        open_or_make(tmp_path, KEY, [ArrayPlan("a", shape, dtype, [])])
 
 
 def test_maps_cannot_be_written(tmp_path, small):
-    found = shared_arrays(tmp_path, KEY, lambda: plans(small))
+    found = open_or_make(tmp_path, KEY, plans(small))
     with pytest.raises(ValueError, match="read-only"):
         found["a"][0, 0] = 5
     assert isinstance(found["a"], np.memmap)
@@ -104,7 +105,7 @@ def test_making_a_copy_needs_memory_for_its_blocks_alone(tmp_path):
     plan = ArrayPlan("a", (rows, 8, 200), "float32", (block + at for at in range(rows // 64)))
     tracemalloc.start()
     try:
-        found = shared_arrays(tmp_path, KEY, lambda: [plan])
+        found = open_or_make(tmp_path, KEY, [plan])
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -117,20 +118,20 @@ def test_making_a_copy_needs_memory_for_its_blocks_alone(tmp_path):
 
 
 def test_another_key_has_a_copy_of_its_own(tmp_path, small):
-    shared_arrays(tmp_path, KEY, lambda: plans(small))
+    open_or_make(tmp_path, KEY, plans(small))
     changed = KEY | {"weights": {"verb": {"rgb": 0.250000001}}}
-    other = shared_arrays(tmp_path, changed, lambda: plans({"a": small["a"] + 1}))
+    other = open_or_make(tmp_path, changed, plans({"a": small["a"] + 1}))
     assert other["a"][0, 0] == 1
-    assert shared_arrays(tmp_path, KEY, never)["a"][0, 0] == 0
+    assert open_or_make(tmp_path, KEY, never())["a"][0, 0] == 0
 
 
 def test_the_copy_of_another_key_in_the_place_of_ours_is_not_served(tmp_path, small, caplog):
-    shared_arrays(tmp_path, {"cache": "stale"}, lambda: plans({"a": small["a"] + 1}))
+    open_or_make(tmp_path, {"cache": "stale"}, plans({"a": small["a"] + 1}))
     stale = only_copy(tmp_path)
-    shared_arrays(tmp_path, KEY, lambda: plans(small))
+    open_or_make(tmp_path, KEY, plans(small))
     (ours,) = set(tmp_path.iterdir()) - {stale}
     stale.replace(ours)
-    found = shared_arrays(tmp_path, KEY, lambda: plans(small))
+    found = open_or_make(tmp_path, KEY, plans(small))
     np.testing.assert_array_equal(found["a"], small["a"])
     assert "of another key" in caplog.text
 
@@ -154,13 +155,13 @@ def damages(size):
 
 def test_every_damage_is_noticed_and_the_copy_made_again(tmp_path, caplog):
     small = {"a": np.arange(1, 4001, dtype=np.int32).reshape(40, 100)}
-    shared_arrays(tmp_path, KEY, lambda: plans(small))
+    open_or_make(tmp_path, KEY, plans(small))
     path = only_copy(tmp_path)
     sound = path.read_bytes()
     for name, damage in damages(len(sound)).items():
         path.write_bytes(damage(sound))
         caplog.clear()
-        found = shared_arrays(tmp_path, KEY, lambda: plans(small))
+        found = open_or_make(tmp_path, KEY, plans(small))
         np.testing.assert_array_equal(found["a"], small["a"], err_msg=name)
         assert path.read_bytes() == sound, name
         (line,) = caplog.messages
@@ -178,7 +179,7 @@ def test_a_disk_that_does_not_keep_what_is_written_is_named(tmp_path, small, mon
 
     monkeypatch.setattr(node_copy, "write_arrays", write_badly)
     with pytest.raises(StorageError, match=r"written just now and is damaged .*--node-copies"):
-        shared_arrays(tmp_path, KEY, lambda: plans(small))
+        open_or_make(tmp_path, KEY, plans(small))
 
 
 def test_what_making_raises_comes_through_and_leaves_nothing(tmp_path, small):
@@ -187,9 +188,9 @@ def test_what_making_raises_comes_through_and_leaves_nothing(tmp_path, small):
         raise VerificationError("the cache is damaged")
 
     with pytest.raises(VerificationError, match="the cache is damaged"):
-        shared_arrays(tmp_path, KEY, lambda: [ArrayPlan("a", (4, 3), "int32", blocks())])
+        open_or_make(tmp_path, KEY, [ArrayPlan("a", (4, 3), "int32", blocks())])
     assert not list(tmp_path.iterdir())
-    shared_arrays(tmp_path, KEY, lambda: plans(small))
+    open_or_make(tmp_path, KEY, plans(small))
 
 
 # ---- several processes
@@ -199,7 +200,7 @@ import json, logging, os, sys, time
 from pathlib import Path
 import numpy as np
 from mmkd.student.teacher.copy_file import ArrayPlan
-from mmkd.student.teacher.node_copy import shared_arrays
+from mmkd.student.teacher.node_copy import open_or_make
 
 folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
 logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
@@ -213,11 +214,11 @@ def blocks():
 
 def make():
     (folder / f"made-{os.getpid()}").touch()
-    return [ArrayPlan("a", (20, 50_000), "int64", blocks())]
+    yield ArrayPlan("a", (20, 50_000), "int64", blocks())
 
 print("ready", flush=True)
 sys.stdin.readline()
-found = shared_arrays(folder / "copies", {"test": 1}, make)["a"]
+found = open_or_make(folder / "copies", {"test": 1}, make())["a"]
 whole = bool((np.asarray(found) == np.arange(20)[:, None]).all())
 print(json.dumps([whole, found.shape]), flush=True)
 sys.stdin.readline()
@@ -283,11 +284,11 @@ def test_a_maker_killed_midway_is_replaced_by_one_that_waits(tmp_path):
 def test_a_copy_finished_just_before_the_claim_is_not_made_again(tmp_path, small, monkeypatch):
     def late(path):
         monkeypatch.undo()
-        shared_arrays(tmp_path, KEY, lambda: plans(small))
+        open_or_make(tmp_path, KEY, plans(small))
         return node_copy.claim(path)
 
     monkeypatch.setattr(node_copy, "claim", late)
-    np.testing.assert_array_equal(shared_arrays(tmp_path, KEY, never)["a"], small["a"])
+    np.testing.assert_array_equal(open_or_make(tmp_path, KEY, never())["a"], small["a"])
 
 
 def test_a_claim_on_a_file_that_its_last_holder_deleted_is_none(tmp_path, monkeypatch):
@@ -309,12 +310,12 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from mmkd.student.teacher.copy_file import ArrayPlan
-from mmkd.student.teacher.node_copy import shared_arrays
+from mmkd.student.teacher.node_copy import open_or_make
 from mmkd.data_manifests.errors import StorageError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 block = np.ones((10, 1000))
 try:
-    shared_arrays(Path(sys.argv[1]), {"test": 2}, lambda: [ArrayPlan("a", (50, 1000), "float64", [block] * 5)])
+    open_or_make(Path(sys.argv[1]), {"test": 2}, [ArrayPlan("a", (50, 1000), "float64", [block] * 5)])
 except StorageError as error:
     print(error)
     sys.exit(error.exit_code)
@@ -334,7 +335,7 @@ def test_a_full_disk_is_one_line_that_names_folder_and_option_and_leaves_nothing
 def test_a_file_in_the_place_of_the_folder_is_a_storage_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"cannot keep a copy.*--node-copies"):
-        shared_arrays(tmp_path / "file", KEY, never)
+        open_or_make(tmp_path / "file", KEY, never())
 
 
 def test_a_file_system_without_locks_is_a_storage_error(tmp_path, small, monkeypatch):
@@ -343,7 +344,7 @@ def test_a_file_system_without_locks_is_a_storage_error(tmp_path, small, monkeyp
 
     monkeypatch.setattr(node_copy.fcntl, "flock", refuse)
     with pytest.raises(StorageError, match=r"Function not implemented; name another folder with --node-copies"):
-        shared_arrays(tmp_path, KEY, lambda: plans(small))
+        open_or_make(tmp_path, KEY, plans(small))
 
 
 # ---- what stays
@@ -355,30 +356,30 @@ def test_old_copies_go_when_a_new_one_is_made_but_none_that_is_in_use(tmp_path, 
         path.touch()
     leftover = tmp_path / f".mmkd-{'a' * 16}.tmp"
     leftover.touch()
-    used = shared_arrays(tmp_path, {"number": 0}, lambda: plans(small))["a"][1:]
+    used = open_or_make(tmp_path, {"number": 0}, plans(small))["a"][1:]
     names = {}
     for number in range(KEPT + 3):
         before = set(tmp_path.iterdir())
-        shared_arrays(tmp_path, {"number": number}, lambda: plans(small))
+        open_or_make(tmp_path, {"number": number}, plans(small))
         names[number] = next(iter(set(tmp_path.iterdir()) - before), None)
         for path in tmp_path.iterdir():  # as if an hour went by
             os.utime(path, (path.stat().st_atime - 3600, path.stat().st_mtime - 3600))
     assert not leftover.exists()
     assert all(path.exists() for path in foreign)
     assert [number for number, path in names.items() if path and path.exists()] == list(range(3, KEPT + 3))
-    shared_arrays(tmp_path, {"number": 0}, never)
+    open_or_make(tmp_path, {"number": 0}, never())
     del used
-    shared_arrays(tmp_path, {"number": 3}, never)  # used again: not the oldest any more
-    shared_arrays(tmp_path, {"number": 100}, lambda: plans(small))
-    shared_arrays(tmp_path, {"number": 3}, never)
+    open_or_make(tmp_path, {"number": 3}, never())  # used again: not the oldest any more
+    open_or_make(tmp_path, {"number": 100}, plans(small))
+    open_or_make(tmp_path, {"number": 3}, never())
     assert not names[4].exists()
 
 
 def test_a_copy_in_use_may_be_deleted_by_hand(tmp_path, small):
-    found = shared_arrays(tmp_path, KEY, lambda: plans(small))
+    found = open_or_make(tmp_path, KEY, plans(small))
     only_copy(tmp_path).unlink()
     np.testing.assert_array_equal(found["a"], small["a"])
-    assert shared_arrays(tmp_path, KEY, lambda: plans({"a": small["a"] + 1}))["a"][0, 0] == 1
+    assert open_or_make(tmp_path, KEY, plans({"a": small["a"] + 1}))["a"][0, 0] == 1
 
 
 # ---- the folder

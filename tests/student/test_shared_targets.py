@@ -23,8 +23,9 @@ from mmkd.student.teacher.cached_targets import (
 )
 from mmkd.student.teacher.cached_teacher import mix_split
 from mmkd.student.teacher.mixing import Mixture
-from mmkd.student.teacher.targets import ArrayTargets, fetch_targets
+from mmkd.student.teacher.targets import fetch_targets
 from mmkd.student.training.loop import fit
+from tests.helpers.array_targets import ArrayTargets
 from tests.helpers.in_process import refused
 from tests.helpers.moving_bars import MovingBars
 from tests.helpers.small_cache import write_cache

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.cache.sealed import open_seal, seal
 from mmkd.student.evaluation.table import load_table
-from mmkd.student.teacher.cached_teacher import choose_weights, mix_split
+from mmkd.student.teacher.cached_teacher import choose_mixtures, mix_split
 from tests.helpers.commands import ENVIRONMENT, run_command, run_ok
 from tests.helpers.in_process import refused
 from tests.helpers.tiny import Tiny
@@ -137,7 +137,7 @@ def test_other_pixels_than_the_teacher_saw_are_refused(stripped, tmp_path):
 
 def test_the_mixed_teacher_is_the_weighted_sum_of_the_cached_logits(tiny):
     reader = CacheReader(tiny.root / "cache")
-    weights, warning = choose_weights(reader, "rgb=1,boxes=3", weights_temperature=1.0, train_split="train")
+    weights, warning = choose_mixtures(reader, "rgb=1,boxes=3", weights_temperature=1.0, train_split="train")
     mixed = mix_split(reader, "standard", weights, "renormalise")
     expected = sum(
         share * reader.logits("standard", name)["action"] for name, share in (("rgb", 0.25), ("boxes", 0.75))
@@ -149,7 +149,7 @@ def test_the_mixed_teacher_is_the_weighted_sum_of_the_cached_logits(tiny):
 
 def test_held_out_weights_are_the_softmin_of_mean_cross_entropy(tiny):
     reader = CacheReader(tiny.root / "cache")
-    weights, _ = choose_weights(reader, "heldout", weights_temperature=0.5, train_split="train")
+    weights, _ = choose_mixtures(reader, "heldout", weights_temperature=0.5, train_split="train")
     table = reader.split("train")
     held = reader.held_out.mask(reader.dataset, table.clip_ids)
     errors = []

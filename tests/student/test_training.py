@@ -22,12 +22,12 @@ from mmkd.data_manifests.errors import (
 from mmkd.student.evaluation.metrics import evaluate, log_softmax
 from mmkd.student.networks.networks import build_network, headed_network
 from mmkd.student.recipe import LoopRecipe, LossOptions, TrainRecipe
-from mmkd.student.teacher.targets import ArrayTargets
 from mmkd.student.training import checkpoint as checkpoint_module
 from mmkd.student.training.checkpoint import latest_checkpoint
 from mmkd.student.training.loop import fit
 from mmkd.student.training.optimiser import learning_rate, make_optimizer
 from mmkd.student.training.predict import predict
+from tests.helpers.array_targets import ArrayTargets
 from tests.helpers.moving_bars import MovingBars
 
 HEADS = {"direction": 4}

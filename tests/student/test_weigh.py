@@ -12,12 +12,12 @@ from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Head
 from mmkd.student.teacher.cached_targets import shared_targets
-from mmkd.student.teacher.cached_teacher import choose_weights, mix_split
+from mmkd.student.teacher.cached_teacher import choose_mixtures, mix_split
 from mmkd.student.teacher.mixing import Mixture, sample_weights
-from mmkd.student.teacher.mixture_file import weights_for
+from mmkd.student.teacher.mixture_file import mixture_file_for
 from mmkd.student.weighing import weigh as weigh_module
 from mmkd.student.weighing.calibration import fit_calibrated
-from mmkd.student.weighing.weigh import SCHEMES, chosen_clips, read_head, weigh
+from mmkd.student.weighing.weigh import SCHEMES, chosen_clips, read_head, weigh_experts
 from mmkd.student.weighing.weigh_report import report_lines
 from tests.helpers.in_process import call_ok, refused
 from tests.helpers.random_logits import draw_logits, draw_manifest
@@ -55,7 +55,7 @@ def reader(root):
 
 @pytest.fixture(scope="module")
 def report(reader):
-    return weigh(reader, train_split="train", weights_temperature=0.5)
+    return weigh_experts(reader, train_split="train", weights_temperature=0.5)
 
 
 def held_out_views(reader, head):
@@ -134,7 +134,7 @@ def test_the_weights_that_are_kept_are_fitted_on_all_clips(reader, report):
     found = report.rows["noun"]["calibrated"].mixture
     assert found.weights == pytest.approx(expected.weights, rel=1e-4)
     assert found.temperatures == pytest.approx(expected.temperatures, rel=1e-4)
-    heldout, _ = choose_weights(reader, "heldout", weights_temperature=0.5, train_split="train")
+    heldout, _ = choose_mixtures(reader, "heldout", weights_temperature=0.5, train_split="train")
     for head in ("verb", "noun"):
         assert report.rows[head]["softmin"].mixture.weights == pytest.approx(heldout[head].weights)
 
@@ -157,7 +157,7 @@ def test_weights_per_sample_are_an_oracle_and_say_so(report):
 def test_the_storage_error_is_bounded_over_every_view_of_the_split(reader, report):
     whole = np.isfinite(reader.logits("train", "flow")["verb"]).all(-1)
     assert report.bound_views == {"verb": whole.sum(), "noun": whole.sum()}
-    colder = weigh(reader, train_split="train", weights_temperature=0.5, temperature=0.25)
+    colder = weigh_experts(reader, train_split="train", weights_temperature=0.5, temperature=0.25)
     assert colder.rows["verb"]["uniform"].kl_bound > 4 * report.rows["verb"]["uniform"].kl_bound
 
 
@@ -177,24 +177,24 @@ def test_the_table_says_what_it_is_of(report):
 
 
 def test_another_split_is_used_whole_and_is_no_test_any_more(reader):
-    report = weigh(reader, split="test", train_split="train")
+    report = weigh_experts(reader, split="test", train_split="train")
     assert (report.split, report.held_out, report.clips) == ("test", False, 40)
     assert any("figures of runs on test are no test" in line for line in report_lines(report))
-    assert weigh(reader, split="train", train_split="train").held_out
+    assert weigh_experts(reader, split="train", train_split="train").held_out
     with pytest.raises(InputError, match="no split 'tset'"):
-        weigh(reader, split="tset", train_split="train")
+        weigh_experts(reader, split="tset", train_split="train")
 
 
 def test_without_a_held_out_part_another_split_is_asked_for(tmp_path):
     write_cache(tmp_path, MANIFEST, make_logits(), shard_rows=128)
     opened = CacheReader(tmp_path)
     with pytest.raises(InputError, match=r"no held-out part of split 'train'.*--split .*has train, test"):
-        weigh(opened, train_split="train")
-    assert weigh(opened, split="test", train_split="train").clips == 40
+        weigh_experts(opened, train_split="train")
+    assert weigh_experts(opened, split="test", train_split="train").clips == 40
     tiny_part = tmp_path / "tiny"
     write_cache(tiny_part, MANIFEST, make_logits(), held_out=HeldOut(1e-9, 0), shard_rows=128)
     with pytest.raises(InputError, match="no clip of split 'train' happens to be held out"):
-        weigh(CacheReader(tiny_part), train_split="train")
+        weigh_experts(CacheReader(tiny_part), train_split="train")
 
 
 def test_clips_without_label_or_expert_are_refused(tmp_path):
@@ -203,14 +203,14 @@ def test_clips_without_label_or_expert_are_refused(tmp_path):
         logits["test"]["boxes"][head.name][:] = np.nan
     write_cache(tmp_path, MANIFEST, logits, shard_rows=128)
     with pytest.raises(InputError, match="head 'verb': none of 40 clips of split 'test' has a label and"):
-        weigh(CacheReader(tmp_path), split="test", train_split="train")
+        weigh_experts(CacheReader(tmp_path), split="test", train_split="train")
 
 
 def test_one_clip_is_scored_on_itself_and_says_so(reader, monkeypatch):
     labelled = np.flatnonzero(reader.split("train").labels["noun"] >= 0)
     row = next(row for row in labelled if row % 7)
     monkeypatch.setattr(weigh_module, "chosen_clips", lambda *_: np.array([row]))
-    report = weigh(reader, train_split="train")
+    report = weigh_experts(reader, train_split="train")
     assert {rows["calibrated"].how for rows in report.rows.values()} == {"same clips"}
     assert report_lines(report)[-1] == "note: too few clips to fit on one half and score on the other"
 
@@ -226,8 +226,8 @@ def targets_of(reader, mixtures, directory, missing="renormalise"):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_targets_of_every_scheme_are_its_mixture(reader, report, tmp_path, scheme):
     path = tmp_path / "w.json"
-    path.write_bytes(weights_for(reader, report.mixtures, report.to_json()).to_bytes())
-    mixtures, warning = choose_weights(reader, f"{path}:{scheme}", weights_temperature=9, train_split="train")
+    path.write_bytes(mixture_file_for(reader, report.mixtures, report.to_json()).to_bytes())
+    mixtures, warning = choose_mixtures(reader, f"{path}:{scheme}", weights_temperature=9, train_split="train")
     assert (mixtures, warning) == (report.mixtures[scheme], None)
     source = targets_of(reader, mixtures, tmp_path / "copies", missing="drop")
     rows, views = np.array([1, 2, 3, 9, 11, 7]), np.array([0, 1, 1, 0, 1, 1])
@@ -250,7 +250,7 @@ def test_targets_of_every_scheme_are_its_mixture(reader, report, tmp_path, schem
 
 
 def test_weights_per_sample_are_for_training_targets_alone(reader):
-    mixtures, _ = choose_weights(reader, "per-sample", weights_temperature=1, train_split="train")
+    mixtures, _ = choose_mixtures(reader, "per-sample", weights_temperature=1, train_split="train")
     with pytest.raises(InputError, match=r"made from the true labels.*cannot be evaluated on split 'test'"):
         mix_split(reader, "test", mixtures, "renormalise")
 
@@ -265,7 +265,7 @@ def test_the_command_prints_the_table_and_writes_the_weights(root, reader, tmp_p
     assert "calibrated" in shown
     printed = json.loads(call_ok("mmkd-cache", "weigh", root, "--split", "test", "--temperature", 2, "--json"))
     assert (printed["split"], printed["temperature"]) == ("test", 2)
-    mixtures, _ = choose_weights(reader, str(path), weights_temperature=1, train_split="train")
+    mixtures, _ = choose_mixtures(reader, str(path), weights_temperature=1, train_split="train")
     assert mixtures["verb"].temperatures
     assert "no split 'other'" in refused("mmkd-cache", "weigh", root, "--split", "other")
     assert "is not in the range" in refused("mmkd-cache", "weigh", root, "--temperature", 0)

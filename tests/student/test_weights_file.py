@@ -11,13 +11,13 @@ from mmkd.cache_tools.cache.sealed import open_seal, seal
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import FingerprintError, InputError, MmkdError
 from mmkd.data_manifests.manifest import Head
-from mmkd.student.teacher.cached_teacher import choose_weights
+from mmkd.student.teacher.cached_teacher import choose_mixtures
 from mmkd.student.teacher.mixing import Mixture
 from mmkd.student.teacher.mixture_file import (
-    load_weights,
+    load_mixtures,
+    mixture_file_for,
     mixtures_from_file,
     split_spec,
-    weights_for,
 )
 from tests.helpers.random_logits import draw_logits, draw_manifest
 from tests.helpers.small_cache import write_cache
@@ -63,7 +63,7 @@ def set_experts(reader, experts):
 @pytest.fixture
 def path(reader, tmp_path):
     file = tmp_path / "w.json"
-    file.write_bytes(weights_for(reader, SCHEMES, {"split": "train"}).to_bytes())
+    file.write_bytes(mixture_file_for(reader, SCHEMES, {"split": "train"}).to_bytes())
     return file
 
 
@@ -78,9 +78,9 @@ def changed(path, change):
 def test_every_scheme_comes_back(reader, path):
     for scheme, mixtures in SCHEMES.items():
         assert mixtures_from_file(reader, path, scheme) == mixtures
-    file = load_weights(path)
+    file = load_mixtures(path)
     assert file.notes == {"split": "train"}
-    assert weights_for(reader, SCHEMES, file.notes) == file
+    assert mixture_file_for(reader, SCHEMES, file.notes) == file
 
 
 @pytest.mark.parametrize(
@@ -99,12 +99,12 @@ def test_a_file_and_its_scheme_are_told_from_other_weights(spec, expected):
 
 def test_weights_are_chosen_from_a_file(reader, path):
     for spec, scheme in ((str(path), "calibrated"), (f"{path}:uniform", "uniform")):
-        assert choose_weights(reader, spec, weights_temperature=1, train_split="train") == (SCHEMES[scheme], None)
+        assert choose_mixtures(reader, spec, weights_temperature=1, train_split="train") == (SCHEMES[scheme], None)
 
 
 def test_weights_per_sample_are_chosen_by_name(reader):
     expected = Mixture({"rgb": 0.5, "flow": 0.5}, sample_temperature=2.5)
-    found, warning = choose_weights(reader, "per-sample", weights_temperature=2.5, train_split="train")
+    found, warning = choose_mixtures(reader, "per-sample", weights_temperature=2.5, train_split="train")
     assert (found, warning) == ({"verb": expected, "noun": expected}, None)
 
 
@@ -168,14 +168,14 @@ def test_what_is_no_weights_file_is_refused(reader, tmp_path, text):
 
 def read_or_error(path):
     try:
-        return load_weights(path)
+        return load_mixtures(path)
     except MmkdError as error:
         return error
 
 
 def test_no_flipped_bit_of_a_weights_file_changes_a_meaning(path, caplog):
     data = path.read_bytes()
-    whole = load_weights(path)
+    whole = load_mixtures(path)
     for place in range(0, len(data), 3):
         for bit in (0, 1, 5):
             flipped = bytearray(data)
@@ -189,10 +189,10 @@ def test_no_flipped_bit_of_a_weights_file_changes_a_meaning(path, caplog):
 def test_a_weights_file_from_before_the_seal_is_read_with_a_warning(path, caplog):
     value = open_seal(path.read_bytes())
     path.write_text(json.dumps({**value, "schema": "mmkd-weights-1"}))
-    assert load_weights(path).schemes == SCHEMES
+    assert load_mixtures(path).schemes == SCHEMES
     assert "w.json has no seal" in caplog.text
 
 
 def test_notes_that_json_cannot_hold_become_null(reader, path):
-    path.write_bytes(weights_for(reader, SCHEMES, {"bound": float("inf")}).to_bytes())
-    assert load_weights(path).notes == {"bound": None}
+    path.write_bytes(mixture_file_for(reader, SCHEMES, {"bound": float("inf")}).to_bytes())
+    assert load_mixtures(path).notes == {"bound": None}
