@@ -6,6 +6,7 @@ from typing import Any
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.regular_file import read_regular
+from mmkd.data_manifests.system_errors import cannot_read
 
 MAX_JSON_BYTES = 2**30
 
@@ -19,7 +20,7 @@ def read_json(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise cannot_read(path, error) from error
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

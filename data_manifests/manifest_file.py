@@ -13,6 +13,7 @@ from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.json_file import unique_keys
 from mmkd.data_manifests.kinds import MANIFEST, it_is, what_is
 from mmkd.data_manifests.manifest import SCHEMA, Clip, Head, Manifest, _repeated_id, check_labels, manifest_lines
+from mmkd.data_manifests.system_errors import cannot_read
 
 HEADER_KEYS = frozenset({"schema", "dataset", "flip_allowed", "heads"})
 
@@ -54,9 +55,10 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:  # JSON strings may hold other line breaks
             yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = f"{error.strerror}" if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"cannot read the manifest {path}: {reason}{it_is(path)}") from error
+    except OSError as error:
+        raise cannot_read(f"the manifest {path}", error, it_is(path)) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read the manifest {path}: it is not UTF-8 text{it_is(path)}") from error
 
 
 Labels = Mapping[str, int | None]

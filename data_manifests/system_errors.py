@@ -6,6 +6,8 @@ it is never recorded as a property of the data.
 
 import errno
 
+from mmkd.data_manifests.errors import InputError, MmkdError, StorageError
+
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """There is no room."""
 FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -33,3 +35,9 @@ UNWELL = frozenset(
 """Disk, network or memory fail, now."""
 MACHINE_FAULTS = FULL | FORBIDDEN | UNWELL
 """Errors that say nothing about the data: fix the machine and run again."""
+
+
+def cannot_read(what: object, error: OSError, more: str = "") -> MmkdError:
+    """Return the error of an input that cannot be read: StorageError where the machine is at fault."""
+    kind = StorageError if error.errno in MACHINE_FAULTS else InputError
+    return kind(f"cannot read {what}: {error.strerror}{more}")

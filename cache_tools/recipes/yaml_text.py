@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.system_errors import cannot_read
 
 Dotted = tuple[str, ...]
 """A path of nested keys."""
@@ -53,9 +54,10 @@ def read_recipe_file(path: Path) -> str:
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise InputError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes, so it is not a recipe")
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"cannot read the recipe {path}: {reason}") from error
+    except OSError as error:
+        raise cannot_read(f"the recipe {path}", error) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read the recipe {path}: it is not UTF-8 text") from error
 
 
 def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[Dotted, int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.system_errors import cannot_read
 
 CHUNK_CHARACTERS = 2**20
 MAX_MEMBER_CHARACTERS = 2**26
@@ -74,7 +75,7 @@ def iterate_members(path: Path) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text") from error
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise cannot_read(path, error) from error
 
 
 def _iterate(members: _Members) -> Iterator[tuple[str, Any]]:
