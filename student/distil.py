@@ -71,14 +71,8 @@ def train_in_folder(
     reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
     check_manifest(reader, clip_set.manifest)
     split, targets, mixtures = training_data(recipe, reader, clip_set, cache=cache, mode=mode)
-    record = describe_student(recipe, reader, mode=mode, mixtures=mixtures)
-    checkpoint = latest_checkpoint(out)
-    if checkpoint is None:  # else this run goes on under what was written then, or is refused
-        lock.check()
-        write_run(out, record)
-    elif (out / RUN_FILE).exists():
-        record = replace(read_run(out), input=record.input)  # an earlier version did not say what a student sees
-    start = starting_point(recipe.train, checkpoint)
+    record = begin_or_continue(out, describe_student(recipe, reader, mode=mode, mixtures=mixtures), lock)
+    start = starting_point(recipe.train, latest_checkpoint(out))
     network = new_network(start, reader)
     report = fit(
         network,
@@ -100,6 +94,16 @@ def train_in_folder(
     write_model(out, record, encode_network(network))
     evaluate_run(recipe, cache, out, device=device, may_be_empty=True)
     return report
+
+
+def begin_or_continue(out: Path, record: RunRecord, lock: FolderLock) -> RunRecord:
+    """Write run.json before the first step; of a run with a checkpoint return what was written then."""
+    if latest_checkpoint(out) is None:
+        lock.check()
+        write_run(out, record)
+    elif (out / RUN_FILE).exists():
+        return replace(read_run(out), input=record.input)  # an earlier version did not say what a student sees
+    return record
 
 
 def starting_point(train: TrainRecipe, checkpoint: Path | None) -> TrainRecipe:

@@ -69,9 +69,10 @@ class DrawnViews:
         return table.view(row, number - numbers.start)
 
     def _table(self, number: int) -> tuple[range, ViewTable]:
-        with self._lock:
+        with self._lock:  # reading threads ask at once: one draws, the others wait and take what it drew
             numbers, table = self._drawn
             if table is None or number not in numbers:
+                # Of all clips at once: drawing is vectorised, and an epoch asks for one number of every clip.
                 numbers = range(self.views) if self.views is not None else range(number, number + 1)
                 table = self._draw(numbers=numbers)
                 self._drawn = numbers, table

@@ -46,7 +46,7 @@ def jitter_clips(clips: Tensor, jitter: Jitter) -> Tensor:
     clips = clips.contiguous()  # planes of one colour are much faster here than interleaved ones
     for name in [names[i] for i in torch.randperm(len(names)).tolist()]:
         strength = getattr(jitter, name)
-        draws = torch.rand(clips.shape[0])
+        draws = torch.rand(clips.shape[0])  # drawn even where unused, so that one strength moves no other draws
         if strength == 0:
             continue
         low = -strength if name == "hue" else max(0.0, 1 - strength)
@@ -82,6 +82,7 @@ def adjust_hue(clips: Tensor, factors: Tensor) -> Tensor:
     n = 5, 3, 1 for red, green, blue: no table of sextants, so it batches without a gather.
     """
     sextant, chroma, value = sextant_chroma_value(clips)
+    # In place, as below: each of these is as large as a third of the clips.
     sextant += 6 * factors.view(-1, 1, 1, 1)
     turned = torch.empty_like(clips)
     for channel, n in enumerate((5.0, 3.0, 1.0)):

@@ -83,7 +83,7 @@ def _read_footer(file: BinaryIO) -> dict[str, Any]:
         raise DamagedCopyError("truncated")
     file.seek(end)
     length, sha256, name = TRAILER.unpack(file.read(TRAILER.size))
-    if name != FORMAT or length > end:
+    if name != FORMAT or length > end:  # checked before the length is believed: it says how much is read
         raise DamagedCopyError("truncated, or its last bytes differ")
     file.seek(end - length)
     data = file.read(length)
@@ -112,7 +112,7 @@ def _write_array(hashed: "_HashedFile", plan: ArrayPlan) -> dict[str, Any]:
     dtype, rows = np.dtype(plan.dtype), 0
     if dtype.hasobject or 0 in plan.shape or not plan.shape:
         raise ValueError(f"{plan.name}: {dtype} {plan.shape} cannot be mapped")
-    hashed.write(bytes(-hashed.bytes % ALIGNMENT))
+    hashed.write(bytes(-hashed.bytes % ALIGNMENT))  # each array begins at a page of its own
     offset = hashed.bytes
     for block in plan.blocks:
         if block.dtype != dtype or block.shape[1:] != plan.shape[1:]:
@@ -139,7 +139,7 @@ class _HashedFile:
         """Append bytes."""
         rest = memoryview(data)
         while len(rest):
-            room = BLOCK_BYTES - self.bytes % BLOCK_BYTES
+            room = BLOCK_BYTES - self.bytes % BLOCK_BYTES  # checksums follow the file, not the arrays or the writes
             part, rest = rest[:room], rest[room:]
             _write_all(self._file, part)
             self._hash.update(part)

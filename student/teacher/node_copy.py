@@ -133,8 +133,8 @@ def _make_unless_there(path: Path, key: Mapping[str, Any], plans: Iterable[Array
     except DamagedCopyError as error:
         log.warning("%s is damaged (%s) and is made again", path, error)
     with _storage_errors(path.parent):
-        path.unlink(missing_ok=True)
-        _sweep(path.parent)
+        path.unlink(missing_ok=True)  # maps of it live on: only the name goes
+        _sweep(path.parent)  # before writing, since the new copy may need the room
     _write_copy(path, key, plans)
     return True
 
@@ -172,6 +172,7 @@ def _sweep(directory: Path) -> None:
     """Delete what makers that died left behind, and all but the copies last used; never one that is in use."""
     copies = [path for path in directory.iterdir() if COPY_NAME.fullmatch(path.name)]
     leftovers = list(directory.glob(TEMPORARY))
+    # One place is left for the copy that is about to be made.
     for path in leftovers + sorted(copies, key=_last_use, reverse=True)[KEPT - 1 :]:
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

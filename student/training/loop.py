@@ -98,7 +98,7 @@ def fit(
     resumed_at, began = run.position.step, time.perf_counter()
     with stop_on_signals() as stop, reproducible(device), run.show(what, progress) as bar:
         while run.position.step < run.total_steps:
-            with closing(run.batches_left()) as batches:
+            with closing(run.batches_left()) as batches:  # its reading threads end here, also on a stop or a fault
                 for batch in batches:
                     bar.advance(len(batch.rows), note=f"loss {run.step(batch):.4f}")
                     if stop.requested:
@@ -165,14 +165,14 @@ class Run:
     def batches_left(self) -> Generator[Batch]:
         """Yield the batches that the current epoch still lacks."""
         steps = self.schedule.epoch(self._epoch)[self.position.step % self.schedule.steps_per_epoch :]
-        self._since = (time.perf_counter(), self.position.clips)
+        self._since = (time.perf_counter(), self.position.clips)  # a resumed epoch: clips of before are no speed
         recipe = self.recipe
         return read_batches(self.dataset, steps, threads=recipe.loader_threads, ahead=recipe.prefetch_batches)
 
     def step(self, batch: Batch) -> float:
         """Do one step of the optimiser and return its loss; ends the epoch's metrics with its last step."""
         step, recipe = self.position.step, self.recipe
-        torch.manual_seed(step_seed(recipe.seed, step))
+        torch.manual_seed(step_seed(recipe.seed, step))  # by step and not once: a resumed run draws the same
         rate = learning_rate(recipe, step, self.schedule.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -40,6 +40,7 @@ def fit_calibrated(logits: Mapping[str, Float32Array], labels: IntArray) -> Mixt
     def loss() -> Tensor:
         weights, log_t = torch.softmax(parameters[:-1], 0), parameters[-1]
         mixed = torch.einsum("e,enc->nc", weights / (spreads * torch.exp(log_t)), z)
+        # log_t is relative to the spreads: their mean is added, so that the prior is about T itself.
         prior = (log_t + spreads.log().mean()).square() / (2 * PRIOR_STD**2 * len(y))
         return F.cross_entropy(mixed, y) + prior
 
@@ -59,7 +60,7 @@ def fit_calibrated(logits: Mapping[str, Float32Array], labels: IntArray) -> Mixt
 def spread(logits: Float64Array) -> Float64Array:
     """Return (E,) the root mean square of logits (E, N, C) about each view's mean; 1 where it is 0."""
     values: Float64Array = np.sqrt(logits.var(-1).mean(-1))
-    return np.where(values > 0, values, 1.0)
+    return np.where(values > 0, values, 1.0)  # an expert that never varies is divided by nothing
 
 
 def minimise(parameters: Tensor, loss: Callable[[], Tensor]) -> None:

@@ -194,6 +194,7 @@ def weigh_experts(
                 f"label and every expert"
             )
         scored = score(data, weights_temperature)
+        # An oracle's weights depend on the stored logits themselves, so its error has no bound.
         bounded = {key: row.mixture for key, row in scored.items() if key in SCHEMES and row.how != "oracle"}
         bounds, bound_views[head] = storage_bounds(reader, name, head, bounded, temperature=temperature)
         rows[head] = {key: replace(row, kl_bound=bounds.get(key)) for key, row in scored.items()}
@@ -229,6 +230,7 @@ def read_head(reader: CacheReader, table: SplitTable, head: str, clips: IntArray
     """Read one head's logits of the chosen rows."""
     logits = {expert: reader.head_logits(table.name, expert, head, clips) for expert in reader.experts}
     usable = {expert: reader.usable(table.name, expert)[clips] for expert in reader.experts}
+    # Halves by hash, not by row: they are the same whatever the order of the clips and the number of views.
     draws = [KeyedWords("weigh-half", reader.dataset, table.clip_ids[row], 0).unit() for row in clips]
     fold = np.empty(len(clips), np.int64)
     fold[np.argsort(draws)] = np.arange(len(clips)) % 2
@@ -254,6 +256,7 @@ def score(data: HeadLogits, weights_temperature: float) -> dict[str, Row]:
 def score_fitted(data: HeadLogits, fit: Fit, weights_temperature: float) -> Row:
     """Score what each half gives on the other half, as one set; on the same clips where a half is empty."""
     mixture, first, second = fit(data, weights_temperature), data.half(0), data.half(1)
+    # A half without a complete view has nothing to fit on, and nothing to score.
     if not (first.complete.any() and second.complete.any()):
         return Row(evaluate(*mixed_views(data, mixture)), "same clips", mixture)
     scored = [
