@@ -4,7 +4,7 @@ import importlib.util
 
 import torch
 
-from tests.helpers.cuda import needs_cuda
+from tests.helpers.needs_gpu import needs_cuda
 from tests.helpers.places import TESTS
 
 
