@@ -114,9 +114,8 @@ def _write_file(reader: CacheReader, output: Hdf5Output) -> None:
     file.attrs["schema"] = EXPORT_SCHEMA
     file.attrs["dataset"] = reader.dataset
     file.attrs["fingerprint"] = reader.fingerprint
-    file.attrs["about"] = f"logits of a multimodal teacher, exported by mmkd; see {__name__}. " + json.dumps(
-        {"environment": reader.init.environment, "base": reader.init.manifest}
-    )
+    about = {"environment": reader.init.environment, "base": reader.init.manifest}
+    file.attrs["about"] = f"logits of a multimodal teacher; `mmkd-cache import` reads it. {json.dumps(about)}"
     hashes: dict[str, str] = {}
     with Progress(
         "exporting", total=sum(not key.endswith("zarr.json") for key in reader.objects), unit="object"
@@ -125,10 +124,10 @@ def _write_file(reader: CacheReader, output: Hdf5Output) -> None:
             hashes |= _write_array(reader, output, name)
             progress.advance(len(hashes) - progress.done)
     _explain(reader, file)
-    about = {INIT: reader.store.read(INIT), INDEX: reader.store.read(INDEX)}
+    records = {INIT: reader.store.read(INIT), INDEX: reader.store.read(INDEX)}
     metadata = {key: reader.object(key).decode() for key in reader.objects if key.endswith("zarr.json")}
-    about[OBJECTS] = canonical_json({"metadata": metadata, "values": hashes}).encode()
-    for key, data in about.items():
+    records[OBJECTS] = canonical_json({"metadata": metadata, "values": hashes}).encode()
+    for key, data in records.items():
         file.create_dataset(
             f"{ABOUT}/{key}", data=np.frombuffer(data, np.uint8), **_filters((CHUNK_BYTES,), len(data))
         )

@@ -22,6 +22,7 @@ from mmkd.cache_tools.layout import THUMBPRINT, Status
 from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.cache_tools.storage.open import open_store
 from mmkd.cache_tools.storage.store import Store
+from mmkd.cache_tools.upkeep.free_place import require_own_place
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.build.start import plan_init, stored_layouts
@@ -65,6 +66,7 @@ def plan_cache(
     written; the report's `check` raises it when the disk is too small.
     """
     store = open_store(out)
+    require_own_place(store)
     build_plan = plan_build(recipe, experts, stored_layouts(store))
     there, init, objects = plan_init(
         store,

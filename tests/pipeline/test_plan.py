@@ -38,6 +38,12 @@ def plan(tiny, out: Path, *arguments: object, experts: tuple[str, ...] = ("rgb",
     return json.loads(call_ok("mmkd-cache", "plan", *options))
 
 
+def test_a_folder_of_other_things_is_refused_as_by_build(tiny, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    options = (*stage_one(tiny), *expert(tiny, "rgb"), "-o", tmp_path)
+    assert "is not empty and not a cache (it holds notes.txt)" in refused("mmkd-cache", "plan", *options)
+
+
 def test_a_new_cache_is_predicted_and_not_begun(tiny, tmp_path):
     found = plan(tiny, tmp_path / "new")
     assert not list(tmp_path.iterdir()), "nothing is left behind"
