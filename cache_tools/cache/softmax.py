@@ -1,8 +1,4 @@
-"""How logits are stored: fp16 minus the row's maximum, with the maximum beside it in fp32.
-
-Softmax ignores a common offset, and near its maximum a row needs its precision most: at 0 fp16 is finest.
-Against raw fp16 the error is ten times smaller and does not grow with the offset.
-"""
+"""Softmax in float64, and how far two distributions lie apart: the measure of every storage error."""
 
 import numpy as np
 import numpy.typing as npt

@@ -4,7 +4,7 @@ Which decoder reads which stream is a small table, held by the barcode tests ove
 structures: decord where it is exact and fast (VP8 and VP9 in WebM or Matroska), PyAV with the packet index
 for everything else. It is part of the fingerprint, never a silent fallback. Frames are decoded on the CPU
 with one thread, since hardware decoding gives other bits. A rotation flag is applied, by quarter turns: width
-and height are those of the upright frame. Frame folders and HDF5 are other sources behind `FrameSource`.
+and height are those of the upright frame.
 """
 
 import importlib.util
@@ -56,7 +56,7 @@ INDEX_CACHE_SIZE = 16
 
 
 class FrameSource(Protocol):
-    """Where frames come from: video files here; frame folders and HDF5 behind the same methods."""
+    """Where frames come from: video files here, and what tests put in their place."""
 
     def stamp(self, video: str) -> str:
         """Return a cheap text that changes when video, limits or rules do; VideoError if it is missing."""

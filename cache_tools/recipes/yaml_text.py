@@ -26,12 +26,6 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  (PyYAML's own form)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back as the same value: it must quote what that one would convert."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  (PyYAML's own form)
-
-
 _PLAIN = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -43,9 +37,8 @@ _PLAIN = (
         list("-+.0123456789"),
     ),
 )
-for _kind in (_Loader, _Dumper):
-    for _tag, _pattern, _first in _PLAIN:
-        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
+for _tag, _pattern, _first in _PLAIN:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
 def read_recipe_file(path: Path) -> str:
@@ -88,11 +81,6 @@ def parse_text(text: str, name: str) -> Any:
         if text.lstrip()[0] in "[{":
             raise
         return text
-
-
-def dump_yaml(values: dict[str, Any]) -> str:
-    """Return YAML text that `parse_yaml` reads back as the same values."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:

@@ -52,6 +52,7 @@ class ObjectStore:
         self._conditions: bool | None = None if has_conditional_put(self._files) else False
         """Whether the server honours conditional puts; None as long as nobody knows."""
         self._writer = ""
+        self._warned = False
 
     def locate(self, key: str = "") -> str:
         """Return the object's URL."""
@@ -190,12 +191,15 @@ class ObjectStore:
         return True
 
     def _warn(self) -> None:
+        """Say once that tasks cannot be kept apart here."""
+        if self._warned:
+            return
+        self._warned = True
         log.warning(
             "%s cannot create an object only where there is none (no conditional put): let one task at a time work "
             "here, others would compute the same shards",
             self.url,
         )
-        self._warn = lambda: None  # type: ignore[method-assign]  # once
 
     @contextmanager
     def _errors(self, what: str, key: str) -> Iterator[None]:

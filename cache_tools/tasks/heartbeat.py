@@ -69,8 +69,8 @@ def surely_dead(task_id: str) -> bool:
 
 def ran_here(task_id: str) -> bool:
     """Return whether the task runs, or ran, on this machine since its last start."""
-    parts = TaskId.parse(task_id)
-    return parts is not None and parts.machine == _machine() != ""
+    parts, here = TaskId.parse(task_id), _machine()
+    return parts is not None and here != "" and parts.machine == here  # "": a system that does not say
 
 
 class Task:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mmkd.cache_tools.cache.softmax import log_softmax
 from mmkd.cache_tools.frames.records import Float32Array, Float64Array, IntArray
 
 ECE_BINS = 15
@@ -90,13 +91,6 @@ def average_views(logits: npt.NDArray[np.floating]) -> Float32Array:
         raise ValueError(f"logits must be (N, V, C) with at least one view, got {logits.shape}")
     mean: Float32Array = logits.mean(1, dtype=np.float64).astype(np.float32)
     return mean
-
-
-def log_softmax(logits: Float64Array) -> Float64Array:
-    """Return log softmax over the last axis."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    result: Float64Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
 
 
 def labelled(logits: npt.NDArray[np.floating], labels: IntArray) -> tuple[Float64Array, IntArray]:

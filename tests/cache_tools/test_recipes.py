@@ -1,13 +1,9 @@
-import string
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
 from mmkd.cache_tools.recipes.recipe import Recipe, load_recipe, resolved_with_origins
-from mmkd.cache_tools.recipes.yaml_text import dump_yaml, parse_yaml
 from mmkd.data_manifests.errors import InputError
 
 
@@ -238,27 +234,3 @@ def test_empty_file_byte_order_mark_and_crlf(tmp_path):
     path = tmp_path / "windows.yaml"
     path.write_bytes(b"\xef\xbb\xbfseed: 4\r\nname: w\r\n")
     assert load_recipe(Demo, files=[path], environ={}) == Demo(seed=4, name="w")
-
-
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.floats(allow_nan=False),
-    st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\ufeff")),
-    st.sampled_from(
-        ["012", "1e-3", "no", "null", "~", "-", "1.", ".inf", "a: b", "# x", "&a", "true", "12:30", "<<"]
-    ),
-)
-KEYS = st.one_of(
-    st.text(string.ascii_lowercase, min_size=1), st.sampled_from(["1e-3", "true", "null", "7", "<<", "="])
-)
-TREES = st.dictionaries(
-    KEYS, st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner), max_leaves=6)
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(TREES)
-def test_what_is_dumped_is_read_back(values):
-    assert parse_yaml(dump_yaml(values), "dumped")[0] == values

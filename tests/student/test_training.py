@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mmkd.cache_tools.cache.sealed import open_seal, seal
+from mmkd.cache_tools.cache.softmax import log_softmax
 from mmkd.cache_tools.tasks.folder_lock import folder_lock, lock_files
 from mmkd.data_manifests.errors import (
     FingerprintError,
@@ -19,7 +20,7 @@ from mmkd.data_manifests.errors import (
     StorageError,
     VerificationError,
 )
-from mmkd.student.evaluation.metrics import evaluate, log_softmax
+from mmkd.student.evaluation.metrics import evaluate
 from mmkd.student.networks.networks import build_network, headed_network
 from mmkd.student.recipe import LoopRecipe, LossOptions, TrainRecipe
 from mmkd.student.training import checkpoint as checkpoint_module
