@@ -14,6 +14,10 @@ from mmkd.data_manifests.errors import VerificationError
 NAMED_HOLES = 5
 
 
+class IncompleteError(VerificationError):
+    """Shards of the cache have no record yet."""
+
+
 def finalize_cache(store: Store) -> None:
     """Finish a cache as a task of its own; see `finish`."""
     read_init(store)  # what is not a cache is refused before anything is written
@@ -26,7 +30,7 @@ def finalize_cache(store: Store) -> None:
 def finish(store: Store, claims: Claims, others: OtherTasks) -> None:
     """Write index and root, whose bytes depend on the records alone, and remove what is of no use any more.
 
-    Nothing starts or changes the cache meanwhile. Raises VerificationError, naming the holes, while a shard lacks
+    Nothing starts or changes the cache meanwhile. Raises IncompleteError, naming the holes, while a shard lacks
     a record, and StorageError when this task slept and another one went on in its place.
     """
     with claims.whole_cache():
@@ -53,12 +57,12 @@ def finish_claimed(store: Store, claims: Claims, others: OtherTasks) -> None:
 
 
 def refuse_holes(store: Store, init: CacheInit) -> None:
-    """Raise VerificationError, naming what is missing, while a shard lacks a record."""
+    """Raise IncompleteError, naming what is missing, while a shard lacks a record."""
     missing = init.missing(store)
     if missing:
         names = ", ".join(f"{node} of {shard.name}" for shard, node in missing[:NAMED_HOLES])
         more = f" and {len(missing) - NAMED_HOLES} more" if len(missing) > NAMED_HOLES else ""
-        raise VerificationError(
+        raise IncompleteError(
             f"{store.locate()} is not complete: it lacks {names}{more}; run `mmkd-cache build` again"
         )
 

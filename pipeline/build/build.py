@@ -37,7 +37,7 @@ from mmkd.cache_tools.process.stages import Stages
 from mmkd.cache_tools.storage.open import open_store
 from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.tasks.claims import Claims, claimed_shards
-from mmkd.cache_tools.tasks.finish import finish
+from mmkd.cache_tools.tasks.finish import IncompleteError, finish
 from mmkd.cache_tools.tasks.heartbeat import OtherTasks, Task, new_task_id
 from mmkd.cache_tools.tasks.journal import Journal
 from mmkd.cache_tools.upkeep.free_place import require_own_place
@@ -157,15 +157,29 @@ def build_cache(
                 f"Nothing else was lost; run "
                 "again"
             )
-        # Read again: the cache may have been given more views or experts meanwhile.
-        report.left_shards = len({shard.name for shard, _ in read_init(store).missing(store)})
-        if not report.left_shards:
-            finish(store, claims, others)
+        report.left_shards = finish_or_leave(store, claims, others)
     if not report.left_shards:
         store.tidy()
         report.unusable = unusable_clips(CacheReader(store))
     report.seconds["total"] = time.perf_counter() - began
     return report
+
+
+def finish_or_leave(store: Store, claims: Claims, others: OtherTasks) -> int:
+    """Finish the cache, or return how many shards other tasks have still to compute."""
+    left = left_shards(store)
+    if left:
+        return left
+    try:
+        finish(store, claims, others)
+    except IncompleteError:  # it was given more views or experts since, and who did so is at work on them
+        return left_shards(store)
+    return 0
+
+
+def left_shards(store: Store) -> int:
+    """Return how many shards lack a record; read again, for the cache may have grown."""
+    return len({shard.name for shard, _ in read_init(store).missing(store)})
 
 
 def abandoned(left: list[ShardWork], store: Store, others: OtherTasks, stop: StopRequest) -> list[ShardWork]:

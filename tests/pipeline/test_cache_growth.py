@@ -6,6 +6,9 @@ import re
 import pytest
 
 from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.storage.open import open_store
+from mmkd.cache_tools.tasks.finish import IncompleteError, finalize_cache
+from mmkd.pipeline.build import build
 from tests.helpers.forked import Forked, contents
 
 
@@ -156,3 +159,19 @@ def test_growing_interrupted_anywhere_goes_on(quick, wide, tmp_path, where):
     resumed = quick.build(out, "--views", 4)
     assert resumed.code == 0, resumed.err
     assert contents(out) == wide
+
+
+def test_a_cache_that_grows_as_a_build_ends_is_left_to_who_made_it_grow(quick, tmp_path, monkeypatch):
+    """The build has done its own share: that more is to come is no damage (exit code 4)."""
+    out = quick.copy(tmp_path / "cache")
+    store = open_store(out)
+
+    def grown(*_):
+        for record in (out / "commits" / "train").rglob("0-0.json"):
+            record.unlink()
+        raise IncompleteError("not complete")
+
+    monkeypatch.setattr(build, "finish", grown)
+    assert build.finish_or_leave(store, None, None) == 1
+    with pytest.raises(IncompleteError, match="is not complete: it lacks thumbprint of train/0-0"):
+        finalize_cache(store)
