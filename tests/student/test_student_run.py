@@ -13,8 +13,8 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.cache.sealed import open_seal, seal
 from mmkd.student.evaluation.table import load_table
 from mmkd.student.teacher.cached_teacher import choose_mixtures, mix_split
-from tests.helpers.commands import ENVIRONMENT, run_command, run_ok
-from tests.helpers.in_process import refused
+from tests.helpers.commands import ENVIRONMENT
+from tests.helpers.in_process import call_ok, refused
 from tests.helpers.tiny import Tiny
 
 FAST = ("--set", "train.epochs=2", "--set", "train.batch_size=8", "--set", "train.warmup_epochs=0")
@@ -52,58 +52,33 @@ def test_the_student_trains_without_flow_boxes_experts_or_any_pipeline_module(st
     assert 0 <= found["metrics"]["standard"]["action"]["teacher_kl"] < 10
 
 
-def test_baseline_and_student_share_everything_but_the_targets(stripped):
-    run_ok("mmkd-student", "train", *stripped.stage_two, "-o", stripped.root / "student", *FAST)
-    run_ok("mmkd-student", "train", *stripped.stage_two, "-o", stripped.root / "base", "--labels-only", *FAST)
-    runs = {name: stripped.root / name for name in ("student", "base")}
-    states = {name: checkpoint_identity(path) for name, path in runs.items()}
-    for key in ("recipe", "clips", "labels", "initial_weights"):
-        assert states["student"][key] == states["base"][key]
-    assert states["base"]["loss"] is None
-    weights = {name: load_file(path / "model.safetensors") for name, path in runs.items()}
-    assert any(not np.array_equal(weights["student"][key], weights["base"][key]) for key in weights["base"])
-    table = run_ok(
-        "mmkd-student", "compare", "--cache", stripped.root / "cache", "--manifest",
-        stripped.root / "manifest.jsonl", "--run", f"baseline={runs['base']}", "--run",
-        f"student={runs['student']}", "--out", stripped.root / "table.json",
-    )  # fmt: skip
-    rows = list(load_table(stripped.root / "table.json").rows)
-    assert rows == ["rgb expert", "flow expert", "boxes expert", "teacher", "baseline", "student"]
-    for row in rows:
-        assert f"| {row}" in table
-    evaluate = ("mmkd-student", "evaluate", "--cache", stripped.root / "cache", runs["student"])
-    assert "give the recipe that the run was trained with (-c)" in refused(
-        *evaluate, "--set", "train.network=r3d_18"
-    )
-    assert "is not a run" in refused(*evaluate[:-1], stripped.root / "cache")
-    torn = shutil.copytree(runs["student"], stripped.root / "torn") / "model.safetensors"
-    torn.write_bytes(torn.read_bytes()[:1000])
-    assert "torn/model.safetensors is damaged" in refused(*evaluate[:-1], torn.parent, code=4)
+@pytest.fixture(scope="module")
+def student(stripped):
+    """A run's folder; tests must not write into it."""
+    call_ok("mmkd-student", "train", *stripped.stage_two, "-o", stripped.root / "run", *FAST)
+    return stripped.root / "run"
 
 
-def test_a_run_is_evaluated_with_its_own_recipe_and_with_another_cache_beside_it(stripped, tiny, tmp_path):
-    run = stripped.root / "student"
-    run_ok("mmkd-student", "train", *stripped.stage_two, "-o", run, *FAST)
-    first = (run / "evaluation.json").read_bytes()
-    (run / "evaluation.json").unlink()
-    run_ok("mmkd-student", "evaluate", run, "--cache", stripped.root / "cache")
-    assert (run / "evaluation.json").read_bytes() == first
-    other = tmp_path / "other"
-    run_ok(
-        "mmkd-cache", "build", *tiny.stage_one, "--expert", tiny.root / "experts" / "rgb", "--views", 1, "-o", other
+@pytest.fixture(scope="module")
+def baseline(stripped):
+    call_ok("mmkd-student", "train", *stripped.stage_two, "-o", stripped.root / "base", "--labels-only", *FAST)
+    return stripped.root / "base"
+
+
+@pytest.fixture
+def copied(student, tmp_path):
+    """A copy of the run that may be written into."""
+    return shutil.copytree(student, tmp_path / "copied")
+
+
+@pytest.fixture(scope="module")
+def other(tiny, tmp_path_factory):
+    """Another cache of the same clips: one expert, one view."""
+    out = tmp_path_factory.mktemp("other") / "cache"
+    call_ok(
+        "mmkd-cache", "build", *tiny.stage_one, "--expert", tiny.root / "experts" / "rgb", "--views", 1, "-o", out
     )
-    table = ("mmkd-student", "compare", "--cache", other, "--manifest", stripped.root / "manifest.jsonl")
-    assert "run `mmkd-student evaluate" in refused(*table, "--run", f"student={run}", "--weights", "uniform")
-    run_ok("mmkd-student", "evaluate", run, "--cache", other)
-    assert "| student" in run_ok(*table, "--run", f"student={run}", "--weights", "uniform")
-    assert (run / "evaluation.json").read_bytes() == first
-    assert len(list(run.glob("evaluation-*.json"))) == 1
-    turned = shutil.copytree(run, tmp_path / "turned") / "run.json"
-    stored = open_seal(turned.read_bytes())
-    stored["heads"]["action"].reverse()
-    turned.write_text(json.dumps(seal(stored)))
-    evaluate = ("mmkd-student", "evaluate", turned.parent, "--cache", other)
-    assert "was trained for other classes than the cache's (names or order differ)" in refused(*evaluate)
+    return out
 
 
 def checkpoint_identity(run):
@@ -111,15 +86,65 @@ def checkpoint_identity(run):
     return json.loads(state.read_text())["identity"]
 
 
-def test_fresh_views_differ_from_the_cached_ones_and_need_labels(stripped):
-    run_ok(
-        "mmkd-student", "train", *stripped.stage_two, "-o", stripped.root / "fresh", "--labels-only",
-        "--fresh-views", *FAST,
-    )  # fmt: skip
-    assert checkpoint_identity(stripped.root / "fresh")["clips"]["views"] is None
-    refused = run_command("mmkd-student", "train", *stripped.stage_two, "-o", stripped.root / "no", "--fresh-views")
-    assert refused.code == 2
-    assert "--labels-only" in refused.err
+def test_baseline_and_student_share_everything_but_the_targets(student, baseline):
+    taught, alone = checkpoint_identity(student), checkpoint_identity(baseline)
+    for key in ("recipe", "clips", "labels", "initial_weights"):
+        assert taught[key] == alone[key]
+    assert alone["loss"] is None
+    weights = [load_file(run / "model.safetensors") for run in (student, baseline)]
+    assert any(not np.array_equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_the_table_compares_experts_teacher_and_runs(stripped, student, baseline, tmp_path):
+    names = ("--cache", stripped.root / "cache", "--manifest", stripped.root / "manifest.jsonl")
+    runs = ("--run", f"baseline={baseline}", "--run", f"student={student}")
+    table = call_ok("mmkd-student", "compare", *names, *runs, "--out", tmp_path / "table.json")
+    rows = list(load_table(tmp_path / "table.json").rows)
+    assert rows == ["rgb expert", "flow expert", "boxes expert", "teacher", "baseline", "student"]
+    for row in rows:
+        assert f"| {row}" in table
+
+
+def test_what_cannot_be_evaluated_is_refused_by_name(stripped, student, copied):
+    evaluate = ("mmkd-student", "evaluate", "--cache", stripped.root / "cache")
+    error = refused(*evaluate, student, "--set", "train.network=r3d_18")
+    assert "give the recipe that the run was trained with (-c)" in error
+    assert "is not a run" in refused(*evaluate, stripped.root / "cache")
+    torn = copied / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    assert "copied/model.safetensors is damaged" in refused(*evaluate, copied, code=4)
+
+
+def test_a_run_is_evaluated_again_with_its_own_recipe_to_the_same_bytes(stripped, copied):
+    first = (copied / "evaluation.json").read_bytes()
+    (copied / "evaluation.json").unlink()
+    call_ok("mmkd-student", "evaluate", copied, "--cache", stripped.root / "cache")
+    assert (copied / "evaluation.json").read_bytes() == first
+
+
+def test_an_evaluation_with_another_cache_lies_beside_that_of_the_run_s_own(stripped, copied, other):
+    first = (copied / "evaluation.json").read_bytes()
+    table = ("mmkd-student", "compare", "--cache", other, "--manifest", stripped.root / "manifest.jsonl")
+    runs = ("--run", f"student={copied}", "--weights", "uniform")
+    assert "run `mmkd-student evaluate" in refused(*table, *runs)
+    call_ok("mmkd-student", "evaluate", copied, "--cache", other)
+    assert "| student" in call_ok(*table, *runs)
+    assert (copied / "evaluation.json").read_bytes() == first
+    assert len(list(copied.glob("evaluation-*.json"))) == 1
+
+
+def test_a_run_of_other_classes_than_the_cache_s_is_refused(copied, other):
+    stored = open_seal((copied / "run.json").read_bytes())
+    stored["heads"]["action"].reverse()
+    (copied / "run.json").write_text(json.dumps(seal(stored)))
+    error = refused("mmkd-student", "evaluate", copied, "--cache", other)
+    assert "was trained for other classes than the cache's (names or order differ)" in error
+
+
+def test_fresh_views_differ_from_the_cached_ones(stripped, tmp_path):
+    fresh = ("--labels-only", "--fresh-views", "-o", tmp_path / "fresh")
+    call_ok("mmkd-student", "train", *stripped.stage_two, *fresh, *FAST)
+    assert checkpoint_identity(tmp_path / "fresh")["clips"]["views"] is None
 
 
 def test_other_pixels_than_the_teacher_saw_are_refused(stripped, tmp_path):
@@ -129,10 +154,8 @@ def test_other_pixels_than_the_teacher_saw_are_refused(stripped, tmp_path):
     swapped = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(swapped)
-    result = run_command("mmkd-student", "train", *Tiny(root).stage_two, "-o", root / "run", *FAST)
-    assert result.code == 4
-    assert "not the file that the cache was built from" in result.err
-    assert "Traceback" not in result.err
+    error = refused("mmkd-student", "train", *Tiny(root).stage_two, "-o", root / "again", *FAST, code=4)
+    assert "not the file that the cache was built from" in error
 
 
 def test_the_mixed_teacher_is_the_weighted_sum_of_the_cached_logits(tiny):
