@@ -152,6 +152,11 @@ def clip_videos(
 NUMBERS = re.compile(r"\d[\d.]*")
 
 
+def kind_of(reason: str) -> str:
+    """Return what reasons of one kind share: "frames of 9 x 9 pixels; ..." is "frames of N x N pixels"."""
+    return NUMBERS.sub("N", re.split("[:;]", reason)[0])
+
+
 def unusable_line(splits: Iterable[ClipVideos]) -> str | None:
     """Return one line that counts the clips of all splits that cannot be used, by reason; None when all can."""
     reasons: Counter[str] = Counter()
@@ -162,8 +167,7 @@ def unusable_line(splits: Iterable[ClipVideos]) -> str | None:
         for clip, video in zip(items.clips, items.videos, strict=True):
             every.add(clip.video)
             if isinstance(video, VideoError):
-                # "frames of 9 x 9 pixels; the limit ...", "video not found: NAME": what comes before is the kind
-                kind = NUMBERS.sub("N", re.split("[:;]", str(video))[0])
+                kind = kind_of(str(video))
                 reasons[kind] += 1
                 videos.setdefault(kind, set()).add(clip.video)
     if not reasons:

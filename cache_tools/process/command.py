@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -24,8 +25,20 @@ from mmkd.data_manifests.system_errors import MACHINE_FAULTS
 Function = TypeVar("Function", bound=Callable[..., Any])
 log = logging.getLogger("mmkd")
 
-FOLDER = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path, dir_okay=False)
+
+class LocalPath(click.Path):
+    """A path of this machine, written plainly or as a `file://` URL; another URL would become a folder `s3:`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the Path; refuse a URL."""
+        text = str(value).removeprefix("file://")
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+            self.fail(f"{text} is a URL; name a path of this machine: only caches may lie elsewhere", param, ctx)
+        return super().convert(text, param, ctx)
+
+
+FOLDER = LocalPath(path_type=Path, file_okay=False)
+FILE = LocalPath(path_type=Path, dir_okay=False)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 example_argument = click.argument("data_set", type=click.Choice(["demo", "something-something"]))

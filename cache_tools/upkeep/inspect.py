@@ -9,6 +9,7 @@ from typing import Any
 from mmkd.cache_tools.cache.commits import CommitRecord, read_commit
 from mmkd.cache_tools.cache.init_record import CacheInit, read_init
 from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.frames.clip_set import kind_of
 from mmkd.cache_tools.layout import ROOT, THUMBPRINT, Status
 from mmkd.cache_tools.storage.open import open_store
 from mmkd.cache_tools.storage.store import Store
@@ -108,5 +109,7 @@ def describe_lines(found: dict[str, Any]) -> list[str]:
             lines.append(f"  {counted(len(items), 'clip')} without {expert} logits:")
             lines += [f"    {item['clip_id']}: {item['status']}: {item['reason']}" for item in items[:LISTED]]
             if len(items) > LISTED:
-                lines.append(f"    ... {len(items) - LISTED} more; --json lists all")
+                lines.append(f"    ... {len(items) - LISTED} more; --json lists all; of all clips:")
+                kinds = Counter(kind_of(item["reason"]) for item in items)
+                lines += [f"    {counted(count, 'clip')}: {kind}" for kind, count in kinds.most_common(LISTED)]
     return lines

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mmkd.cache_tools.process.command import FILE, FOLDER, as_json, device_option, print_result
+from mmkd.cache_tools.process.command import FILE, FOLDER, LocalPath, as_json, device_option, print_result
 from mmkd.cache_tools.process.help_text import WholeHelp, example
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import StorageError, TooManyUnusableError
@@ -24,7 +24,7 @@ PRESETS_OF_METHODS = "; ".join(f"{method}: {', '.join(known)}" for method, known
 @click.option("--list", "lists", multiple=True, type=FILE, help="Text file with a video's path on each line.")
 @click.option("--class-folder", is_flag=True, help="Call results CLASS/NAME, after the folder a video lies in.")
 @click.option("--keep-ending", is_flag=True, help="Call results NAME.mp4, with the video's ending, not NAME.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder, or one file NAME.h5.")
+@click.option("-o", "--out", required=True, type=LocalPath(path_type=Path), help="Folder, or one file NAME.h5.")
 @click.option(
     "--layout",
     type=click.Choice(LAYOUTS),

@@ -61,7 +61,7 @@ def _caption(block: Sequence[Part], heads: bool) -> list[str]:
 
 def _lines(table: Table, block: Sequence[Part], named: tuple[bool, bool]) -> list[str]:
     """Return one block, in whose titles stand the split or group, and the head, where they are `named`."""
-    grid = [["model"], *([name] for name in table.rows)]
+    grid = [["model"], *([name.replace("|", "\\|")] for name in table.rows)]  # Markdown would begin another cell
     for part in block:
         words = [name for name, wanted in zip(part, named, strict=True) if wanted]
         grid[0] += [" ".join([*words, title]) for title in ("clips", *(title for _, title in COLUMNS))]

@@ -2,6 +2,7 @@
 
 import json
 
+from mmkd.cache_tools.upkeep.inspect import LISTED, describe_cache, describe_lines
 from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.pipeline.build.work import cached_splits
 from mmkd.pipeline.recipe import TeacherRecipe
@@ -44,3 +45,17 @@ def test_clips_without_a_label_are_counted(tmp_path, caplog):
     caplog.set_level("INFO")
     assert cached_splits(load_manifest(manifest), recipe) == ("train",)
     assert "split test: 2 clips are left out, without a label" in caplog.text
+
+
+def test_many_unusable_clips_are_counted_by_reason(quick):
+    found = describe_cache(quick.cache)
+    found["splits"]["train"]["unusable"] = {
+        "rgb": [
+            {"clip_id": f"{i}", "status": "decode_failed", "reason": f"{kind} {i}.5 s; this clips it"}
+            for kind, count in (("video not found:", 2), ("segment outside the video: it ends at", LISTED + 3))
+            for i in range(count)
+        ]
+    }
+    lines = describe_lines(found)
+    end = lines.index("    ... 5 more; --json lists all; of all clips:")
+    assert lines[end + 1 : end + 3] == ["    23 clips: segment outside the video", "    2 clips: video not found"]

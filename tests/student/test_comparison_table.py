@@ -235,3 +235,10 @@ def test_a_table_that_fits_is_one_block():
     table = wide_table(("action",), ())
     assert render(table, 120) == render(table)
     assert "**" not in render(table)
+
+
+def test_a_name_with_a_bar_stays_in_its_cell():
+    table = wide_table(("action",), ())
+    lines = render(Table({"a|b": next(iter(table.rows.values()))})).splitlines()
+    assert lines[-1].startswith("| a\\|b ")
+    assert {len(line) for line in lines[-3:]} == {len(lines[-1])}
