@@ -17,9 +17,6 @@ writes records for the bytes of its own, and says so. The journal stays behind.
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +24,14 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.cache.arrays import array_form, array_of, encode_object
-from mmkd.cache_tools.cache.commits import CommitRecord, hash_objects, publish
 from mmkd.cache_tools.cache.fingerprints import canonical_json
-from mmkd.cache_tools.cache.init_record import CacheInit
 from mmkd.cache_tools.cache.reader import CacheReader
-from mmkd.cache_tools.cache.root_record import RootRecord
-from mmkd.cache_tools.layout import INDEX, INIT, ROOT, Shard, Status, group_key, label_array, status_array
+from mmkd.cache_tools.layout import INDEX, INIT, Status, label_array, status_array
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.storage.hdf5_file import Hdf5Output, writing_hdf5
-from mmkd.cache_tools.storage.open import open_store
-from mmkd.cache_tools.storage.store import MissingObjectError, Store
-from mmkd.cache_tools.upkeep.free_place import writing_whole
+from mmkd.cache_tools.storage.store import Store
 from mmkd.data_manifests.atomic import atomic_path
-from mmkd.data_manifests.counted import counted
-from mmkd.data_manifests.errors import InputError, MmkdError, VerificationError
+from mmkd.data_manifests.errors import InputError
 
 EXPORT_SCHEMA = "mmkd-cache-hdf5-1"
 ABOUT = "mmkd-cache"
@@ -57,28 +47,6 @@ DECODE = {
     ),
 }
 """Start of a format's name -> how to make logits of its parts."""
-
-
-@dataclass(frozen=True)
-class ImportReport:
-    """What an import did."""
-
-    clips: int
-    """Rows of all splits."""
-    objects: int
-    """Objects written into the group."""
-    reencoded: int
-    """Those whose bytes are not the exported ones, since another library version wrote them."""
-
-    def lines(self, cache: Path | str) -> list[str]:
-        """Return the report for people."""
-        same = "byte for byte the exported cache"
-        if self.reencoded:
-            same = (
-                f"the exported values; {counted(self.reencoded, 'object', ('has', 'have'))} "
-                f"other bytes, by another Zarr or Zstandard"
-            )
-        return [f"{cache}: {counted(self.clips, 'clip')}, {counted(self.objects, 'object')}: {same}"]
 
 
 def export_cache(location: Path | str | Store, path: Path) -> int:
@@ -148,7 +116,7 @@ def _write_array(reader: CacheReader, output: Hdf5Output, name: str) -> dict[str
     for key, region, padded in reader.objects_of(name):
         output.check()
         values = padded[: rows - region[0].start]
-        dataset[_clipped(region, rows)] = _as_bytes(values, dataset.dtype) if is_text(form.dtype) else values
+        dataset[clipped(region, rows)] = _as_bytes(values, dataset.dtype) if is_text(form.dtype) else values
         hashes[key] = value_hash(values)
     return hashes
 
@@ -169,130 +137,6 @@ def _explain(reader: CacheReader, file: h5py.File) -> None:
             file[status_array(split, expert)].attrs.create("names", names, dtype=text)
 
 
-def import_cache(path: Path, out: Path | str | Store) -> ImportReport:
-    """Make the cache `out` of what `export_cache` wrote, every value checked against its hash before it counts.
-
-    Raises InputError for a file that is no export, or an `out` that holds another cache; VerificationError for a
-    damaged file. Stopped half-way it leaves an unfinished cache: run it again.
-    """
-    store = open_store(out) if isinstance(out, (Path, str)) else out
-    with reading(path), h5py.File(path, "r") as file:
-        return Importer(path, file, store).run()
-
-
-class Importer:
-    """One import."""
-
-    def __init__(self, path: Path, file: h5py.File, store: Store) -> None:
-        """Read and check what the file says of itself."""
-        self._path, self._file, self._store = path, file, store
-        schema = file.attrs.get("schema")
-        if schema != EXPORT_SCHEMA:
-            raise InputError(
-                f"{path} is not an export of `mmkd-cache export` (its schema is {schema!r}, not {EXPORT_SCHEMA!r})"
-            )
-        init, index, objects = (file[f"{ABOUT}/{key}"][()].tobytes() for key in (INIT, INDEX, OBJECTS))
-        self._init_bytes, self._init = init, CacheInit.from_bytes(init, f"{path}: {INIT}")
-        hashes = {INIT: hashlib.sha256(init).hexdigest(), INDEX: hashlib.sha256(index).hexdigest()}
-        self._root = RootRecord(hashes)
-        if self._root.fingerprint != file.attrs["fingerprint"]:
-            raise damaged(path, "its fingerprint is not that of its records")
-        self._records = [CommitRecord.from_bytes(line, f"{path}: {INDEX}") for line in index.splitlines()]
-        about = json.loads(objects)
-        self._metadata = {key: text.encode() for key, text in about["metadata"].items()}
-        self._values: dict[str, str] = about["values"]
-        self._layouts = self._init.layouts()
-        self._reencoded = 0
-
-    def run(self) -> ImportReport:
-        """Write static objects, init.json, then each node of each shard; finish the cache."""
-        total = len(self._values) + len(self._metadata)
-        report = ImportReport(sum(layout.rows for layout in self._layouts.values()), total, 0)
-        if self._is_there():
-            return report
-        with (
-            writing_whole(self._store, self._init, what=f"{self._path} is an export of another one"),
-            Progress("importing", total=total, unit="object") as progress,
-        ):
-            self._write_init()
-            progress.advance(len(self._init.objects))
-            shards = {shard.name: shard for layout in self._layouts.values() for shard in layout.shards()}
-            nodes = self._init.fingerprints()
-            for record in self._records:
-                if nodes.get(record.node) != record.fingerprint or record.shard not in shards:
-                    raise damaged(self._path, f"its record of {record.node} of {record.shard} belongs elsewhere")
-                self._publish(shards[record.shard], record)
-                progress.advance(len(record.objects))
-        return replace(report, reencoded=self._reencoded)
-
-    def _is_there(self) -> bool:
-        """Return whether this very cache was imported before."""
-        try:
-            root = RootRecord.from_bytes(self._store.read(ROOT), self._store.locate(ROOT))
-        except MissingObjectError:
-            return False
-        return root == self._root
-
-    def _write_init(self) -> None:
-        """Write metadata and static arrays, then init.json, as an interrupted build would leave them."""
-        hashes = {}
-        for key, sha256 in self._init.objects.items():
-            data = self._metadata[key] if key in self._metadata else self._object(key, sha256)
-            hashes[key] = hashlib.sha256(data).hexdigest()
-            if key in self._metadata and hashes[key] != sha256:
-                raise damaged(self._path, f"{key} is not what its hash says")
-            self._store.write(group_key(key), data)
-        init = self._init_bytes
-        if hashes != self._init.objects:
-            init = replace(self._init, objects=hashes).to_bytes()
-        self._store.write(INIT, init)
-
-    def _publish(self, shard: Shard, record: CommitRecord) -> None:
-        objects = {key: self._object(key, sha256) for key, sha256 in record.objects.items()}
-        publish(self._store, shard, replace(record, objects=hash_objects(objects)), objects)
-
-    def _object(self, key: str, sha256: str) -> bytes:
-        """Encode one object again; raise VerificationError unless its values are those that were exported."""
-        name = array_of(key)
-        metadata = self._metadata[f"{name}/zarr.json"]
-        form, rows = array_form(name, metadata), self._layouts[name.partition("/")[0]].rows
-        region, dataset = _clipped(form.region(key), rows), self._file[name]
-        if dataset.shape != (rows, *form.shape[1:]):
-            raise damaged(self._path, f"{name} has the shape {dataset.shape}")
-        values = dataset[region]
-        if is_text(form.dtype):
-            values = np.array([value.decode() for value in values], dtype=form.dtype)
-        if values.dtype != form.dtype:
-            raise damaged(self._path, f"{name} has the type {values.dtype}")
-        data = encode_object(name, metadata, key, values=values)
-        if hashlib.sha256(data).hexdigest() != sha256:
-            if value_hash(values) != self._values[key]:
-                what = ", ".join(f"{part.start}..{part.stop - 1}" for part in region[:2])
-                raise damaged(self._path, f"the values of {name} [{what}] are not what their hash says")
-            self._reencoded += 1
-        return data
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what h5py raises for a file that it cannot read into an error that says what to do."""
-    try:
-        if not path.is_file():
-            raise InputError(f"{path} is not there; name a file of `mmkd-cache export`")
-        if not h5py.is_hdf5(path):
-            raise InputError(f"{path} is not an HDF5 file; name a file of `mmkd-cache export`")
-        yield
-    except MmkdError:
-        raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise damaged(path, _one_line(error)) from error
-
-
-def damaged(path: Path, what: str) -> VerificationError:
-    """Return the error for a damaged file."""
-    return VerificationError(f"{path} is damaged ({what}); export the cache again")
-
-
 def is_text(dtype: np.dtype[Any]) -> bool:
     """Return whether an array holds texts, by whatever name this NumPy calls them."""
     return dtype.kind in "OTU"
@@ -309,7 +153,8 @@ def _as_bytes(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[np.
     return np.array([str(value).encode() for value in values], dtype=dtype)
 
 
-def _clipped(region: tuple[slice, ...], rows: int) -> tuple[slice, ...]:
+def clipped(region: tuple[slice, ...], rows: int) -> tuple[slice, ...]:
+    """Return a region without the rows that pad it."""
     return (slice(region[0].start, min(region[0].stop, rows)), *region[1:])
 
 
@@ -324,7 +169,3 @@ def _chunk(block: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
 def _filters(chunk: tuple[int, ...], rows: int) -> dict[str, Any]:
     chunks = (max(min(chunk[0], rows), 1), *chunk[1:])
     return {"chunks": chunks, "compression": "gzip", "compression_opts": 1, "shuffle": True, "fletcher32": True}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -63,7 +63,7 @@ def export(cache: Path | str, file: Path) -> None:
 @as_json
 def import_(file: Path, out: Path | str, as_json: bool) -> None:
     """Make a cache again of a FILE that `export` wrote, every value checked."""
-    from mmkd.cache_tools.upkeep.hdf5 import import_cache
+    from mmkd.cache_tools.upkeep.hdf5_import import import_cache
 
     report = import_cache(file, out)
     print_result(asdict(report), as_json=as_json, lines=report.lines(out))

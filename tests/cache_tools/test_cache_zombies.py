@@ -16,7 +16,8 @@ from mmkd.cache_tools.storage.open import open_store
 from mmkd.cache_tools.storage.store import TakenOverError
 from mmkd.cache_tools.tasks.finish import finalize_cache
 from mmkd.cache_tools.tasks.heartbeat import OtherTasks, Task, live_tasks, new_task_id
-from mmkd.cache_tools.upkeep.hdf5 import export_cache, import_cache
+from mmkd.cache_tools.upkeep.hdf5 import export_cache
+from mmkd.cache_tools.upkeep.hdf5_import import import_cache
 from mmkd.cache_tools.upkeep.merge import merge_caches
 from mmkd.cache_tools.upkeep.verify import verify_cache
 from mmkd.data_manifests.errors import InputError, MmkdError

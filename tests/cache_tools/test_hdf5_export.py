@@ -10,7 +10,9 @@ import pytest
 
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.upkeep import hdf5 as hdf5_export
-from mmkd.cache_tools.upkeep.hdf5 import export_cache, import_cache
+from mmkd.cache_tools.upkeep import hdf5_import
+from mmkd.cache_tools.upkeep.hdf5 import export_cache
+from mmkd.cache_tools.upkeep.hdf5_import import import_cache
 from mmkd.cache_tools.upkeep.verify import verify_cache
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 from tests.helpers.in_process import call_ok, refused
@@ -144,13 +146,13 @@ def test_a_changed_value_is_named(exported, tmp_path):
 
 def test_another_encoder_gives_a_sound_cache_of_the_same_values(cache, exported, tmp_path, monkeypatch):
     """As if another Zstandard wrote the facts: the same values under another level."""
-    encode = hdf5_export.encode_object
+    encode = hdf5_import.encode_object
 
     def other(name, metadata, key, *, values):
         data = encode(name, metadata, key, values=values)
         return zstd_again(data) if name.endswith("facts") else data
 
-    monkeypatch.setattr(hdf5_export, "encode_object", other)
+    monkeypatch.setattr(hdf5_import, "encode_object", other)
     report = import_cache(exported, tmp_path / "out")
     assert report.reencoded == 2
     assert "other bytes" in report.lines("out")[0]
@@ -183,6 +185,86 @@ def test_what_is_no_export_is_refused(exported, cache, tmp_path):
     with pytest.raises(InputError, match="holds a cache already"):
         import_cache(exported, tmp_path / "there")
     assert CacheReader(tmp_path / "there").split("test").clip_ids == ("clip-0", "clip-3")
+
+
+def changed(exported, tmp_path, change):
+    """A copy of the export that `change` has been at."""
+    path = tmp_path / "hostile.h5"
+    path.write_bytes(exported.read_bytes())
+    with h5py.File(path, "r+") as file:
+        change(file)
+    return path
+
+
+def put(name, value):
+    """A change that puts another value, or a link, in the place of a dataset."""
+
+    def change(file):
+        del file[name]
+        if value is not None:
+            file[name] = value
+
+    return change
+
+
+def external_storage(file):
+    del file["train/flip"]
+    file.create_dataset("train/flip", (10, 4), "u1", external=[("/dev/zero", 0, h5py.h5f.UNLIMITED)])
+
+
+def endless(file):
+    del file["mmkd-cache/index.jsonl"]
+    file.create_dataset("mmkd-cache/index.jsonl", (1 << 40,), "u1", chunks=(1 << 20,))
+
+
+HOSTILE = {
+    "no index": put("mmkd-cache/index.jsonl", None),
+    "an index of other bytes": put("mmkd-cache/index.jsonl", np.zeros(9, np.uint8)),
+    "an index that is a number": put("mmkd-cache/index.jsonl", 3),
+    "an index of a tebibyte": endless,
+    "objects that are a list": put("mmkd-cache/objects.json", np.frombuffer(b"[]", np.uint8)),
+    "objects of numbers": put("mmkd-cache/objects.json", np.frombuffer(b'{"metadata":{"a":1}}', np.uint8)),
+    "nested objects": put("mmkd-cache/objects.json", np.frombuffer(b"[" * 100_000, np.uint8)),
+    "no fingerprint": lambda file: file.attrs.__delitem__("fingerprint"),
+    "a number as fingerprint": lambda file: file.attrs.__setitem__("fingerprint", 3),
+    "no facts": put("train/facts", None),
+    "facts of another shape": put("train/facts", np.zeros((1, 4), np.int32)),
+    "facts of another type": lambda file: put("train/facts", file["train/facts"][()].astype(float))(file),
+    "ids that are numbers": lambda file: put("train/clip_id", np.arange(len(file["train/clip_id"])))(file),
+    "logits that are a group": lambda file: (
+        put("train/rgb/status", None)(file),
+        file.create_group("train/rgb/status"),
+    ),
+    "a link to a device": put("train/facts", h5py.ExternalLink("/dev/zero", "facts")),
+    "a link elsewhere": put("train/facts", h5py.SoftLink("/test/facts")),
+    "values on a device": external_storage,
+}
+
+
+@pytest.mark.parametrize("cache", ["fp16"], indirect=True)
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_file_is_refused_in_one_line_and_nothing_is_written(what, exported, tmp_path):
+    path = changed(exported, tmp_path, HOSTILE[what])
+    assert "hostile.h5 is damaged (" in refused("mmkd-cache", "import", path, "-o", tmp_path / "out", code=4)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("schema", [3, "other", b"\xff", np.arange(3)])
+def test_another_schema_is_no_export(exported, tmp_path, schema):
+    path = changed(exported, tmp_path, lambda file: file.attrs.__setitem__("schema", schema))
+    assert "is not an export of" in refused("mmkd-cache", "import", path, "-o", tmp_path / "out")
+
+
+def test_a_pipe_or_device_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        assert "is not an HDF5 file" in refused("mmkd-cache", "import", path, "-o", tmp_path / "out")
+
+
+def test_a_fault_of_ours_is_not_blamed_on_the_file(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(hdf5_import, "publish", lambda *_: [][0])
+    with pytest.raises(IndexError):
+        import_cache(exported, tmp_path / "out")
 
 
 def test_a_failed_export_leaves_the_old_file_and_nothing_else(cache, exported, tmp_path, monkeypatch):
