@@ -20,27 +20,12 @@ from mmkd.student.data.split_data import SplitData, check_manifest, open_split
 from mmkd.student.data.thumbprints import check_thumbprints
 from mmkd.student.evaluation.evaluate import evaluation_splits
 from mmkd.student.evaluation.own_folder import refuse_other_contents
-from mmkd.student.evaluation.run_evaluation import (
-    chosen_mixtures,
-    evaluate_run,
-    new_network,
-)
-from mmkd.student.evaluation.run_files import (
-    RUN_FILE,
-    RunRecord,
-    StudentInput,
-    read_run,
-    write_model,
-    write_run,
-)
+from mmkd.student.evaluation.run_evaluation import chosen_mixtures, evaluate_run, new_network
+from mmkd.student.evaluation.run_files import RUN_FILE, RunRecord, StudentInput, read_run, write_model, write_run
 from mmkd.student.evaluation.trained import without_weights
 from mmkd.student.networks.networks import RGB_MEAN, RGB_STD
 from mmkd.student.recipe import Mode, StudentRecipe, TrainRecipe
-from mmkd.student.teacher.cached_targets import (
-    CachedTargets,
-    copies_folder,
-    shared_targets,
-)
+from mmkd.student.teacher.cached_targets import CachedTargets, copies_folder, shared_targets
 from mmkd.student.teacher.mixing import HeadMixtures
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.training.loop import FitReport, fit

@@ -4,12 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from mmkd.cache_tools.cache.arrays import (
-    ArrayForm,
-    split_arrays,
-    static_arrays,
-    static_chunks,
-)
+from mmkd.cache_tools.cache.arrays import ArrayForm, split_arrays, static_arrays, static_chunks
 from mmkd.cache_tools.cache.logit_formats import StorageFormat
 from mmkd.cache_tools.layout import SplitLayout
 from mmkd.cache_tools.views.canonical import THUMBNAIL_SIZE

@@ -26,13 +26,7 @@ from mmkd.cache_tools.layout import (
     status_array,
     thumbprint_arrays,
 )
-from mmkd.cache_tools.storage.plain_zarr import (
-    Buffer,
-    MemoryStore,
-    ZstdCodec,
-    default_buffer_prototype,
-    zarr,
-)
+from mmkd.cache_tools.storage.plain_zarr import Buffer, MemoryStore, ZstdCodec, default_buffer_prototype, zarr
 from mmkd.data_manifests.errors import InputError
 
 Objects = dict[str, bytes]

@@ -14,12 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmkd.cache_tools.cache.array_forms import require_form
-from mmkd.cache_tools.cache.arrays import (
-    ArrayForm,
-    array_form,
-    decode_array,
-    decode_block,
-)
+from mmkd.cache_tools.cache.arrays import ArrayForm, array_form, decode_array, decode_block
 from mmkd.cache_tools.cache.commits import REPAIR, CommitRecord, Unusable, read_verified
 from mmkd.cache_tools.cache.init_record import CacheInit, read_init
 from mmkd.cache_tools.cache.logit_formats import StorageFormat, format_of

@@ -11,13 +11,7 @@ from pydantic import Field
 
 from mmkd.cache_tools.frames.probe import probe_all
 from mmkd.cache_tools.frames.records import ClipFacts, FactsTable, VideoFacts
-from mmkd.cache_tools.frames.source import (
-    DEFAULT_LIMITS,
-    Limits,
-    VideoFiles,
-    clip_facts,
-    frame_interval_seconds,
-)
+from mmkd.cache_tools.frames.source import DEFAULT_LIMITS, Limits, VideoFiles, clip_facts, frame_interval_seconds
 from mmkd.cache_tools.frames.video_paths import Links
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.recipes.recipe import Recipe

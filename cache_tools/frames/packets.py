@@ -21,13 +21,7 @@ import numpy as np
 from av.stream import Disposition
 
 from mmkd.cache_tools.frames.containers import is_cut_short
-from mmkd.cache_tools.frames.frame_headers import (
-    MPEG4_FRAME_START,
-    OwnMark,
-    coded_sizes,
-    is_hidden,
-    own_mark,
-)
+from mmkd.cache_tools.frames.frame_headers import MPEG4_FRAME_START, OwnMark, coded_sizes, is_hidden, own_mark
 from mmkd.cache_tools.frames.nal_units import PictureCounter
 from mmkd.cache_tools.frames.records import Float64Array, IntArray
 from mmkd.data_manifests.counted import counted

@@ -27,13 +27,7 @@ from mmkd.cache_tools.frames.decoders import (
 )
 from mmkd.cache_tools.frames.packets import Limits as Limits  # users find it here, beside VideoFiles
 from mmkd.cache_tools.frames.packets import PacketIndex, index_packets, open_video
-from mmkd.cache_tools.frames.records import (
-    ClipFacts,
-    ClipFrames,
-    IntArray,
-    UInt8Array,
-    VideoFacts,
-)
+from mmkd.cache_tools.frames.records import ClipFacts, ClipFrames, IntArray, UInt8Array, VideoFacts
 from mmkd.cache_tools.frames.video_paths import ADVICE, Links, reading, video_path
 from mmkd.data_manifests.errors import StorageError, VideoError
 from mmkd.data_manifests.manifest import Clip

@@ -16,12 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from mmkd.cache_tools.process.pool_worker import (
-    NO_MEMORY,
-    PARENTS_SIGNALS,
-    Worker,
-    WorkerLostError,
-)
+from mmkd.cache_tools.process.pool_worker import NO_MEMORY, PARENTS_SIGNALS, Worker, WorkerLostError
 from mmkd.data_manifests.errors import StorageError, VideoError
 
 Item = TypeVar("Item")

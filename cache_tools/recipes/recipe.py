@@ -18,12 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from mmkd.cache_tools.recipes.faults import describe_fault, fault_path, nearest_origin
-from mmkd.cache_tools.recipes.yaml_text import (
-    Dotted,
-    parse_text,
-    parse_yaml,
-    read_recipe_file,
-)
+from mmkd.cache_tools.recipes.yaml_text import Dotted, parse_text, parse_yaml, read_recipe_file
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.kinds import RECIPES, what_is

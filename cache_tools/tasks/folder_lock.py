@@ -24,13 +24,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mmkd.cache_tools.tasks.heartbeat import (
-    BEAT_SECONDS,
-    STALE_SECONDS,
-    new_task_id,
-    ran_here,
-    surely_dead,
-)
+from mmkd.cache_tools.tasks.heartbeat import BEAT_SECONDS, STALE_SECONDS, new_task_id, ran_here, surely_dead
 from mmkd.data_manifests.atomic import storage_errors
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.regular_file import read_regular

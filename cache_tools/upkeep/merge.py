@@ -19,14 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmkd.cache_tools.cache.arrays import (
-    ArraySpec,
-    Objects,
-    array_form,
-    array_of,
-    encode_block,
-    encode_group,
-)
+from mmkd.cache_tools.cache.arrays import ArraySpec, Objects, array_form, array_of, encode_block, encode_group
 from mmkd.cache_tools.cache.commits import CommitRecord, Unusable, hash_objects, publish
 from mmkd.cache_tools.cache.fingerprints import require_same
 from mmkd.cache_tools.cache.reader import CacheReader

@@ -19,13 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from mmkd.cache_tools.frames.records import (
-    ClipFacts,
-    FactsTable,
-    IntArray,
-    UInt64Array,
-    facts_table,
-)
+from mmkd.cache_tools.frames.records import ClipFacts, FactsTable, IntArray, UInt64Array, facts_table
 from mmkd.cache_tools.recipes.recipe import Recipe
 from mmkd.cache_tools.views.keyed_words import BLOCK_WORDS, below, stream_bytes, unit
 from mmkd.cache_tools.views.view import View, ViewTable

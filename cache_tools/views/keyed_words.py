@@ -8,11 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mmkd.cache_tools.frames.records import (
-    Float64Array,
-    IntArray,
-    UInt64Array,
-)
+from mmkd.cache_tools.frames.records import Float64Array, IntArray, UInt64Array
 
 
 class KeyedWords:

@@ -11,14 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmkd.data_manifests.demo.draw import Draw
-from mmkd.data_manifests.demo.shapes import (
-    RADIUS,
-    SHAPES,
-    SPRITE_SIZE,
-    Point,
-    UInt8Array,
-    draw_polygon,
-)
+from mmkd.data_manifests.demo.shapes import RADIUS, SHAPES, SPRITE_SIZE, Point, UInt8Array, draw_polygon
 
 TYPICAL = 0.8
 """Share of objects in the colours typical of their kind; the others have any colour, as mugs do."""

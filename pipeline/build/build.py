@@ -29,7 +29,7 @@ from mmkd.cache_tools.cache.arrays import Objects
 from mmkd.cache_tools.cache.commits import publish
 from mmkd.cache_tools.cache.init_record import read_init
 from mmkd.cache_tools.cache.reader import CacheReader
-from mmkd.cache_tools.layout import THUMBPRINT, commit_key
+from mmkd.cache_tools.layout import commit_key
 from mmkd.cache_tools.process.interrupt import StopRequest, stop_on_signals
 from mmkd.cache_tools.process.pool import run_tasks
 from mmkd.cache_tools.process.progress import Progress
@@ -43,27 +43,12 @@ from mmkd.cache_tools.tasks.journal import Journal
 from mmkd.cache_tools.upkeep.free_place import require_own_place
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import FingerprintError, InterruptedByUserError, StorageError, VideoError
+from mmkd.pipeline.build.open_shard import OpenShard, clip_job
 from mmkd.pipeline.build.retry_unusable import retry_unusable
-from mmkd.pipeline.build.shard_block import NodeResult, ShardBlock
 from mmkd.pipeline.build.start import initialise, stored_layouts
-from mmkd.pipeline.build.work import (
-    BuildPlan,
-    ShardWork,
-    committed_nodes,
-    count_clips,
-    pending_shards,
-    plan_build,
-)
+from mmkd.pipeline.build.work import BuildPlan, ShardWork, committed_nodes, count_clips, pending_shards, plan_build
 from mmkd.pipeline.experts.expert import Expert
-from mmkd.pipeline.flow.scratch import FlowStore
-from mmkd.pipeline.inputs.modalities import needs_flow
-from mmkd.pipeline.inputs.prepare import (
-    ClipJob,
-    FlowJob,
-    PreparedClip,
-    prepare_clip,
-    with_flow,
-)
+from mmkd.pipeline.inputs.prepare import ClipJob, prepare_clip
 from mmkd.pipeline.recipe import TeacherRecipe
 
 
@@ -307,64 +292,6 @@ class ShardWriter:
         return self._store.exists(commit_key(work.shard, node, self._plan.fingerprints[node]))
 
 
-class OpenShard:
-    """A shard that takes its clips, one after the other."""
-
-    def __init__(self, plan: BuildPlan, work: ShardWork, stage: Stages) -> None:
-        """Start with the shard's first row."""
-        self.work, self.stage = work, stage
-        self.failure = ""
-        """Why the machine could not compute the shard; empty as long as it can."""
-        self._plan, self._row = plan, work.shard.rows.start
-        self._began = time.perf_counter()
-        self._block = ShardBlock(
-            work.shard,
-            plan.experts_of(work.nodes),
-            plan.recipe,
-            boxes=plan.boxes,
-            thumbprints=THUMBPRINT in work.nodes,
-        )
-
-    @property
-    def is_full(self) -> bool:
-        """Whether every row has come."""
-        return self._row == self.work.shard.rows.stop
-
-    @property
-    def seconds(self) -> float:
-        """Time since the first clip."""
-        return time.perf_counter() - self._began
-
-    def add(self, clip: PreparedClip | VideoError | StorageError) -> None:
-        """Give the next row's clip to the experts; one that cannot be read fails its row alone."""
-        row, self._row = self._row, self._row + 1
-        if self.failure:
-            return
-        if isinstance(clip, StorageError):
-            self.failure = f"clip {self.work.split.clips[row].clip_id!r}: {clip}"
-            return
-        if isinstance(clip, VideoError):
-            self._block.fail(row, str(clip))
-            return
-        for name, seconds in clip.seconds.items():
-            self.stage.add(name, seconds)
-        item, views = self.work.split.items[row], self.work.views(row)
-        if isinstance(item, VideoError):
-            raise TypeError(f"row {row} was prepared without facts")
-        if clip.frames is not None:
-            with self.stage("flow"):
-                device = str(self._plan.experts[0].device)
-                clip = with_flow(clip, item, views, recipe=self._plan.recipe.flow, device=device)
-        with self.stage("experts"):
-            self._block.add(row, item, views, clip)
-
-    def results(self) -> dict[str, NodeResult]:
-        """Run what is still queued and return node -> result."""
-        with self.stage("experts"):
-            self._block.finish()
-        return self._block.results(self.work.split.clips)
-
-
 FAULTS_IN_A_ROW = 8
 """So many clips that the machine cannot read end a build: with a lost disk none of the others can be read."""
 
@@ -387,18 +314,3 @@ def canary_jobs(plan: BuildPlan) -> list[ClipJob]:
         work = ShardWork(split, next(split.layout.shards()), ())
         jobs += [clip_job(plan, work, row) for row in readable[[0, -1][: len(readable)]].tolist()]
     return [job for job in jobs if isinstance(job, ClipJob)]
-
-
-def clip_job(plan: BuildPlan, work: ShardWork, row: int) -> ClipJob | VideoError:
-    """Return the job of one clip: its views in the shard, and flow where a wanted expert sees it.
-
-    Of a clip that cannot be used return why: no process has to find it out again.
-    """
-    recipe, item = plan.recipe, work.split.items[row]
-    if isinstance(item, VideoError):
-        return item
-    flow = None
-    if needs_flow(expert.modality for expert in plan.experts_of(work.nodes)):
-        device = plan.experts[0].device
-        flow = FlowJob(recipe.flow, FlowStore(recipe.scratch, recipe.flow, str(device)), device.type)
-    return ClipJob(plan.clip_set.source, item, work.views(row), recipe.views.size_px, flow)

@@ -14,22 +14,10 @@ import torch
 
 from mmkd.cache_tools.cache.arrays import Objects, encode_block
 from mmkd.cache_tools.cache.commits import CommitRecord, Unusable, hash_objects
-from mmkd.cache_tools.cache.logit_formats import (
-    FORMATS,
-    StorageFormat,
-    storable,
-    worst_kl,
-)
+from mmkd.cache_tools.cache.logit_formats import FORMATS, StorageFormat, storable, worst_kl
 from mmkd.cache_tools.frames.clip_set import ClipVideo
 from mmkd.cache_tools.frames.records import Float32Array
-from mmkd.cache_tools.layout import (
-    THUMBPRINT,
-    Shard,
-    Status,
-    part_array,
-    status_array,
-    thumbprint_arrays,
-)
+from mmkd.cache_tools.layout import THUMBPRINT, Shard, Status, part_array, status_array, thumbprint_arrays
 from mmkd.cache_tools.views.canonical import THUMBNAIL_SIZE
 from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.errors import InputError

@@ -11,13 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mmkd.cache_tools.cache.arrays import (
-    Objects,
-    array_of,
-    encode_group,
-    split_arrays,
-    static_arrays,
-)
+from mmkd.cache_tools.cache.arrays import Objects, array_of, encode_group, split_arrays, static_arrays
 from mmkd.cache_tools.cache.clip_rows import base_differences
 from mmkd.cache_tools.cache.commits import drop_all, hash_objects
 from mmkd.cache_tools.cache.fingerprints import refuse_differences, require_same

@@ -27,12 +27,7 @@ from mmkd.cache_tools.layout import (
 from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.tasks.claims import Claims
 from mmkd.cache_tools.views.canonical import CANONICAL_RULES
-from mmkd.cache_tools.views.drawing import (
-    VIEW_RULES,
-    ViewPolicy,
-    evaluation_view_table,
-    random_view_table,
-)
+from mmkd.cache_tools.views.drawing import VIEW_RULES, ViewPolicy, evaluation_view_table, random_view_table
 from mmkd.cache_tools.views.view import View, ViewTable
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, VideoError

@@ -35,13 +35,7 @@ from mmkd.pipeline.experts.expert import Expert
 from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile, boxes_fields, open_boxes
 from mmkd.pipeline.inputs.expert_views import Inputs
 from mmkd.pipeline.inputs.modalities import MODALITIES, ViewedClip, needs_boxes, needs_flow
-from mmkd.pipeline.inputs.prepare import (
-    ClipJob,
-    FlowJob,
-    PreparedClip,
-    prepare_clip,
-    with_flow,
-)
+from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, PreparedClip, prepare_clip, with_flow
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.data.thumbprints import MEAN_DIFFERENCE_LIMIT
 

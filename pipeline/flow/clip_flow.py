@@ -12,13 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mmkd.cache_tools.frames.records import (
-    ClipFacts,
-    ClipFrames,
-    Float32Array,
-    IntArray,
-    UInt8Array,
-)
+from mmkd.cache_tools.frames.records import ClipFacts, ClipFrames, Float32Array, IntArray, UInt8Array
 from mmkd.cache_tools.views.view import View
 from mmkd.pipeline.flow.conventions import codes_of_flow, flow_of_codes, grey_then_resize
 from mmkd.pipeline.flow.flow_method import FlowMethod

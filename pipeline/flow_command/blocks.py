@@ -13,12 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkd.cache_tools.frames.records import (
-    Float32Array,
-    IntArray,
-    UInt8Array,
-    VideoFacts,
-)
+from mmkd.cache_tools.frames.records import Float32Array, IntArray, UInt8Array, VideoFacts
 from mmkd.cache_tools.frames.source import VideoFiles
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import VideoError

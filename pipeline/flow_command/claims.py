@@ -22,13 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmkd.cache_tools.tasks.heartbeat import (
-    BEAT_SECONDS,
-    STALE_SECONDS,
-    new_task_id,
-    ran_here,
-    surely_dead,
-)
+from mmkd.cache_tools.tasks.heartbeat import BEAT_SECONDS, STALE_SECONDS, new_task_id, ran_here, surely_dead
 from mmkd.data_manifests.atomic import ABANDONED_SECONDS, TEMPORARY, storage_errors
 from mmkd.data_manifests.regular_file import read_regular
 

@@ -28,13 +28,7 @@ from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.pipeline.build.start import plan_init, stored_layouts
 from mmkd.pipeline.build.work import BuildPlan, ShardWork, SplitPlan, pending_shards, plan_build
 from mmkd.pipeline.experts.expert import Expert
-from mmkd.pipeline.forecast.rates import (
-    WriteRate,
-    measure_clips,
-    measure_folder,
-    measure_writes,
-    readable_rows,
-)
+from mmkd.pipeline.forecast.rates import WriteRate, measure_clips, measure_folder, measure_writes, readable_rows
 from mmkd.pipeline.forecast.report import Disk, PlanReport, Sizes, SplitForecast
 from mmkd.pipeline.forecast.sizes import node_size, unusable_bytes
 from mmkd.pipeline.recipe import TeacherRecipe

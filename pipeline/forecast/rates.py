@@ -21,7 +21,7 @@ from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.cache_tools.storage.store import Store
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
-from mmkd.pipeline.build.build import clip_job
+from mmkd.pipeline.build.open_shard import clip_job
 from mmkd.pipeline.build.shard_block import ShardBlock
 from mmkd.pipeline.build.work import BuildPlan, ShardWork
 from mmkd.pipeline.inputs.prepare import PreparedClip, prepare_clip, with_flow

@@ -16,12 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmkd.cache_tools.cache.fingerprints import file_sha256
-from mmkd.cache_tools.frames.records import (
-    Float32Array,
-    Float64Array,
-    IntArray,
-    UInt8Array,
-)
+from mmkd.cache_tools.frames.records import Float32Array, Float64Array, IntArray, UInt8Array
 from mmkd.data_manifests.errors import InputError, VideoError
 from mmkd.pipeline.inputs.box_labels import EMPTY, parse_video
 from mmkd.pipeline.inputs.json_members import iterate_members

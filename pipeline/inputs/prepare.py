@@ -12,25 +12,12 @@ import numpy as np
 import torch
 
 from mmkd.cache_tools.frames.clip_set import ClipVideo
-from mmkd.cache_tools.frames.records import (
-    ClipFrames,
-    Float32Array,
-    IntArray,
-    UInt8Array,
-    UInt64Array,
-)
+from mmkd.cache_tools.frames.records import ClipFrames, Float32Array, IntArray, UInt8Array, UInt64Array
 from mmkd.cache_tools.frames.source import FrameSource
 from mmkd.cache_tools.views.canonical import canonical_view, pixel_hash, thumbnail
 from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.errors import VideoError
-from mmkd.pipeline.flow.clip_flow import (
-    FlowFields,
-    all_pairs,
-    clip_flow,
-    pair_ends,
-    pair_starts,
-    view_flow,
-)
+from mmkd.pipeline.flow.clip_flow import FlowFields, all_pairs, clip_flow, pair_ends, pair_starts, view_flow
 from mmkd.pipeline.flow.scratch import DamagedFlowError, FlowStore
 from mmkd.pipeline.recipe import FlowRecipe
 

@@ -13,13 +13,7 @@ from torch import Tensor
 from mmkd.pipeline.tvl1.iterations import Iterations
 from mmkd.pipeline.tvl1.median import median_filter
 from mmkd.pipeline.tvl1.params import TVL1Params
-from mmkd.pipeline.tvl1.steps import (
-    ClampedWarp,
-    ZeroWarp,
-    centred_gradient,
-    pyramid_sizes,
-    resize_linear,
-)
+from mmkd.pipeline.tvl1.steps import ClampedWarp, ZeroWarp, centred_gradient, pyramid_sizes, resize_linear
 
 # Measured on a CPU (tests/benchmarks/RESULTS.md): a strip's 20 planes should stay in a core's second cache.
 STRIP_PIXELS_CPU = 32_768

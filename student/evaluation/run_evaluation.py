@@ -26,13 +26,7 @@ from mmkd.student.evaluation.evaluate import (
 )
 from mmkd.student.evaluation.evaluation_file import write_evaluation
 from mmkd.student.evaluation.metrics import average_views
-from mmkd.student.evaluation.run_files import (
-    MODEL_FILE,
-    RunRecord,
-    evaluation_path,
-    read_run,
-    run_mixtures,
-)
+from mmkd.student.evaluation.run_files import MODEL_FILE, RunRecord, evaluation_path, read_run, run_mixtures
 from mmkd.student.evaluation.trained import model_state, without_weights
 from mmkd.student.networks.networks import VideoClassifier, build_network
 from mmkd.student.recipe import Missing, StudentRecipe, TrainRecipe

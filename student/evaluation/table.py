@@ -18,12 +18,7 @@ from mmkd.student.evaluation.evaluate import (
     refuse_nothing,
     score_cached,
 )
-from mmkd.student.evaluation.evaluation_file import (
-    check_metrics,
-    defined,
-    read_evaluation,
-    read_scores,
-)
+from mmkd.student.evaluation.evaluation_file import check_metrics, defined, read_evaluation, read_scores
 from mmkd.student.evaluation.run_files import evaluation_path, run_mixtures
 from mmkd.student.recipe import Missing
 from mmkd.student.teacher.mixing import HeadMixtures, Mixture

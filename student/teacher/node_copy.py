@@ -25,14 +25,7 @@ from typing import Any
 from mmkd.cache_tools.cache.fingerprints import fingerprint
 from mmkd.data_manifests.atomic import TEMPORARY, atomic_path, storage_errors
 from mmkd.data_manifests.errors import InputError, StorageError
-from mmkd.student.teacher.copy_file import (
-    ArrayPlan,
-    DamagedCopyError,
-    Maps,
-    map_arrays,
-    share_lock,
-    write_arrays,
-)
+from mmkd.student.teacher.copy_file import ArrayPlan, DamagedCopyError, Maps, map_arrays, share_lock, write_arrays
 
 log = logging.getLogger("mmkd")
 

@@ -28,17 +28,12 @@ from mmkd.data_manifests.demo.plan import DemoOptions
 from mmkd.data_manifests.demo.write import write_demo, write_recipes
 from mmkd.data_manifests.manifest_file import save_manifest
 from mmkd.data_manifests.something import read_something_something
-from mmkd.pipeline.build.build import build_cache, clip_job
+from mmkd.pipeline.build.build import build_cache
+from mmkd.pipeline.build.open_shard import clip_job
 from mmkd.pipeline.build.shard_block import NodeResult, ShardBlock
 from mmkd.pipeline.build.start import initialise
 from mmkd.pipeline.build.work import BuildPlan, ShardWork, pending_shards, plan_build
-from mmkd.pipeline.experts.expert import (
-    Expert,
-    ExpertCard,
-    load_expert,
-    make_network,
-    save_expert,
-)
+from mmkd.pipeline.experts.expert import Expert, ExpertCard, load_expert, make_network, save_expert
 from mmkd.pipeline.experts.teach import expert_identity
 from mmkd.pipeline.inputs.prepare import PreparedClip, prepare_clip
 from mmkd.pipeline.recipe import TeacherRecipe

@@ -23,14 +23,7 @@ from mmkd.cache_tools.cache.arrays import (
     split_arrays,
     static_arrays,
 )
-from mmkd.cache_tools.cache.commits import (
-    CommitRecord,
-    Unusable,
-    hash_objects,
-    publish,
-    read_commit,
-    read_verified,
-)
+from mmkd.cache_tools.cache.commits import CommitRecord, Unusable, hash_objects, publish, read_commit, read_verified
 from mmkd.cache_tools.cache.logit_formats import FORMATS
 from mmkd.cache_tools.layout import Shard, SplitLayout, commit_key, group_key
 from mmkd.cache_tools.storage.local_store import LocalStore

@@ -8,12 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from mmkd.cache_tools.frames.records import ClipFrames
-from mmkd.cache_tools.views.canonical import (
-    THUMBNAIL_SIZE,
-    canonical_view,
-    pixel_hash,
-    thumbnail,
-)
+from mmkd.cache_tools.views.canonical import THUMBNAIL_SIZE, canonical_view, pixel_hash, thumbnail
 from mmkd.cache_tools.views.view import View
 
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=60)

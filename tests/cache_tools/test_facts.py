@@ -17,12 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmkd.cache_tools.frames import probe as facts_module
-from mmkd.cache_tools.frames.probe import (
-    decode_facts,
-    encode_facts,
-    facts_path,
-    probe_all,
-)
+from mmkd.cache_tools.frames.probe import decode_facts, encode_facts, facts_path, probe_all
 from mmkd.cache_tools.frames.records import VideoFacts
 from mmkd.cache_tools.frames.source import Limits, VideoFiles
 from mmkd.data_manifests.errors import StorageError, VideoError

@@ -7,13 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkd.cache_tools.cache.fingerprints import (
-    canonical_json,
-    differences,
-    file_sha256,
-    fingerprint,
-    require_same,
-)
+from mmkd.cache_tools.cache.fingerprints import canonical_json, differences, file_sha256, fingerprint, require_same
 from mmkd.data_manifests.errors import FingerprintError
 
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=150)

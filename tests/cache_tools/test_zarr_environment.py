@@ -7,13 +7,7 @@ import sys
 
 import numpy as np
 
-from mmkd.cache_tools.cache.arrays import (
-    decode_array,
-    encode_block,
-    encode_group,
-    split_arrays,
-    static_arrays,
-)
+from mmkd.cache_tools.cache.arrays import decode_array, encode_block, encode_group, split_arrays, static_arrays
 from mmkd.cache_tools.cache.logit_formats import FORMATS
 from mmkd.cache_tools.layout import SplitLayout
 

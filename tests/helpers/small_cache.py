@@ -6,13 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmkd.cache_tools.cache.arrays import (
-    Objects,
-    encode_block,
-    encode_group,
-    split_arrays,
-    static_arrays,
-)
+from mmkd.cache_tools.cache.arrays import Objects, encode_block, encode_group, split_arrays, static_arrays
 from mmkd.cache_tools.cache.commits import CommitRecord, Unusable, hash_objects, publish
 from mmkd.cache_tools.cache.init_record import CacheInit
 from mmkd.cache_tools.cache.logit_formats import FORMATS, StorageFormat

@@ -7,11 +7,7 @@ from hypothesis import strategies as st
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.pipeline.inputs import json_members as boxes_json
-from mmkd.pipeline.inputs.boxes import (
-    BoxesMissingError,
-    boxes_at,
-    load_boxes,
-)
+from mmkd.pipeline.inputs.boxes import BoxesMissingError, boxes_at, load_boxes
 from mmkd.pipeline.inputs.json_members import iterate_members
 from tests.helpers.places import DATA, needs_data
 

@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 
 from mmkd.pipeline.flow_command.blocks import ShownPair
-from mmkd.pipeline.flow_command.colours import (
-    colour_wheel,
-    colours_of_flow,
-    flow_scale,
-    legend,
-    png_of,
-    strip,
-)
+from mmkd.pipeline.flow_command.colours import colour_wheel, colours_of_flow, flow_scale, legend, png_of, strip
 
 
 def colour(u, v, scale_px=1.0):

@@ -19,12 +19,7 @@ from mmkd.cache_tools.frames.source import VideoFiles
 from mmkd.pipeline.flow.methods import dis_flow
 from mmkd.pipeline.flow_command import blocks as flow_blocks
 from mmkd.pipeline.flow_command import run as flow_command
-from mmkd.pipeline.flow_command.readers import (
-    jpeg_pairs,
-    read_hdf5,
-    read_i3d,
-    read_jpeg_folder,
-)
+from mmkd.pipeline.flow_command.readers import jpeg_pairs, read_hdf5, read_i3d, read_jpeg_folder
 from mmkd.pipeline.tvl1 import TVL1Params, tvl1_flow
 from tests.helpers.commands import ENVIRONMENT
 from tests.helpers.flow_videos import write_texture

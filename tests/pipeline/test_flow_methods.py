@@ -12,12 +12,7 @@ from torchvision.transforms._presets import OpticalFlow
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.pipeline.flow.flow_method import PRESETS, FlowMethod
-from mmkd.pipeline.flow.methods import (
-    DIS_PRESETS,
-    dis_flow,
-    pair_flow,
-    sequence_flow,
-)
+from mmkd.pipeline.flow.methods import DIS_PRESETS, dis_flow, pair_flow, sequence_flow
 from mmkd.pipeline.flow.raft import pad_images, padding, raft_flow
 from mmkd.pipeline.tvl1 import TVL1Params, tvl1_flow
 from tests.helpers.flow_videos import texture

@@ -16,12 +16,7 @@ from mmkd.cache_tools.cache.logit_formats import FORMATS, bytes_per_row
 from mmkd.cache_tools.layout import SplitLayout
 from mmkd.data_manifests.errors import StorageError
 from mmkd.pipeline.experts.expert import read_card, write_card
-from mmkd.pipeline.forecast.forecast import (
-    SHARD_SECONDS,
-    TASK_SHARDS,
-    advise,
-    better_shards,
-)
+from mmkd.pipeline.forecast.forecast import SHARD_SECONDS, TASK_SHARDS, advise, better_shards
 from mmkd.pipeline.forecast.rates import ClipCost, measure_folder
 from mmkd.pipeline.forecast.report import Disk, PlanReport, Sizes, SplitForecast
 from mmkd.pipeline.forecast.sizes import block_bound, raw_bytes, zstd_bound

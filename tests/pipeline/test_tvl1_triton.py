@@ -16,16 +16,7 @@ import pytest
 import torch
 
 from mmkd.pipeline.tvl1 import torch_path as tvl1_torch
-from mmkd.pipeline.tvl1.blocked import (
-    HALOS,
-    SHAPES,
-    SOURCE,
-    TILE_WIDTH,
-    Shape,
-    Tiles,
-    Work,
-    cubin,
-)
+from mmkd.pipeline.tvl1.blocked import HALOS, SHAPES, SOURCE, TILE_WIDTH, Shape, Tiles, Work, cubin
 from mmkd.pipeline.tvl1.nvrtc import NvrtcError
 from mmkd.pipeline.tvl1.params import TVL1Params
 from mmkd.pipeline.tvl1.steps import pyramid_sizes

@@ -10,12 +10,7 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student.evaluation.evaluate import score_split
-from mmkd.student.evaluation.evaluation_file import (
-    clips_path,
-    read_evaluation,
-    read_scores,
-    write_evaluation,
-)
+from mmkd.student.evaluation.evaluation_file import clips_path, read_evaluation, read_scores, write_evaluation
 from mmkd.student.evaluation.metrics import evaluate
 from mmkd.student.evaluation.run_files import RunRecord, write_run
 from mmkd.student.evaluation.table import Table, compare_runs, load_table, mixtures_of_runs

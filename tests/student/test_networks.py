@@ -12,13 +12,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.networks.networks import (
-    NETWORKS,
-    HeadedNetwork,
-    VideoClassifier,
-    build_network,
-    headed_network,
-)
+from mmkd.student.networks.networks import NETWORKS, HeadedNetwork, VideoClassifier, build_network, headed_network
 from mmkd.student.recipe import JitterRecipe, LoopRecipe, NetworkName, TrainRecipe
 
 HEADS = {"verb": 5, "noun": 7}

@@ -15,12 +15,7 @@ from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student.networks.networks import build_network
 from mmkd.student.recipe import TrainRecipe
 from mmkd.student.teacher import copy_file
-from mmkd.student.teacher.cached_targets import (
-    CachedTargets,
-    copies_folder,
-    in_order,
-    shared_targets,
-)
+from mmkd.student.teacher.cached_targets import CachedTargets, copies_folder, in_order, shared_targets
 from mmkd.student.teacher.cached_teacher import mix_split
 from mmkd.student.teacher.mixing import Mixture
 from mmkd.student.teacher.targets import fetch_targets

@@ -13,12 +13,7 @@ from mmkd.data_manifests.errors import FingerprintError, InputError, MmkdError
 from mmkd.data_manifests.manifest import Head
 from mmkd.student.teacher.cached_teacher import choose_mixtures
 from mmkd.student.teacher.mixing import Mixture
-from mmkd.student.teacher.mixture_file import (
-    load_mixtures,
-    mixture_file_for,
-    mixtures_from_file,
-    split_spec,
-)
+from mmkd.student.teacher.mixture_file import load_mixtures, mixture_file_for, mixtures_from_file, split_spec
 from tests.helpers.random_logits import draw_logits, draw_manifest
 from tests.helpers.small_cache import write_cache
 
