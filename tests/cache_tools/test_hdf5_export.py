@@ -255,6 +255,21 @@ def test_another_schema_is_no_export(exported, tmp_path, schema):
     assert "is not an export of" in refused("mmkd-cache", "import", path, "-o", tmp_path / "out")
 
 
+def test_text_that_hdf5_never_ends_reading_is_damage(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(hdf5_import, "HEADER_SECONDS", 3.0)
+    data = bytearray(exported.read_bytes())
+    at = (
+        data.index(b"GCOL") + 16
+    )  # the heap of texts: each one its number, 6 bytes, its size, itself; 0 is free space
+    while int.from_bytes(data[at : at + 2], "little"):
+        at += 16 + -(-int.from_bytes(data[at + 8 : at + 16], "little") // 8) * 8
+    data[at + 8 : at + 16] = bytes(8)
+    (tmp_path / "endless.h5").write_bytes(data)
+    with pytest.raises(VerificationError, match="does not come to an end"):
+        import_cache(tmp_path / "endless.h5", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_pipe_or_device_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):
