@@ -80,7 +80,7 @@ def split_arrays(
                 f"{expert!r} cannot name an expert: it must be an identifier other than "
                 f"{', '.join(sorted(RESERVED_NAMES))}"
             )
-        specs.append(ArraySpec(status_array(split.name, expert), grid, "uint8", 255))
+        specs.append(ArraySpec(status_array(split.name, expert), grid, "uint8", 255))  # NOT_COMPUTED; 0 is OK
         for head, classes in heads.items():
             for part in storage.parts(classes):
                 name = part_array(split.name, expert, part.name, head=head)
@@ -120,6 +120,7 @@ def encode_group(
             block = value[start : start + STATIC_ROWS]
             array[start : start + STATIC_ROWS] = np.array(block, dtype=object) if texts else block
     for spec, split in specs:
+        # A divisor: a shard holds whole inner chunks (Zarr), and its rows are what the user chose.
         inner = next(n for n in range(min(INNER_ROWS, split.shard_rows), 0, -1) if split.shard_rows % n == 0)
         group.create_array(
             spec.name,
@@ -151,6 +152,7 @@ def encode_block(name: str, metadata: bytes, *, start: tuple[int, int], block: n
     rows, views = start
     if rows % block.shape[0] or views % block.shape[1]:
         raise ValueError(f"{name}: a block of {block.shape} at {start} is not one whole shard")
+    # What one view holds is never split, so all further chunk numbers are 0.
     trailing = "/0" * (block.ndim - 2)
     key = f"{name}/c/{rows // block.shape[0]}/{views // block.shape[1]}{trailing}"
     return {key: encode_shard(metadata, block)}
@@ -161,6 +163,7 @@ def encode_object(name: str, metadata: bytes, key: str, *, values: npt.NDArray[A
     array, objects = _open(name, {f"{name}/zarr.json": metadata})
     region = array_form(name, metadata).region(key)
     shape = tuple(part.stop - part.start for part in region)
+    # The recorded hash is over whole shards: the padding that was left out belongs to them.
     if values.shape != shape:
         block = np.full(shape, array.fill_value, array.dtype)
         block[tuple(slice(length) for length in values.shape)] = values
@@ -204,7 +207,7 @@ def _readable() -> Iterator[None]:
     try:
         yield
     except MemoryError:
-        raise
+        raise  # it says nothing about the bytes, which must not be called damaged
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}") from error
@@ -240,6 +243,7 @@ class ArrayForm:
 
 def array_of(key: str) -> str:
     """Return the name of the array that an object, or a metadata object, of the group belongs to."""
+    # The last `/c/` parts name and chunk: an expert may be called c, too.
     return key.removesuffix("/zarr.json") if key.endswith("/zarr.json") else key.rpartition("/c/")[0]
 
 

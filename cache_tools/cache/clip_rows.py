@@ -91,8 +91,10 @@ def changed_clips(store: Store, init: CacheInit, manifest: Manifest) -> list[str
         own = {clip.clip_id for clip in clips}
         if gone := [clip_id for clip_id in stored.clip_ids if clip_id not in own]:
             lines.append(f"the manifest's split {split!r} lacks {named(gone)}")
+        # Said when nothing else differs: beside missing clips or other labels it would help nobody.
         elif not lines and tuple(clip.clip_id for clip in clips) != stored.clip_ids:
             lines.append(f"the clips of split {split!r} stand in another order")
+    # Of everything else in its manifest a cache has nothing but the one hash.
     return lines or ["video paths, times, groups or further splits of the manifest differ"]
 
 

@@ -36,6 +36,7 @@ def encode_logits(logits: Float32Array) -> tuple[Float16Array, Float32Array]:
     """
     maximum = logits.max(axis=-1)
     with np.errstate(invalid="ignore", over="ignore"):
+        # An infinite value, or a range beyond float32, is refused below, without NumPy's warning first.
         shifted = logits - maximum[..., None]
     if not np.isfinite(shifted).all() or shifted.min(initial=0) < np.finfo(np.float16).min:
         raise ValueError("logits must be finite and lie within 65504 below their row's maximum")
@@ -187,11 +188,13 @@ class SquareCompanded:
         arrays, present = filled(self, logits)
         rows = logits[present]
         maximum = rows.max(-1)
+        # In float64, since a distance rounded to float32 would now and then give the next integer.
         below = maximum[:, None].astype(np.float64) - rows
         extent = below.max(-1).astype(np.float32)
+        # By the rounded range, the one that decoding has; 1 for equal logits, where 0 / 0 would be NaN.
         scale = np.where(extent > 0, extent, 1).astype(np.float64)[:, None]
         integers = np.rint(self.largest * np.sqrt(below / scale))
-        integers[below > 0] = np.maximum(integers[below > 0], 1)
+        integers[below > 0] = np.maximum(integers[below > 0], 1)  # 0 is the maximum's alone: argmax stays
         arrays["logits"][present] = pack(integers.astype(np.uint16), self.bits)
         arrays["maximum"][present], arrays["range"][present] = maximum, extent
         return arrays
@@ -280,6 +283,7 @@ def step_size(values: npt.NDArray[np.floating], *, mantissa_bits: int, lowest_ex
     It is np.spacing, without its overflow at a format's largest number; NaN stays NaN.
     """
     known = ~np.isnan(values)
+    # frexp's mantissa is below 1, IEEE 754's below 2: one less. Subnormal numbers keep the lowest step.
     exponents = np.maximum(np.frexp(np.where(known, values, 0))[1] - 1, lowest_exponent)
     steps: Float64Array = np.where(known, np.ldexp(1.0, exponents - mantissa_bits), np.nan)
     return steps
@@ -291,6 +295,7 @@ def pack(integers: npt.NDArray[np.uint16], bits: int) -> UInt8Array:
     if bits == 8:
         return low
     high = (integers >> 8).astype(np.uint8)
+    # The most significant bit comes first: of a high byte the first 16 - bits are always 0, and left out.
     flat = np.unpackbits(high[..., None], axis=-1)[..., 16 - bits :]
     flat = flat.reshape(*high.shape[:-1], high.shape[-1] * (bits - 8))
     return np.concatenate([low, np.packbits(flat, axis=-1)], axis=-1)
@@ -303,5 +308,6 @@ def unpack(packed: UInt8Array, bits: int, *, classes: int) -> npt.NDArray[np.uin
         return low
     width = bits - 8
     flat = np.unpackbits(packed[..., classes:], axis=-1, count=classes * width)
+    # packbits fills a byte from the top, so what has fewer than eight bits stands too high in it.
     high = (np.packbits(flat.reshape(*low.shape, width), axis=-1)[..., 0] >> (8 - width)).astype(np.uint16)
     return np.bitwise_or(low, np.left_shift(high, np.uint16(8)))

@@ -66,6 +66,7 @@ class CacheReader:
             self.objects.update(record.objects)
         found = ((record.shard, record.node, record.fingerprint) for record in self.records)
         wanted = ((shard.name, node, own) for shard, node, own in self.init.wanted())
+        # zip_longest: an index that ends early or runs on is as wrong as one with another record.
         if any(one != other for one, other in itertools.zip_longest(found, wanted)):
             raise damaged(self.store.locate(INDEX), "its records are not those that init.json asks for")
 
@@ -174,7 +175,7 @@ class CacheReader:
     def status(self, split: str, expert: str) -> UInt8Array:
         """Return (rows, views): the `Status` of each view; raise InputError for an expert that is not there."""
         self.storage(expert)
-        status: UInt8Array = self.array(status_array(split, expert))[: self.layout(split).rows]
+        status: UInt8Array = self.array(status_array(split, expert))[: self.layout(split).rows]  # shards are padded
         return status
 
     def usable(self, split: str, expert: str) -> npt.NDArray[np.bool_]:
@@ -193,6 +194,7 @@ class CacheReader:
         found: dict[str, dict[int, Unusable]] = {expert: {} for expert in self.experts}
         for record in self.records:
             if record.node != THUMBPRINT and record.shard.startswith(f"{split}/"):
+                # By row: a clip may be in the records of several blocks of views, and is listed once.
                 found[record.node].update({item.row: item for item in record.unusable})
         return {expert: [rows[row] for row in sorted(rows)] for expert, rows in found.items()}
 

@@ -38,6 +38,8 @@ def encode_shard(metadata: bytes, block: npt.NDArray[Any]) -> bytes:
     chunks = [bytes(codec.encode(little[start : start + inner[0]])) for start in range(0, shard[0], inner[0])]
     index = np.empty((len(chunks), 2), "<u8")
     index[:, 1] = [len(chunk) for chunk in chunks]
+    # Offsets count from the shard's first byte: Zarr's default puts the index behind the chunks.
     index[:, 0] = np.cumsum(index[:, 1]) - index[:, 1]
+    # Over the index alone: each inner chunk has a checksum of zstd's.
     checksum = np.array(google_crc32c.value(index.tobytes()), "<u4")
     return b"".join((*chunks, index.tobytes(), checksum.tobytes()))

@@ -108,6 +108,7 @@ def _run_in_workers(
         while waiting:
             yield deliver()
     finally:
+        # Killed first: shutdown waits for the threads, and those for workers that may hang.
         watchers.kill_all()
         executor.shutdown(wait=True, cancel_futures=True)
         watchers.close_all()
@@ -213,6 +214,7 @@ class _Watchers:
         worker: Worker | None = getattr(self._local, "worker", None)
         if worker is None:
             with self._lock:
+                # Under the lock, so that kill_all meets every worker that was started before it.
                 if self._stopped:
                     raise RuntimeError("the pool is closed")
                 try:

@@ -51,9 +51,10 @@ class Worker:
         """Start it; OSError when the machine cannot."""
         self._connection, theirs = Pipe()
         command = f"from mmkd.cache_tools.process.pool_worker import serve; serve({theirs.fileno()})"
+        # Our copy of the worker's end is closed: else the pipe would never end when the worker dies.
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", command],
+                [sys.executable, "-P", "-c", command],  # -P: the current folder may hold a module of a known name
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what a decoder prints must not end up in a command's result
                 pass_fds=(theirs.fileno(),),
@@ -101,6 +102,7 @@ class Worker:
     def _lost(self) -> WorkerLostError:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
+        # None after five seconds without an end: nobody knows, so it does not count as a crash.
         code = self._process.returncode
         return WorkerLostError("decoder died", is_crash=code is not None and -code not in KILLS)
 
@@ -158,7 +160,7 @@ class _Message:
             return
         with file:
             connection.send_bytes(pickle.dumps((self._pickled, sizes)))
-            send_handle(connection, file.fileno(), None)
+            send_handle(connection, file.fileno(), None)  # None: only Windows asks for a process
 
     def _file(self) -> BinaryIO | None:
         """Return a file that lives in memory as long as somebody has it open, or None."""
@@ -180,7 +182,7 @@ def _receive_message(connection: Connection) -> Any:
     """Return the value of a message."""
     pickled, parts = pickle.loads(connection.recv_bytes())
     if not parts or isinstance(parts[0], bytes):
-        return pickle.loads(pickled, buffers=map(bytearray, parts))
+        return pickle.loads(pickled, buffers=map(bytearray, parts))  # arrays over bytes cannot be written
     with os.fdopen(recv_handle(connection), "rb") as file:
         file.seek(0)  # the worker shares our position
         buffers = [bytearray(size) for size in parts]

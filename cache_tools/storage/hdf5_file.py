@@ -19,6 +19,7 @@ class PatientFile:
 
     def __init__(self, path: Path, mode: str) -> None:
         """Open the file; raise OSError as `open` does."""
+        # Unbuffered: a buffer would meet the full disk in a later call, or when it is closed.
         self._file: Any = path.open(mode, buffering=0)
         self.refusal: OSError | None = None
 
@@ -43,7 +44,7 @@ class PatientFile:
         size = len(left)
         with self._kept():
             while left and self.refusal is None:
-                left = left[self._file.write(left) :]
+                left = left[self._file.write(left) :]  # a raw file may take less than all
         return size
 
     def seek(self, offset: int, whence: int = 0) -> int:

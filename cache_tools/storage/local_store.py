@@ -192,6 +192,7 @@ class LocalStore:
 
     def _refuse(self, path: Path, own: Path, error: OSError) -> None:
         """Raise what an error of a rename means, if it means more than it says."""
+        # NFS says ESTALE of a folder that another machine moved away or removed.
         if error.errno in (errno.ENOENT, errno.ESTALE) and not own.is_dir():
             raise TakenOverError(self.locate()) from error
         if error.errno == errno.EXDEV:
@@ -226,7 +227,7 @@ def place_once(temporary: Path, path: Path, *, data: bytes, move: Callable[[Path
     make_folder(path.parent)
     write_synced(temporary, data)
     move(temporary, path)
-    sync_directory(path.parent)
+    sync_directory(path.parent)  # fsync of a file does not make its name durable
 
 
 def link_or_move(source: Path, target: Path) -> None:

@@ -88,6 +88,7 @@ class ObjectStore:
                 return self.read(key) == data
             return False
         if self._conditions is None:
+            # The first put succeeds whether or not the server knows conditions: a refused second one tells.
             self._conditions = not self._put_new(key, data)
             if not self._conditions:
                 self._warn()
@@ -132,6 +133,7 @@ class ObjectStore:
     def begin(self, writer: str) -> None:
         """Make the object that lets a writer write."""
         self._writer = ""
+        # As nobody, for `write` would ask for the very object that it is to make.
         self.write(alive_key(writer), b"")
         self._writer = writer
 

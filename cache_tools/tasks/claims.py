@@ -80,6 +80,7 @@ class Claims:
             return True
         if self._others.alive(owner):
             return False
+        # Buried first: the next claim must not stand beside a writer that may still wake up.
         self._others.bury(owner)
         return self._create(folder, generation + 1)
 
@@ -112,7 +113,7 @@ def claims_in(store: Store, prefix: str) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for key in own_keys(store.list(prefix), CLAIMS):
         folder, _, name = key.rpartition("/")
-        found.setdefault(folder, []).append(int(Path(name).stem))
+        found.setdefault(folder, []).append(int(Path(name).stem))  # as text 10 is less than 9
     return {folder: sorted(numbers) for folder, numbers in found.items()}
 
 

@@ -46,6 +46,7 @@ def finish_claimed(store: Store, claims: Claims, others: OtherTasks) -> None:
     index = b"".join(_record(store, *node).to_bytes() for node in wanted)
     store.write(INDEX, index)
     hashes = {INIT: _sha256(store.read(INIT)), INDEX: _sha256(index)}
+    # Asked last: the root makes the cache finished, and who slept until here may not say so any more.
     if not claims.holds_cache():
         raise TakenOverError(store.locate())
     store.write(ROOT, RootRecord(hashes).to_bytes())

@@ -120,6 +120,7 @@ class FolderLock:
             touched = _touched(holder.path)
             if touched is None:  # it finished just now
                 return
+            # Any change is a sign of life: this machine's clock is never compared with the other's.
             if touched != first:
                 raise InputError(in_use(self.folder, newest_holder(self.folder) or holder))
 
@@ -132,6 +133,7 @@ class FolderLock:
         }
         path = self.folder / LOCK_FORM.format(generation)
         try:
+            # O_EXCL holds on network file systems, too (NFS from version 3 on).
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False

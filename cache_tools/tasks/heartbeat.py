@@ -58,6 +58,7 @@ class TaskId:
 def new_task_id() -> str:
     """Return an id for this process that no other task has or had."""
     pid = os.getpid()
+    # The random part: one process may be several tasks.
     return f"{_machine()}-{pid}-{_started(pid)}-{uuid.uuid4().hex[:8]}"
 
 
@@ -94,7 +95,7 @@ class Task:
     def __exit__(self, *_: object) -> None:
         """Leave nothing behind."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join()  # first: a late beat would write the card again
         with suppress(StorageError):  # the error that ended the block matters more
             self.store.delete(task_key(self.id))
         with suppress(StorageError):
@@ -126,6 +127,7 @@ class OtherTasks:
             return True
         if surely_dead(task_id):
             return False
+        # A task that the last look did not see may have begun since: look again before calling it dead.
         if time.monotonic() - self._looked > LOOK_SECONDS or task_id not in self._live:
             self._live = self.living()
             self._looked = time.monotonic()
@@ -188,6 +190,7 @@ def live_tasks(store: Store, *, own: str | None = None, stale_seconds: float = S
     latest sign of life if that is later: right as long as the host's clock is not ahead by `stale_seconds`.
     """
     listed = signs_of_life(store)
+    # A task without a sign of its own has no time to judge by: it takes nobody for dead by age.
     now = max([time.time(), *listed.values()]) if own is None else listed.get(own)
     return {
         task_id

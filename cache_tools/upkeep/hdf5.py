@@ -108,8 +108,9 @@ def _write_array(reader: CacheReader, output: Hdf5Output, name: str) -> dict[str
     shape = (rows, *form.shape[1:])
     dtype: Any = form.dtype
     if is_text(form.dtype):
+        # Texts of variable length lie in a heap of HDF5's, which the checksums of chunks do not cover.
         longest = max(len(str(value).encode()) for value in reader.array(name))
-        dtype = h5py.string_dtype("utf-8", max(longest, 1))
+        dtype = h5py.string_dtype("utf-8", max(longest, 1))  # HDF5 has no texts of length 0
     chunk = _chunk(tuple(min(pair) for pair in zip(form.block, shape, strict=True)), np.dtype(dtype).itemsize)
     dataset = output.file.create_dataset(name, shape, dtype, **_filters(chunk, rows))
     hashes = {}
@@ -167,5 +168,6 @@ def _chunk(block: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
 
 
 def _filters(chunk: tuple[int, ...], rows: int) -> dict[str, Any]:
-    chunks = (max(min(chunk[0], rows), 1), *chunk[1:])
+    chunks = (max(min(chunk[0], rows), 1), *chunk[1:])  # none may be larger than its data set
+    # Filters that come with HDF5 itself: for zstd every reader would have to install a plug-in.
     return {"chunks": chunks, "compression": "gzip", "compression_opts": 1, "shuffle": True, "fletcher32": True}

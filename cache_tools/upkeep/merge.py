@@ -149,6 +149,7 @@ class Merger:
                 for name in self._arrays[split.name, node]
             }
             for shard in split.shards():
+                # Shards are encoded whole, and `shard.rows` ends at the last clip.
                 padded = slice(shard.rows.start, shard.rows.start + split.shard_rows)
                 views = slice(shard.views.start, shard.views.stop)
                 blocks = {name: np.asarray(array[padded, views]) for name, array in arrays.items()}
@@ -175,9 +176,11 @@ def static_values(rows: SplitRows) -> dict[str, Any]:
     for name in sorted(names):
         parts = [(source, source.reader.array(name)) for source in rows.sources]
         example = parts[0][1]
+        # Nothing of it stays unset: match_split refuses a clip that is in no cache.
         whole = np.empty((rows.layout.rows, *example.shape[1:]), example.dtype)
         for source, values in parts:
             whole[source.rows] = values
+        # O, T or U: what texts come as depends on the version of Zarr.
         found[name] = [str(value) for value in whole] if example.dtype.kind in "OTU" else whole
     return found
 
@@ -204,6 +207,7 @@ def gathered(rows: SplitRows, name: str, metadata: bytes, stack: ExitStack) -> n
             "folder with TMPDIR"
         ) from error
     array: npt.NDArray[Any] = np.memmap(file, form.dtype, "r+", shape=form.shape)
+    # A fresh file reads as zeros, which would mean results (Status.OK).
     array[rows.layout.rows :] = form.fill
     for source in rows.sources:
         for old_rows, views, values in source.reader.blocks(rows.layout.name, name):
@@ -247,6 +251,7 @@ def worst_errors(rows: SplitRows, node: str) -> dict[tuple[int, int], dict[str, 
     found: dict[tuple[int, int], dict[str, float]] = {}
     split = rows.layout
     for source, shard, record in source_records(rows, node):
+        # The rows of one old shard may go to many new ones, and which of them had the error is not known.
         row_blocks = np.unique(source.rows[shard.rows.start : shard.rows.stop] // split.shard_rows).tolist()
         view_blocks = {view // split.shard_views for view in shard.views}
         for block in ((row_block, view_block) for row_block in row_blocks for view_block in view_blocks):

@@ -102,6 +102,7 @@ def check_table(reader: CacheReader, table: SplitTable, by_id: dict[str, Clip], 
             label = clip.labels[head]
             if int(labels[row]) != (-1 if label is None else label):
                 raise InputError(f"{where}: clip {clip_id!r} has {head} label {labels[row]}, the manifest {label}")
+    # A sample is enough: another flip_allowed changes about every second random view.
     readable = np.flatnonzero(table.readable)
     sample = readable[np.unique(np.linspace(0, len(readable) - 1, min(len(readable), SAMPLED_ROWS)).astype(int))]
     for row in sample.tolist():

@@ -108,6 +108,7 @@ def verify_cache(location: Path | str | Store, *, repair: bool = False) -> Verif
         others = OtherTasks(own)
         claims = Claims(own, others)
         with claims.whole_cache():
+            # Asked with the claim in hand: a build that begins from here on waits for it.
             if others.living():
                 raise InputError(f"{store.locate()} is being built; repair it when no task is at work")
             others.sweep()
@@ -125,6 +126,7 @@ def check(store: Store, living: set[str]) -> VerifyReport:
     expected = Verifier(store, report).run()
     there = store.list()
     report.foreign = sorted(key for key in there if not is_own_key(key))
+    # The journal is for people and stays; signs of life and claims are left over when nobody is at work.
     traces = (f"{JOURNAL}/", f"{TASKS}/", f"{CLAIMS}/")
     known = (key for key in there if is_own_key(key) and not key.startswith(traces))
     report.leftovers = sorted(key for key in known if key not in expected)
@@ -212,6 +214,7 @@ class Verifier:
             if not self._object(group_key(object_key), sha256, what)
         ]
         if bad:
+            # The record must go, too: as long as it is there, a build takes the shard for done.
             self._report.damaged[key] = f"commit record of {what}: vouches for damaged objects"
             self._report.shards.append(shard.name)
         return len(record.objects)
