@@ -46,6 +46,7 @@ def what_is(path: Path) -> str | None:
         return None
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return HDF5
+    # replace: the bytes that were read may end in the middle of a character.
     return _kind_of_text(path, head.decode("utf-8-sig", "replace"))
 
 

@@ -88,6 +88,7 @@ class _ClipReader:
         if match is None:
             return self._clip(_object(line))
         clip_id, video, split, labels_text, start, end, groups_text = match.groups()
+        # Only text that is new is checked: equal labels were right for these heads before.
         if labels_text not in self._labels or groups_text not in self._groups:
             clip = self._clip(_object(line))
             self._labels.setdefault(labels_text, clip.labels)
@@ -102,6 +103,7 @@ class _ClipReader:
             if not isinstance(row.get(key), str):
                 raise InputError(f"{key!r} must be a string, got {row.get(key)!r}")
         labels = row.get("labels")
+        # By `type`, for to isinstance true and false are whole numbers.
         if not isinstance(labels, dict) or not all(v is None or type(v) is int for v in labels.values()):
             raise InputError(f"'labels' must map each head to a whole number or null, got {labels!r}")
         groups = row.get("groups", [])
@@ -133,7 +135,7 @@ def _seconds(row: dict[str, Any], key: str) -> float | None:
 
 
 def _clips(lines: Iterable[tuple[int, str]], heads: Sequence[Head], path: Path) -> tuple[Clip, ...]:
-    reader, numbers, clips = _ClipReader(heads), array("q"), []
+    reader, numbers, clips = _ClipReader(heads), array("q"), []  # 8 bytes a line: there may be millions
     for number, line in lines:
         try:
             clips.append(reader.clip(line))

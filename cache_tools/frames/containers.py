@@ -87,6 +87,7 @@ def _riff_end(file: BinaryIO, size: int) -> int:
 def _mp4_end(file: BinaryIO, size: int) -> int:
     """Return where the last outer box that begins inside the file ends, in bytes from the start."""
     position = 0
+    # Before both are found any type of box is read over; behind them it may be what a camera appended.
     missing = {b"moov", b"mdat"}
     for _ in range(MAX_BOXES):
         file.seek(position)
@@ -97,7 +98,7 @@ def _mp4_end(file: BinaryIO, size: int) -> int:
         if not missing and kind not in MP4_LATER_BOXES:
             break  # appended by a camera
         if length == 1 and len(head) == 16:
-            length = int.from_bytes(head[8:], "big")
+            length = int.from_bytes(head[8:], "big")  # 1: the size follows in 64 bits (ISO 14496-12)
         if length == 0:
             return size  # the box goes on to the end of the file
         if length < 8:

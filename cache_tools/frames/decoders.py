@@ -108,6 +108,7 @@ class PyavDecoder:
             if packet.size and (packet.dts == dts if avi else packet.pts == pts):
                 yield from packet.decode()
                 break
+            # Decode times ascend, and a frame's is never after its pts: the key frame cannot follow any more.
             if packet.size and packet.dts is not None and packet.dts > pts:
                 return
         for packet in packets:
@@ -127,6 +128,7 @@ def quarter_turns(frame: Any) -> int:
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
         return 0
+    # Rows a, b, u; c, d, v; x, y, w of int32: a to d are 16.16 fixed point, and u between them is not used.
     a, b, _, c, d = struct.unpack_from("=5i", memoryview(matrix))
     turns = QUARTER_TURNS.get(tuple(round(value / 65536) for value in (a, b, c, d)))
     if turns is None or {abs(value) for value in (a, b, c, d)} != {0, 65536}:

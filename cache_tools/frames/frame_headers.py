@@ -35,7 +35,7 @@ def _flv1(data: bytes) -> bool | None:
     """Sorenson's H.263 (SWF file format, H263VIDEOPACKET): 17 + 5 + 8 bits, the size in eight forms, the type."""
     if len(data) < 9 or _bits(data, 0, 17) != 1:
         return None
-    explicit_bits = {0: 16, 1: 32}.get(_bits(data, 30, 3), 0)
+    explicit_bits = {0: 16, 1: 32}.get(_bits(data, 30, 3), 0)  # width and height: of 8 bits each, or of 16
     return _bits(data, 33 + explicit_bits, 2) == 0
 
 
@@ -122,6 +122,7 @@ def _vp9_frames(data: memoryview) -> list[bytes]:
     last = data[-1]
     count, length_bytes = (last & 7) + 1, (last >> 3 & 3) + 1
     index_bytes = 2 + count * length_bytes
+    # The marker stands at both ends of the index: at the packet's end alone it is picture data by chance.
     if last & 0xE0 != 0xC0 or len(data) < index_bytes or data[-index_bytes] != last:
         return [bytes(data[:24])]
     lengths = bytes(data[1 - index_bytes : -1])
@@ -162,7 +163,7 @@ def _vp9_size(frame: bytes) -> tuple[int, int] | None:
     bits.read(0 if resilient else 2)  # reset of contexts
     if intra_only:
         bits.read(24)
-        if profile:
+        if profile:  # 0 states none: 8 bits, 4:2:0
             _skip_vp9_colours(bits, profile)
         bits.read(8)  # refreshed references
         return _vp9_frame_size(bits)
@@ -181,6 +182,6 @@ def _skip_vp9_colours(bits: _Bits, profile: int) -> None:
     bits.read(profile >= 2)  # bit depth
     if bits.read(3) != 7:  # not sRGB
         bits.read(1)  # range
-        bits.read(3 if profile & 1 else 0)
+        bits.read(3 if profile & 1 else 0)  # subsampling and a reserved bit
     else:
         bits.read(profile & 1)

@@ -29,11 +29,12 @@ class PictureCounter:
         self._length_bytes = 0
         """Bytes of the length before each unit; 0 where start codes part them."""
         head = extradata or b""
+        # lengthSizeMinusOne (ISO 14496-15) is in byte 21 of an hvcC record and in byte 4 of an avcC one.
         at = 21 if self._hevc else 4
-        if head[:1] == b"\1" and len(head) > at + 2:
+        if head[:1] == b"\1" and len(head) > at + 2:  # configurationVersion; a start code begins with 0
             self._length_bytes = (head[at] & 3) + 1
             if not self._hevc:
-                self._sequence(head[8 : 8 + SPS_BYTES])
+                self._sequence(head[8 : 8 + SPS_BYTES])  # behind the number of sets and the first one's length
         else:
             self.pictures(head)
 
@@ -84,12 +85,13 @@ class PictureCounter:
             bits.read(1)
             for _ in range(2):
                 bits.golomb()
-            for _ in range(min(bits.golomb(), 255)):
+            for _ in range(min(bits.golomb(), 255)):  # H.264 allows 255: a damaged header cannot keep us here
                 bits.golomb()
         bits.golomb()  # reference frames
         bits.read(1)
         bits.golomb()  # width, height
         bits.golomb()
+        # frame_mbs_only_flag: where it is set no picture is a field, and slices need no second look.
         self._slice_bits = None if bits.read(1) else (planes, frame_number_bits)
 
     def _is_field(self, unit: bytes) -> bool:
@@ -119,6 +121,7 @@ class _Bits:
     def golomb(self) -> int:
         """Return the next number of variable length (ITU-T H.264, 9.1)."""
         zeros = 0
+        # Behind the end there are zeros alone: without the limit this would never stop.
         while zeros < 32 and not self.read(1):
             zeros += 1
         return (1 << zeros) - 1 + self.read(zeros)
@@ -132,12 +135,12 @@ class _Bits:
 def _skip_colours(bits: _Bits) -> int:
     """Read over the format of colours; return the bits that it adds to a slice's header."""
     chroma = bits.golomb()
-    planes = 2 if chroma == 3 and bits.read(1) else 0
+    planes = 2 if chroma == 3 and bits.read(1) else 0  # separate_colour_plane_flag: slices then name their plane
     bits.golomb()
     bits.golomb()  # depths
     bits.read(1)
     if bits.read(1):  # scaling lists
-        for number in range(12 if chroma == 3 else 8):
+        for number in range(12 if chroma == 3 else 8):  # 4:4:4 has lists of 8 x 8 for Cb and Cr, too
             if bits.read(1):
                 _skip_scaling_list(bits, 16 if number < 6 else 64)
     return planes

@@ -200,10 +200,11 @@ class _Scan:
         self.digest.update(b"%d %d;" % (packet.pts, packet.size))
         codec = self.stream.codec_context.name
         if self._is_key(packet):
+            # Some demuxers seek by decode time, others by presentation time: the smaller stands before both.
             self.keys.append((packet.pts, packet.pts if packet.dts is None else min(packet.pts, packet.dts)))
         self.headless |= not self.keys
         if codec == "mpeg4" and bytes(packet).count(MPEG4_FRAME_START) > 1:
-            self.packed = True
+            self.packed = True  # DivX in AVI: a P- and a B-frame share a packet and its one time stamp
         if self.counter is not None:
             self.unshown += max(0, self.counter.pictures(packet) - 1)
         self.sizes.update(coded_sizes(codec, packet))
@@ -220,7 +221,7 @@ class _Scan:
             return marked
         own = self.own_mark(bytes(packet))
         if own is None:
-            return marked and not self.keys
+            return marked and not self.keys  # of marks that nothing confirms the first alone is believed
         self.false_marks += marked and not own
         return own
 
@@ -260,7 +261,7 @@ def index_packets(path: Path, container: Any, stream: Any) -> PacketIndex:
     if scan.headless:
         raise VideoError(f"the video does not begin with a key frame: cut or damaged; {reencode(stream)}")
     keys = np.array(sorted(scan.keys), dtype=np.int64)
-    pts = shown_pts(scan.pts, int(keys[0, int(reordered)]), stream)
+    pts = shown_pts(scan.pts, int(keys[0, int(reordered)]), stream)  # reordered: both are decode times
     avi = container.format.name == "avi"  # knows decode times alone: what FFmpeg adds to reorder is no lateness
     interval_seconds = float(np.median(np.diff(pts)) * stream.time_base) if len(pts) > 1 else PRIMING_SECONDS
     if scan.unshown:
@@ -312,7 +313,7 @@ def check_complete(container: Any, frames: int, end_seconds: float) -> None:
     if not frames:
         raise VideoError("the video has no frame")
     claimed = (container.duration or 0) / av.time_base
-    tolerance = max(0.5, 2 * end_seconds / frames)
+    tolerance = max(0.5, 2 * end_seconds / frames)  # two frames: the last packet may state no duration
     if end_seconds < claimed - tolerance:
         raise VideoError(
             f"truncated: the header says {claimed:.2f} s, {end_seconds:.2f} s ({counted(frames, 'frame')}) arrived"

@@ -140,6 +140,7 @@ def probe_and_keep(source: FrameSource, store: Path | None, video: str) -> Probe
 @contextmanager
 def claimed(store: Path, video: str) -> Iterator[None]:
     """Let one process at a time probe a video, as far as the file system has locks and for `CLAIMED_SECONDS`."""
+    # Seven bytes, since an offset in a file is a signed number of eight.
     byte = int.from_bytes(hashlib.blake2b(video.encode("utf-8", "surrogatepass"), digest_size=7).digest())
     try:
         store.mkdir(parents=True, exist_ok=True)
@@ -153,7 +154,7 @@ def claimed(store: Path, video: str) -> Iterator[None]:
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
                 break
-            except (BlockingIOError, PermissionError):  # claimed
+            except (BlockingIOError, PermissionError):  # claimed: POSIX allows both errors
                 time.sleep(CLAIMED_LOOK_SECONDS)
             except OSError:  # no locks here
                 break

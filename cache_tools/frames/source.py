@@ -248,6 +248,7 @@ def _kept_index(path: Path) -> PacketIndex | None:
 
 def _index(path: Path, container: Any, stream: Any) -> PacketIndex:
     stat = path.stat()
+    # The inode, too: a file moved into another's place may have its size and time of change.
     key = (path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
     index = _INDICES.get(key)
     if index is None:

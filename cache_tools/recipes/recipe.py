@@ -153,7 +153,7 @@ def _file_layer(path: Path, model: type[BaseModel]) -> Layer:
 
 def _environment_layer(environ: Mapping[str, str], prefix: str) -> Layer:
     layer = Layer({}, {}, {})
-    for name in sorted(environ):
+    for name in sorted(environ):  # of names that differ in case alone, the same one wins everywhere
         if name.startswith(prefix):
             path = tuple(name.removeprefix(prefix).lower().split("__"))
             values = _nested(path, parse_text(environ[name], name))
@@ -266,7 +266,7 @@ def _at(values: Any, path: Dotted) -> Any:
 
 def _leaves(values: Mapping[str, Any], prefix: Dotted = ()) -> Iterator[tuple[Dotted, Any]]:
     for key, value in values.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value:  # an empty mapping is a value: nothing below it has its origin
             yield from _leaves(value, (*prefix, key))
         else:
             yield (*prefix, key), value

@@ -23,6 +23,7 @@ MAX_RECIPE_BYTES = 2**20
 class _Loader(yaml.SafeLoader):
     """Safe loading with the YAML 1.2 core resolution of plain values."""
 
+    # Empty: PyYAML's own, those of YAML 1.1, would be inherited otherwise, and `no` be false.
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  (PyYAML's own form)
 
 
@@ -38,6 +39,7 @@ _PLAIN = (
     ),
 )
 for _tag, _pattern, _first in _PLAIN:
+    # \Z, since PyYAML matches from the start alone and `$` would let a last line feed pass.
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
@@ -85,7 +87,7 @@ def parse_text(text: str, name: str) -> Any:
 
 def _compose(text: str, name: str) -> yaml.Node | None:
     try:
-        for event in yaml.parse(text, Loader=_Loader):
+        for event in yaml.parse(text, Loader=_Loader):  # composed nodes show no anchors any more
             if getattr(event, "anchor", None) is not None:
                 place = f"{name}{_line(event.start_mark)}"
                 raise InputError(f"{place}: anchors and aliases (& and *) are not supported; write it out")
@@ -101,7 +103,7 @@ def _check(node: yaml.Node, name: str, lines: dict[Dotted, int], path: Dotted) -
     """Refuse repeated keys and keys that are not text, and record the line of every key."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _check(item, name, {}, ())
+            _check(item, name, {}, ())  # a table of its own: items may have the same keys
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:

@@ -164,6 +164,7 @@ def _draw(
     of_scale, of_left, of_top, of_flip = (words[..., ranges + i] for i in range(4))
     smallest, largest = policy.scale
     factor = smallest + (largest - smallest) * unit(of_scale)
+    # At least 1: by the largest scale, 8, a short side of 4 px or less rounds to a window of 0.
     side = np.maximum(1, np.rint(np.minimum(clips.width, clips.height) / factor)).astype(np.int64)
     left, top = below(of_left, clips.width - side + 1), below(of_top, clips.height - side + 1)
     tossed = below(of_flip, np.array(2)).astype(np.bool_)
@@ -176,6 +177,7 @@ _encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 @lru_cache(maxsize=8)
 def _key_tail(policy: ViewPolicy, seed: int) -> str:
     """Return the end of the key, the JSON [dataset, clip id, number, policy, seed]."""
+    # Without the evaluation settings: to change them must not draw other training views.
     fields = policy.model_dump(mode="json", exclude={"evaluation_crops", "evaluation_clips"})
     return f", {_encode(fields)}, {seed}]"
 
@@ -192,6 +194,7 @@ def _frame_ranges(frame_count: IntArray, policy: ViewPolicy) -> tuple[IntArray, 
         return np.zeros_like(high), high
     bounds = (np.arange(policy.frames + 1) * frame_count // policy.frames)[:, None]
     low = bounds[..., :-1]
+    # A clip of fewer frames than T has empty segments: each takes the frame that it begins at.
     return low, np.maximum(low + 1, bounds[..., 1:])
 
 

@@ -38,6 +38,7 @@ BLOCK_WORDS = 8
 
 def stream_bytes(key: str) -> Iterator[bytes]:
     """Yield the stream of a key, the JSON of what it is a function of, in blocks of 8 little-endian words."""
+    # Hashed first, since a key of BLAKE2b has at most 64 bytes.
     digest = hashlib.blake2b(key.encode(), digest_size=64).digest()
     for counter in itertools.count():
         yield hashlib.blake2b(counter.to_bytes(8, "little"), key=digest, digest_size=64).digest()
@@ -46,10 +47,11 @@ def stream_bytes(key: str) -> Iterator[bytes]:
 def below(words: UInt64Array, n: IntArray) -> IntArray:
     """Return `KeyedWords.below` of arrays: (word * n) >> 64 for n below 2^32, in halves of 32 bits."""
     n = n.astype(np.uint64)
+    # word * n needs up to 96 bits; the product with a half fits into 64.
     high, low = (words >> 32) * n, (words & 0xFFFFFFFF) * n
     return ((high + (low >> 32)) >> 32).astype(np.int64)
 
 
 def unit(words: UInt64Array) -> Float64Array:
     """Return `KeyedWords.unit` of an array."""
-    return (words >> 11).astype(np.float64) * 2.0**-53
+    return (words >> 11).astype(np.float64) * 2.0**-53  # 53 bits: with more, rounding could give 1.0

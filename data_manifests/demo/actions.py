@@ -160,7 +160,7 @@ def lift_and_drop(draw: Draw, setting: Setting) -> Motion:
     height = draw.uniform(0.2, 0.42)
     middle = setting.start + draw.uniform(0.5, 0.7) * (setting.end - setting.start)
     up = ease(setting.time, setting.start, middle)
-    fallen = np.clip((setting.time - middle - 0.03) / draw.uniform(0.08, 0.16), 0.0, 1.0) ** 2
+    fallen = np.clip((setting.time - middle - 0.03) / draw.uniform(0.08, 0.16), 0.0, 1.0) ** 2  # as under gravity
     target = _target(setting, 0.0, height * (0.5 - up + fallen * up), draw.uniform(-0.5, 0.5) * fallen)
     dx, dy = _grasp(draw, setting)
     held = setting.y + height * (0.5 - up) + dy
@@ -170,7 +170,7 @@ def lift_and_drop(draw: Draw, setting: Setting) -> Motion:
 def approach(draw: Draw, setting: Setting, *, direction: float) -> Motion:
     """Move towards the camera (1) or away from it (-1): the thing and hand change size."""
     way = direction * draw.uniform(0.45, 0.95) * (setting.progress() - 0.5)
-    scale = np.exp(way)
+    scale = np.exp(way)  # as many times larger as smaller, and never 0
     base = _target(setting, draw.uniform(-0.1, 0.1) * way, draw.uniform(-0.05, 0.12) * way, 0.2 * way)
     target = Track(base.x, base.y, base.size * scale, base.angle)
     dx, dy = _grasp(draw, setting)

@@ -43,10 +43,11 @@ class Draw:
     def shuffled(self, items: Sequence[Item]) -> list[Item]:
         """Return the items in random order."""
         keys = self._generator.random(len(items))
-        return [items[i] for i in np.argsort(keys, kind="stable")]
+        return [items[i] for i in np.argsort(keys, kind="stable")]  # stable: no sort's whim between equal keys
 
     def noise(self, *shape: int) -> npt.NDArray[np.float32]:
         """Return triangular noise of mean 0 and standard deviation 1: two uniform bytes added and scaled."""
         count = int(np.prod(shape))
         words = np.frombuffer(self._generator.bytes(2 * count), np.uint8).reshape(2, *shape)
+        # Two bytes have a sum of mean 255 and standard deviation sqrt((256^2 - 1) / 6), 104.5.
         return np.asarray((words.astype(np.float32).sum(axis=0) - 255.0) / 104.5, np.float32)

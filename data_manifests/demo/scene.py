@@ -85,6 +85,7 @@ class Scene:
 
 
 def _times(frames: int) -> FloatArray:
+    # Around the frame's own time, for boxes are those of the middle moment (outline_at).
     offsets = SHUTTER * (np.arange(MOMENTS) / (MOMENTS - 1) - 0.5)
     moments = np.arange(frames, dtype=np.float64)[:, None] + offsets[None, :]
     return moments.reshape(-1) / (frames - 1)
@@ -189,7 +190,7 @@ def _paint(canvas: Float32Array, sprite: Sprite, matrix: npt.NDArray[np.float64]
     patch = cv2.warpAffine(sprite.rgba, local, (int(x2 - x1), int(y2 - y1)), flags=cv2.INTER_LINEAR)
     part = canvas[y1:y2, x1:x2]
     part *= (255.0 - patch[..., 3:].astype(np.float32)) / np.float32(255.0)
-    part += patch[..., :3]
+    part += patch[..., :3]  # premultiplied by alpha already
 
 
 def _shrunk(layer: Layer, scene: Scene) -> Layer:
@@ -237,6 +238,7 @@ def render(scene: Scene) -> UInt8Array:
             for layer in layers:
                 _paint(canvas, layer.sprite, _placement(scene, layer, moment))
             total += canvas
+        # Added after averaging: motion blurs no sensor's noise.
         grain = np.float32(scene.noise) * noise.noise(scene.height, scene.width, 1)
         picture = total * np.float32(scene.gain[frame] / MOMENTS) + grain
         clip[frame] = np.clip(np.rint(picture), 0, 255).astype(np.uint8)

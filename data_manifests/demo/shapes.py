@@ -20,6 +20,7 @@ Point = tuple[float, float]
 def draw_polygon(mask: UInt8Array, *points: Point) -> None:
     """Fill the polygon of the given corners."""
     pixels = np.array(points) * RADIUS + SPRITE_SIZE / 2
+    # In sixteenths of a pixel (4 bits of fraction), since OpenCV takes whole numbers alone.
     cv2.fillPoly(mask, [np.round(pixels * 16).astype(np.int32)], 255, cv2.LINE_AA, 4)
 
 

@@ -99,6 +99,7 @@ def make_sprite(colour: Float32Array, mask: UInt8Array, origin: Point, radius_px
     """Join colour (H, W, 3) in 0..255 and alpha mask (H, W) into a sprite."""
     alpha = mask.astype(np.float32)[..., None] / 255.0
     rgba = np.concatenate([np.clip(colour, 0, 255) * alpha, alpha * 255.0], axis=2)
+    # Every point of the edge: a box is made of those inside the frame, where no corner need be.
     contours, _ = cv2.findContours((mask > 127).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     outline = np.concatenate(contours).reshape(-1, 2).astype(np.float32)
     return Sprite(np.round(rgba).astype(np.uint8), outline, origin, radius_px)
