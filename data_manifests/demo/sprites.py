@@ -42,7 +42,7 @@ class Kind:
     shape: str
     """Key of SHAPES."""
     texture: str
-    """Which pattern `_pattern` draws: stripes, dots, frame, grain or plain."""
+    """Which pattern `_pattern` draws: stripes, dots, frame, grain or shade."""
     hue: int
     """Main hue, 0..179 as OpenCV counts."""
     accent_hue: int
