@@ -14,7 +14,7 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.cache.softmax import kl_divergence
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.frames.records import Float32Array
-from mmkd.data_manifests.errors import FingerprintError, InputError
+from mmkd.data_manifests.errors import FingerprintError, InputError, VerificationError
 from mmkd.student.data.split_data import check_manifest, open_split
 from mmkd.student.evaluation.evaluate import (
     SplitMetrics,
@@ -126,6 +126,11 @@ def evaluate_on(
         batch_size=EVALUATION_BATCH,
         device=device,
     )
+    if not all(np.isfinite(value).all() for value in found.values()):
+        raise VerificationError(
+            f"split {name!r}: the student gives NaN or infinity: no finished training has such weights; train "
+            "it again into another folder"
+        )
     usable = np.zeros(split.table.rows, np.bool_)
     usable[split.rows] = True
     logits = {}

@@ -21,7 +21,7 @@ from mmkd.pipeline.experts.teach import whole_expert
 from mmkd.student.evaluation.evaluation_file import read_evaluation
 from mmkd.student.evaluation.metrics import average_views, evaluate
 from mmkd.student.evaluation.own_folder import refuse_other_contents
-from mmkd.student.evaluation.run_files import read_model, read_run
+from mmkd.student.evaluation.run_files import read_model, read_run, write_model
 from mmkd.student.evaluation.trained import load_student
 from tests.helpers.commands import ENVIRONMENT
 from tests.helpers.in_process import call, call_ok, refused
@@ -162,6 +162,13 @@ def test_a_model_that_run_json_does_not_describe_is_refused(world):
     path.unlink()
     with pytest.raises(InputError, match="the run is not finished"):
         load_student(world / "run")
+
+
+def test_a_model_of_nan_is_refused_in_one_line(world):
+    state = load((world / "run" / "model.safetensors").read_bytes())
+    state["network.heads.action.bias"] *= float("nan")
+    write_model(world / "run", read_run(world / "run"), save(state))
+    assert "the student gives NaN or infinity" in refused(*EVALUATE, code=4)
 
 
 def test_a_finished_run_is_evaluated_without_the_weights_that_it_started_from(world):
