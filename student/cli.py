@@ -228,7 +228,7 @@ def config_show(files: tuple[Path, ...], overrides: tuple[str, ...], **options: 
 @config.command("example", epilog=example("mmkd-student config example something-something > student.yaml"))
 @example_argument
 def config_example(data_set: str) -> None:
-    """Print a commented recipe to start from: the demo's, or the authors' for Something-Something."""
+    """Print a commented recipe to start from: the demo's, or the authors' for a data set."""
     click.echo(example_recipe(data_set, "student"), nl=False)
 
 

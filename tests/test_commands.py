@@ -140,13 +140,13 @@ def test_all_faults_of_a_recipe_are_reported_with_their_lines(tmp_path):
     assert "did you mean size_px?" in error
 
 
-@pytest.mark.parametrize("data_set", ["demo", "something-something"])
+@pytest.mark.parametrize("data_set", ["demo", "something-something", "epic-kitchens"])
 def test_example_recipes_are_complete_and_valid(data_set, tmp_path):
     for program, model in (("mmkd-cache", TeacherRecipe), ("mmkd-student", StudentRecipe)):
         text = call_ok(program, "config", "example", data_set)
         values, _ = parse_yaml(text, "example")
         recipe = model.model_validate(values | {"data": {"manifest": "m", "videos": "v"}})
-        if data_set == "something-something":
+        if data_set != "demo":
             experts = recipe.experts.values() if isinstance(recipe, TeacherRecipe) else [recipe]
             for expert in experts:  # METHOD: the authors' optimisation
                 train = expert.train
@@ -155,7 +155,12 @@ def test_example_recipes_are_complete_and_valid(data_set, tmp_path):
                 assert train.network == "swin3d_t"
             if isinstance(recipe, TeacherRecipe):
                 assert [e.modality for e in recipe.experts.values()] == ["rgb", "flow", "boxes"]
-                assert (recipe.views.frames, recipe.views.size_px, recipe.views.sampling) == (16, 224, "uniform")
+                views = recipe.views
+                dense = (8, 224, "dense", pytest.approx(8 / 60, abs=1e-5))
+                uniform = (16, 224, "uniform", None)
+                assert (views.frames, views.size_px, views.sampling, views.seconds_between_frames) == (
+                    uniform if data_set == "something-something" else dense
+                )
 
 
 def test_json_is_one_object_on_stdout_and_progress_on_stderr(tiny, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from mmkd.cache_tools.frames.probe import probe_all
-from mmkd.cache_tools.frames.records import ClipFacts, FactsTable, VideoFacts
+from mmkd.cache_tools.frames.records import ClipFacts, FactsTable, Float64Array, VideoFacts
 from mmkd.cache_tools.frames.source import DEFAULT_LIMITS, Limits, VideoFiles, clip_facts, frame_interval_seconds
 from mmkd.cache_tools.frames.video_paths import Links
 from mmkd.cache_tools.process.progress import Progress
@@ -66,6 +66,11 @@ class ClipVideo:
     facts: ClipFacts
     """Its frames within the video."""
 
+    @property
+    def times_seconds(self) -> Float64Array:
+        """(frame_count,) times of the clip's frames in the video."""
+        return self.video.times_seconds[self.facts.first_frame :][: self.facts.frame_count]
+
 
 class ClipVideos:
     """Clips with what the probe found of each, by row; a table, since clips may be millions."""
@@ -88,6 +93,10 @@ class ClipVideos:
         if isinstance(video, VideoError):
             return video
         return ClipVideo(self.clips[row], video, ClipFacts(*self.facts[row].tolist()))
+
+    def times(self) -> list[Float64Array | None]:
+        """Return (rows,) the times of each clip's frames; None for a clip whose video cannot be used."""
+        return [item.times_seconds if isinstance(item, ClipVideo) else None for item in self]
 
 
 class ClipSet:

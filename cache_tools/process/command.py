@@ -41,7 +41,14 @@ FOLDER = LocalPath(path_type=Path, file_okay=False)
 FILE = LocalPath(path_type=Path, dir_okay=False)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-example_argument = click.argument("data_set", type=click.Choice(["demo", "something-something"]))
+RECIPE_FILES = files("mmkd.data_manifests") / "recipe-files"
+TEACHER = "-teacher.yaml"
+example_argument = click.argument(
+    "data_set",
+    type=click.Choice(
+        sorted(file.name.removesuffix(TEACHER) for file in RECIPE_FILES.iterdir() if file.name.endswith(TEACHER))
+    ),
+)
 
 WRONG_PATH = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP})
 """The path that the user named cannot be what the command needs: usage."""
@@ -137,8 +144,7 @@ def named_data(values: dict[str, Any]) -> dict[str, Any]:
 
 def example_recipe(data_set: str, stage: str) -> str:
     """Return the text of the recipe for a data set and a stage, `teacher` or `student`."""
-    folder = files("mmkd.data_manifests") / "recipe-files"
-    return (folder / f"{data_set}-{stage}.yaml").read_text(encoding="utf-8")
+    return (RECIPE_FILES / f"{data_set}-{stage}.yaml").read_text(encoding="utf-8")
 
 
 def print_result(value: Any, *, as_json: bool, lines: Sequence[str]) -> None:

@@ -107,7 +107,8 @@ def check_table(reader: CacheReader, table: SplitTable, by_id: dict[str, Clip], 
     sample = readable[np.unique(np.linspace(0, len(readable) - 1, min(len(readable), SAMPLED_ROWS)).astype(int))]
     for row in sample.tolist():
         drawn = draw(reader, table, row, manifest)
-        if not all(same_view(view, table.view(row, number)) for number, view in enumerate(drawn)):
+        timed = reader.init.policy.is_timed
+        if not all(same_view(view, table.view(row, number), timed=timed) for number, view in enumerate(drawn)):
             raise InputError(
                 f"{where}: the views of clip {table.clip_ids[row]!r} are not those that this manifest gives (its "
                 "flip_allowed differs?); give the manifest that the caches' own are parts of"
@@ -117,8 +118,10 @@ def check_table(reader: CacheReader, table: SplitTable, by_id: dict[str, Clip], 
 def draw(reader: CacheReader, table: SplitTable, row: int, manifest: Manifest) -> tuple[View, ...]:
     """Return the views that a build over the manifest would give a stored clip."""
     policy, facts = reader.init.policy, table.clip_facts(row)
+    # A cache holds no times: of views by seconds only crop and flip are compared, which do not depend on them.
+    times = np.arange(facts.frame_count, dtype=np.float64) if policy.is_timed else None
     if table.name != reader.init.train_split:
-        return evaluation_views(facts, policy)
+        return evaluation_views(facts, policy, times)
     return random_views(
         facts,
         policy,
@@ -127,10 +130,11 @@ def draw(reader: CacheReader, table: SplitTable, row: int, manifest: Manifest) -
         seed=reader.init.view_seed,
         flip_allowed=manifest.flip_allowed,
         numbers=range(table.views),
+        times_seconds=times,
     )
 
 
-def same_view(one: View, other: View) -> bool:
-    """Return whether two views show the same."""
-    same = np.array_equal(one.frame_indices, other.frame_indices)
+def same_view(one: View, other: View, *, timed: bool) -> bool:
+    """Return whether two views show the same; of views by seconds, whether their windows are the same."""
+    same = timed or np.array_equal(one.frame_indices, other.frame_indices)
     return same and (one.crop_xywh, one.flip) == (other.crop_xywh, other.flip)

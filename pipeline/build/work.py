@@ -27,6 +27,7 @@ from mmkd.cache_tools.layout import (
 from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.tasks.claims import Claims
 from mmkd.cache_tools.views.canonical import CANONICAL_RULES
+from mmkd.cache_tools.views.coverage import short_views_line
 from mmkd.cache_tools.views.drawing import VIEW_RULES, ViewPolicy, evaluation_view_table, random_view_table
 from mmkd.cache_tools.views.view import View, ViewTable
 from mmkd.data_manifests.counted import ARE, counted
@@ -79,7 +80,7 @@ def base_fields(manifest: Manifest, policy: ViewPolicy, *, train_split: str, vie
         "manifest": manifest.fingerprint(),
         "heads": {head.name: list(head.classes) for head in manifest.heads},
         "train_split": train_split,
-        "views": policy.model_dump(mode="json"),
+        "views": policy.identity(),
         "view_seed": view_seed,
         "view_rules": VIEW_RULES,
         "canonical": CANONICAL_RULES,
@@ -96,8 +97,9 @@ def draw_views(
     training_views: int | None,
 ) -> ViewTable:
     """Return the clips' random views (0..training_views-1), or their evaluation views; zeros without facts."""
+    times = items.times() if policy.is_timed else None
     if training_views is None:
-        return evaluation_view_table(items.facts, policy)
+        return evaluation_view_table(items.facts, policy, times)
     return random_view_table(
         items.facts,
         policy,
@@ -106,6 +108,7 @@ def draw_views(
         seed=seed,
         flip_allowed=manifest.flip_allowed,
         numbers=range(training_views),
+        times=times,
     )
 
 
@@ -173,7 +176,8 @@ def plan_build(
     check_teacher([expert.card for expert in experts], manifest, recipe)
     names = cached_splits(manifest, recipe)
     splits = tuple(plan_split(name, clip_set, recipe, (there or {}).get(name)) for name in names)
-    if line := unusable_line(split.items for split in splits):
+    items = [split.items for split in splits]
+    for line in filter(None, (unusable_line(items), short_views_line(recipe.views, items))):
         log.warning(line)
     boxes = None
     if needs_boxes(expert.modality for expert in experts):

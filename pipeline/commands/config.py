@@ -36,7 +36,7 @@ def config_show(files: tuple[Path, ...], overrides: tuple[str, ...], **options: 
 @config.command("example", epilog=example("mmkd-cache config example something-something > teacher.yaml"))
 @example_argument
 def config_example(data_set: str) -> None:
-    """Print a commented recipe to start from: the demo's, or the authors' for Something-Something."""
+    """Print a commented recipe to start from: the demo's, or the authors' for a data set."""
     click.echo(example_recipe(data_set, "teacher"), nl=False)
 
 

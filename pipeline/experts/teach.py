@@ -15,6 +15,7 @@ from mmkd.cache_tools.process.interrupt import stop_on_signals
 from mmkd.cache_tools.process.pool import run_tasks
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.tasks.folder_lock import FolderLock, folder_lock
+from mmkd.cache_tools.views.coverage import short_views_line
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
@@ -113,6 +114,8 @@ def train_expert(
     expert = recipe.experts[name]
     clips = clip_set.manifest.split(recipe.train_split)
     items = clip_set.probe(clips)
+    if line := short_views_line(recipe.views, [items]):
+        log.warning(line)
     held = HeldOut(**recipe.held_out.model_dump()).mask(clip_set.manifest.dataset, [c.clip_id for c in clips])
     seen_items = [item for item, out_ in zip(items, held, strict=True) if not out_]
     if unlabelled := clip_set.manifest.unlabelled(recipe.train_split):
@@ -139,7 +142,7 @@ def expert_identity(recipe: TeacherRecipe, expert: ExpertRecipe, clip_set: ClipS
         "recipe": expert.model_dump(mode="json"),
         "heads": {head.name: list(head.classes) for head in manifest.heads},
         "manifest": manifest.fingerprint(),
-        "views": recipe.views.model_dump(mode="json"),
+        "views": recipe.views.identity(),
         **MODALITIES[expert.modality].identity(recipe),
         "held_out": recipe.held_out.model_dump(mode="json"),
     }
@@ -214,6 +217,7 @@ def view_dataset(
         seed=recipe.view_seed,
         flip_allowed=manifest.flip_allowed,
         views=expert.views,
+        times=[item.times_seconds for item in clips],
     )
     modality = MODALITIES[expert.modality]
     taught = TaughtClips(

@@ -144,4 +144,5 @@ def fresh_stream(
         seed=reader.init.view_seed,
         flip_allowed=manifest.flip_allowed,
         views=None,
+        times=[item.times_seconds for item in clips],
     )

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from mmkd.cache_tools.cache.split_table import SplitTable
 from mmkd.cache_tools.frames.records import ClipFacts, facts_table
-from mmkd.cache_tools.views.drawing import ViewPolicy, random_view_table
+from mmkd.cache_tools.views.drawing import ClipTimes, ViewPolicy, random_view_table
 from mmkd.cache_tools.views.view import View, ViewTable
 
 
@@ -48,8 +48,12 @@ class DrawnViews:
         seed: int,
         flip_allowed: bool,
         views: int | None,
+        times: ClipTimes | None = None,
     ) -> None:
-        """Draw for clips with these facts and ids; `views` limits the numbers (None: a new one each epoch)."""
+        """Draw for clips with these facts and ids; `views` limits the numbers (None: a new one each epoch).
+
+        Views by seconds need the `times` of each clip's frames.
+        """
         self._draw = partial(
             random_view_table,
             facts_table(facts),
@@ -58,6 +62,7 @@ class DrawnViews:
             clip_ids=clip_ids,
             seed=seed,
             flip_allowed=flip_allowed,
+            times=times,
         )
         self.views = views
         self._lock = threading.Lock()

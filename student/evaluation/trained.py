@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from mmkd.cache_tools.frames.records import ClipFacts, Float32Array, UInt8Array
+from mmkd.cache_tools.frames.records import ClipFacts, Float32Array, Float64Array, UInt8Array
 from mmkd.cache_tools.views.canonical import CANONICAL_RULES
 from mmkd.cache_tools.views.drawing import VIEW_RULES, ViewPolicy, evaluation_views
 from mmkd.cache_tools.views.view import View
@@ -51,9 +51,12 @@ class TrainedStudent:
     device: torch.device
     """Where it runs."""
 
-    def views(self, facts: ClipFacts) -> tuple[View, ...]:
-        """Return the views under which a clip is evaluated; the mean of their logits is the student's word."""
-        return evaluation_views(facts, self.policy)
+    def views(self, facts: ClipFacts, times_seconds: Float64Array | None = None) -> tuple[View, ...]:
+        """Return the views under which a clip is evaluated; the mean of their logits is the student's word.
+
+        A student whose views are stated in seconds needs `times_seconds` (frames,), those of the clip's frames.
+        """
+        return evaluation_views(facts, self.policy, times_seconds)
 
     def logits(self, pixels: UInt8Array) -> dict[str, Float32Array]:
         """Return head -> float32 (B, classes) for canonical views, uint8 (B, T, S, S, 3) RGB."""
