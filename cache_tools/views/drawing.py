@@ -205,9 +205,9 @@ def _readable_blocks(
     readable = np.flatnonzero(facts[:, 3])
     for start in range(0, len(readable), TABLE_ROWS):
         rows = readable[start : start + TABLE_ROWS]
-        columns = np.split(facts[rows].astype(np.int64), 4, axis=1)
+        width, height, first_frame, frame_count = np.split(facts[rows].astype(np.int64), 4, axis=1)
         own = () if policy.seconds_between_frames is None else _times_of(rows, times)
-        yield rows, _Clips(*columns, times=own)
+        yield rows, _Clips(width, height, first_frame, frame_count, own)
 
 
 def _times_of(rows: IntArray, times: ClipTimes | None) -> list[Float64Array]:
