@@ -10,7 +10,7 @@ import torch
 from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.data_manifests.errors import InputError
 from mmkd.pipeline.recipe import TeacherRecipe
-from mmkd.student.networks.pretrained import read_state
+from mmkd.student.checkpoints.checkpoint_file import read_state
 
 DATA = ("data.manifest=m.jsonl", "data.videos=v")
 

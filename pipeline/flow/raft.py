@@ -15,7 +15,7 @@ from torch.nn import functional
 from torchvision.models.optical_flow import RAFT, raft_large, raft_small
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.networks.pretrained import read_state
+from mmkd.student.checkpoints.checkpoint_file import read_state
 from mmkd.student.training.devices import reproducible
 
 UPDATES = 12

@@ -28,7 +28,7 @@ from mmkd.data_manifests.atomic import storage_errors, sync_directory, write_ato
 from mmkd.data_manifests.errors import FingerprintError, VerificationError
 from mmkd.data_manifests.regular_file import read_regular
 from mmkd.data_manifests.typed_json import STRICT, typed
-from mmkd.student.networks.pretrained import is_parameter
+from mmkd.student.checkpoints.containers import is_parameter
 from mmkd.student.training.epoch_metrics import EpochMetrics
 
 SCHEMA = "mmkd-checkpoint-1"

@@ -1,0 +1,1 @@
+"""Checkpoint files as people share them: read without running anything, their tensors found and named."""
