@@ -21,7 +21,7 @@ class KeyMap:
     """The names of one project."""
 
     name: str
-    """What `--map` calls it."""
+    """What recipes and commands call it."""
     source: str
     """Whose files have such names, in a few words."""
     networks: tuple[str, ...] = ()
