@@ -23,6 +23,7 @@ from mmkd.cache_tools.process.command import (
 )
 from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
 from mmkd.cache_tools.recipes.recipe import load_recipe, resolved_with_origins
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_run
@@ -100,6 +101,7 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
 @data_options
 @cache_option
 @click.argument("run", type=FOLDER)
+@click.option("--per-class", type=FILE, help="Write how each class fared, as CSV.")
 @device_option
 @as_json
 def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
@@ -107,15 +109,55 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
 
     The recipe is the run's own; for another cache than the run's give --manifest and --videos, too.
     """
-    base = str(options["run"] / RUN_FILE), read_run(options["run"]).recipe
-    recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named_data(options), base=base)
+    recipe = _recipe_of_run(files, overrides, options)
     from mmkd.student.evaluation.run_evaluation import evaluate_run
     from mmkd.student.evaluation.table_text import metric_lines
     from mmkd.student.training.devices import choose_device
 
     device = choose_device(options["device"])
-    metrics = evaluate_run(recipe, options["cache"], options["run"], device=device)
+    metrics = evaluate_run(recipe, options["cache"], options["run"], device=device, per_class=options["per_class"])
     print_result(metrics, as_json=options["as_json"], lines=metric_lines(metrics))
+
+
+def _recipe_of_run(files: tuple[Path, ...], overrides: tuple[str, ...], options: dict[str, Any]) -> StudentRecipe:
+    base = str(options["run"] / RUN_FILE), read_run(options["run"]).recipe
+    return load_recipe(StudentRecipe, files=files, overrides=overrides, named=named_data(options), base=base)
+
+
+@cli.command(
+    epilog=example("mmkd-student submission runs/student --cache cache --split test \\\n    -o submission.zip")
+)
+@recipe_options
+@data_options
+@cache_option
+@click.argument("run", type=FOLDER)
+@click.option("--split", default="test", show_default=True, help="The split of the cache to submit.")
+@click.option("-o", "--out", required=True, type=FILE, help="ZIP file to write.")
+@click.option(
+    "--supervision",
+    nargs=3,
+    type=click.IntRange(0, 5),
+    default=(2, 3, 3),
+    show_default=True,
+    metavar="PT TL TD",
+    help="The challenge's levels of pretraining, training labels and training data.",
+)
+@device_option
+@as_json
+def submission(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
+    """Write a finished RUN's scores as EPIC-KITCHENS-100's action recognition challenge takes them.
+
+    The default levels say: public image and video data, full temporal supervision, the training set.
+    """
+    recipe = _recipe_of_run(files, overrides, options)
+    from mmkd.student.evaluation.run_evaluation import submit_run
+    from mmkd.student.training.devices import choose_device
+
+    chosen = {name: options[name] for name in ("split", "out")} | {"levels": options["supervision"]}
+    device = choose_device(options["device"])
+    clips, unread = submit_run(recipe, options["cache"], options["run"], device=device, **chosen)
+    line = f"{options['out']}: {counted(clips, 'clip')}" + (f", {unread} of them unreadable" if unread else "")
+    print_result({"clips": clips, "unreadable": unread}, as_json=options["as_json"], lines=[line])
 
 
 @cli.command(

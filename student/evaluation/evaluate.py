@@ -14,6 +14,7 @@ from mmkd.cache_tools.cache.split_table import SplitTable
 from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Manifest
+from mmkd.student.evaluation.actions import ACTION, NOUN, VERB, action_scores, has_actions
 from mmkd.student.evaluation.metrics import ClipScores, average_views, clip_scores
 from mmkd.student.recipe import Missing
 from mmkd.student.teacher.cached_teacher import mix_split, teacher_views
@@ -21,7 +22,10 @@ from mmkd.student.teacher.mixing import HeadMixtures
 
 SplitMetrics = dict[str, dict[str, dict[str, Any]]]
 """`split` or `split/group` -> head -> metrics (mmkd.student.evaluation.metrics.Metrics; None where undefined), with
-`left_out`, the labelled clips without logits, and `clips`, a hash of the ids of those that count."""
+`left_out`, the labelled clips without logits, `clips`, a hash of the ids of those that count, `mean_class`, the
+mean over classes of top-1, `positions` and `crops`, whose views each clip's logits average, and for actions
+`both_top5` (see mmkd.student.evaluation.actions). A group named `GROUP_HEAD`, such as `tail_verb`, is about that
+head alone."""
 
 Mask = npt.NDArray[np.bool_]
 
@@ -39,6 +43,21 @@ class HeadScores:
 
 
 @dataclass(frozen=True)
+class Averaged:
+    """Over which views of a clip its logits are averaged."""
+
+    positions: int = 0
+    """Places in time; 0 where an earlier version did not say."""
+    crops: int = 0
+    """Windows at each place."""
+
+    @classmethod
+    def of_cache(cls, reader: CacheReader) -> "Averaged":
+        """Return what a cache's evaluation views are."""
+        return cls(reader.init.policy.evaluation_clips, reader.init.policy.evaluation_crops)
+
+
+@dataclass(frozen=True)
 class SplitScores:
     """How a model did on each of a split's clips."""
 
@@ -47,7 +66,9 @@ class SplitScores:
     clip_ids: tuple[str, ...]
     """(rows,) ids."""
     heads: Mapping[str, HeadScores]
-    """Head -> how it did."""
+    """Head -> how it did; of verb and noun `action`, too."""
+    averaged: Averaged
+    """Over which views."""
 
     def metrics(self, clips: Sequence[Clip], among: Mapping[str, set[str]] | None = None) -> SplitMetrics:
         """Return the metrics over `clips` of this split, and over each of their evaluation groups.
@@ -56,44 +77,90 @@ class SplitScores:
         are left out, never right or wrong.
         """
         groups = {clip.clip_id: clip.groups for clip in clips}
+        labels = {clip.clip_id: clip.labels for clip in clips}
         names = dict.fromkeys(name for clip in clips for name in clip.groups)
         parts = {self.split: np.array([clip_id in groups for clip_id in self.clip_ids], np.bool_)}
         for name in names:
             members = [name in groups.get(clip_id, ()) for clip_id in self.clip_ids]
             parts[f"{self.split}/{name}"] = np.array(members, np.bool_)
+        own_labels = [labels.get(clip_id, {}) for clip_id in self.clip_ids]
         return {
             part: {
-                head: self._part(found, members, None if among is None else among[head])
-                for head, found in self.heads.items()
+                head: self._part(head, members, own_labels, None if among is None else among[head])
+                for head in self._heads_of(part)
+                if among is None or head in among
             }
             for part, members in parts.items()
         }
 
-    def _part(self, found: HeadScores, members: Mask, among: set[str] | None) -> dict[str, Any]:
+    def _heads_of(self, part: str) -> list[str]:
+        """Return the heads that a split or group is about: the one that its name ends with, or all."""
+        named = [head for head in self.heads if part.endswith(f"_{head}") and "/" in part]
+        return named or list(self.heads)
+
+    def _part(
+        self, head: str, members: Mask, labels: Sequence[Mapping[str, int | None]], among: set[str] | None
+    ) -> dict[str, Any]:
+        found = self.heads[head]
         keep = members & found.counted
         if among is not None:
             keep &= np.array([clip_id in among for clip_id in self.clip_ids], np.bool_)
         chosen = keep[found.counted]
         scores = ClipScores(*(values[chosen] for values in vars(found.scores).values()))
-        numbers = {key: None if math.isnan(value) else value for key, value in asdict(scores.metrics()).items()}
+        names = self._labels_of(head)
+        classes = [tuple(labels[row][name] for name in names) for row in np.flatnonzero(keep)]
+        measured = asdict(scores.metrics()) | {"mean_class": scores.mean_class(classes)}
+        if len(names) > 1:
+            measured["both_top5"] = self._both(keep, 5)
+        numbers = {key: None if math.isnan(value) else value for key, value in measured.items()}
         ids = sorted(self.clip_ids[row] for row in np.flatnonzero(keep))
         left_out = int((members & found.labelled & ~keep).sum())
-        return {**numbers, "left_out": left_out, "clips": hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]}
+        clips = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+        return {**numbers, "left_out": left_out, "clips": clips, **asdict(self.averaged)}
+
+    def _labels_of(self, head: str) -> tuple[str, ...]:
+        """Return the heads whose labels make a clip's class: verb and noun of an action, else the head."""
+        is_pair = head == ACTION and has_actions(set(self.heads) - {ACTION})
+        return (VERB, NOUN) if is_pair else (head,)
+
+    def _both(self, keep: Mask, k: int) -> float:
+        """Return the fraction of clips whose verb and noun are both among the k best."""
+        right = np.ones(int(keep.sum()), np.bool_)
+        for head in (VERB, NOUN):
+            found = self.heads[head]
+            right &= found.scores.rank[keep[found.counted]] < k
+        return float(right.mean()) if len(right) else math.nan
 
     def counted_ids(self, head: str) -> set[str]:
         """Return the ids of the clips that count for a head."""
         return {self.clip_ids[row] for row in np.flatnonzero(self.heads[head].counted)}
 
 
-def score_split(table: SplitTable, logits: Mapping[str, Float32Array], usable: Mask) -> SplitScores:
-    """Score view-averaged logits (rows, V, C) on a split's clips; rows (n,) that are not `usable` have none."""
+def score_split(
+    table: SplitTable, logits: Mapping[str, Float32Array], usable: Mask, averaged: Averaged = Averaged()
+) -> SplitScores:
+    """Score view-averaged logits (rows, V, C) on a split's clips; rows (n,) that are not `usable` have none.
+
+    Verb and noun are scored as actions, too.
+    """
     heads = {}
     for head, value in logits.items():
         labels = table.labels[head]
         counted = usable & (labels >= 0)
         scores = clip_scores(average_views(value[counted]), labels[counted])
         heads[head] = HeadScores(labels >= 0, counted, scores)
-    return SplitScores(table.name, table.clip_ids, heads)
+    if has_actions(logits):
+        heads[ACTION] = score_actions(table, logits, usable)
+    return SplitScores(table.name, table.clip_ids, heads, averaged)
+
+
+def score_actions(table: SplitTable, logits: Mapping[str, Float32Array], usable: Mask) -> HeadScores:
+    """Score verb and noun as one action; a clip has its label where it has both."""
+    verbs, nouns = table.labels[VERB], table.labels[NOUN]
+    both = (verbs >= 0) & (nouns >= 0)
+    counted = usable & both
+    verb, noun = (average_views(logits[head][counted]) for head in (VERB, NOUN))
+    return HeadScores(both, counted, action_scores(verb, noun, verbs[counted], nouns[counted]))
 
 
 def evaluation_splits(reader: CacheReader, manifest: Manifest, train_split: str | None = None) -> list[str]:
@@ -132,10 +199,10 @@ def refuse_nothing(reader: CacheReader, manifest: Manifest, splits: Sequence[str
 
 def score_cached(reader: CacheReader, split: str, mixtures: HeadMixtures, missing: Missing) -> SplitScores:
     """Score a mixture of cached experts (or one alone) on a split of the cache."""
-    table = reader.split(split)
+    table, averaged = reader.split(split), Averaged.of_cache(reader)
     valid = teacher_views(reader, split, mixtures, missing)
     if not valid.any():
         none = {head: np.empty((table.rows, table.views, 2), np.float32) for head in mixtures}
-        return score_split(table, none, np.zeros(table.rows, np.bool_))
+        return score_split(table, none, np.zeros(table.rows, np.bool_), averaged)
     teacher = mix_split(reader, split, mixtures, missing)
-    return score_split(table, teacher.logits, np.asarray(teacher.valid.all(axis=1)))
+    return score_split(table, teacher.logits, np.asarray(teacher.valid.all(axis=1)), averaged)

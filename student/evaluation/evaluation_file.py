@@ -18,7 +18,7 @@ from mmkd.data_manifests.atomic import storage_errors, write_atomically
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.regular_file import read_regular
 from mmkd.data_manifests.typed_json import PART, STRICT, typed
-from mmkd.student.evaluation.evaluate import HeadScores, SplitMetrics, SplitScores
+from mmkd.student.evaluation.evaluate import Averaged, HeadScores, SplitMetrics, SplitScores
 from mmkd.student.evaluation.metrics import ClipScores
 
 Score = tuple[int, float, float] | None
@@ -36,6 +36,8 @@ class StoredMetrics:
     count: int = 0
     left_out: int = 0
     clips: str = ""
+    positions: int = 0
+    crops: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,16 +148,27 @@ def read_scores(path: Path, evaluation: Evaluation, again: str) -> dict[str, Spl
         for line in data.splitlines():
             value = typed(ClipLine, json.loads(line))
             lines.setdefault(value.split, []).append(value)
-        return {split: split_scores(split, own) for split, own in lines.items()}
+        return {
+            split: split_scores(split, own, averaged(evaluation.metrics, split)) for split, own in lines.items()
+        }
     except (ValueError, KeyError, RecursionError) as error:
         raise InputError(f"{single} is damaged ({error}); run {again} again") from error
 
 
-def split_scores(split: str, lines: Sequence[ClipLine]) -> SplitScores:
+def averaged(metrics: SplitMetrics, split: str) -> Averaged:
+    """Return over which views a split's stored metrics are; unknown where an earlier version wrote them."""
+    own = next(iter(metrics.get(split, {}).values()), {})
+    return Averaged(int(own.get("positions", 0)), int(own.get("crops", 0)))
+
+
+def split_scores(split: str, lines: Sequence[ClipLine], averaged: Averaged) -> SplitScores:
     """Put a split's single clips together."""
     heads: Mapping[str, list[Any]] = {head: [line.heads[head] for line in lines] for head in lines[0].heads}
     return SplitScores(
-        split, tuple(line.clip_id for line in lines), {head: head_scores(own) for head, own in heads.items()}
+        split,
+        tuple(line.clip_id for line in lines),
+        {head: head_scores(own) for head, own in heads.items()},
+        averaged,
     )
 
 

@@ -4,7 +4,9 @@ All take logits (N, C) and labels (N,) in which -1 means absent: such rows are l
 float64, and all are fractions or nats, never percent. Without any labelled row the value is NaN.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +58,16 @@ class ClipScores:
     def top_k(self, k: int) -> float:
         """Return the fraction of clips whose label is among the k largest logits."""
         return float((self.rank < k).mean()) if len(self.rank) else float("nan")
+
+    def mean_class(self, classes: Sequence[Hashable]) -> float:
+        """Return the mean over classes of the fraction of their clips whose label has the largest logit.
+
+        `classes` (n,) are the clips' labels; classes without a clip do not count (mean per-class accuracy).
+        """
+        right: dict[Hashable, list[bool]] = {}
+        for label, rank in zip(classes, self.rank.tolist(), strict=True):
+            right.setdefault(label, []).append(rank == 0)
+        return fmean(fmean(own) for own in right.values()) if right else float("nan")
 
     def calibration_error(self, bins: int) -> float:
         """Return sum over bins of (share of clips) * |accuracy - mean confidence|.

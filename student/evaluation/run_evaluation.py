@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.cache.softmax import kl_divergence
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.frames.records import Float32Array
+from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import FingerprintError, InputError, VerificationError
-from mmkd.student.data.split_data import check_manifest, open_split
+from mmkd.student.data.split_data import SplitData, check_manifest, open_split
 from mmkd.student.evaluation.evaluate import (
+    Averaged,
     SplitMetrics,
     SplitScores,
     evaluation_splits,
@@ -26,7 +29,9 @@ from mmkd.student.evaluation.evaluate import (
 )
 from mmkd.student.evaluation.evaluation_file import write_evaluation
 from mmkd.student.evaluation.metrics import average_views
+from mmkd.student.evaluation.per_class import per_class_csv
 from mmkd.student.evaluation.run_files import MODEL_FILE, RunRecord, evaluation_path, read_run, run_mixtures
+from mmkd.student.evaluation.submission import check_epic_heads, submission, write_submission
 from mmkd.student.evaluation.trained import model_state, without_weights
 from mmkd.student.networks.networks import VideoClassifier, build_network
 from mmkd.student.recipe import Missing, StudentRecipe, TrainRecipe
@@ -39,18 +44,23 @@ EVALUATION_BATCH = 32
 
 
 def evaluate_run(
-    recipe: StudentRecipe, cache: Path | str, run: Path, *, device: torch.device, may_be_empty: bool = False
+    recipe: StudentRecipe,
+    cache: Path | str,
+    run: Path,
+    *,
+    device: torch.device,
+    may_be_empty: bool = False,
+    per_class: Path | None = None,
 ) -> SplitMetrics:
     """Evaluate a finished run on every evaluation split of a cache, and write `evaluation_path`.
 
-    The file that its network started from, and the experts that it learned from, need not be there any more.
+    With `per_class` a CSV file of how each class fared is written, too. The file that its network started from, and
+    the experts that it learned from, need not be there any more.
     Raises InputError for a cache or a manifest without such a split, unless it `may_be_empty`.
     """
     reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
     check_manifest(reader, clip_set.manifest)
-    record = read_run(run)
-    if record.heads != {head.name: list(head.classes) for head in reader.heads}:
-        raise InputError(f"{run} was trained for other classes than the cache's (names or order differ)")
+    record = same_classes(run, reader)
     names = evaluation_splits(reader, clip_set.manifest, recipe.train_split)
     if not may_be_empty:
         refuse_nothing(reader, clip_set.manifest, names, recipe.train_split)
@@ -59,8 +69,7 @@ def evaluate_run(
     if record.input and (lines := list(differences(record.input.views, reader.init.base["views"]))):
         lines = [line.replace(": cache ", ": run ").replace(", now ", ", cache ") for line in lines]
         log.warning("the student learned from other views than this cache's: %s", "; ".join(lines))
-    network = new_network(without_weights(recipe.train), reader)
-    load_model(network, run, record)
+    network = finished_network(recipe, reader, run, record)
     mixtures = teacher_of_run(recipe, reader, run)
     scores, metrics = [], SplitMetrics()
     for name in names:
@@ -69,7 +78,54 @@ def evaluate_run(
         metrics |= found[1]
     path = evaluation_path(run, reader.fingerprint, own=record.cache == reader.fingerprint)
     write_evaluation(path, reader.fingerprint, metrics, scores)
+    if per_class is not None:
+        write_atomically(per_class, per_class_csv(scores, clip_set.manifest).encode())
     return metrics
+
+
+def submit_run(
+    recipe: StudentRecipe,
+    cache: Path | str,
+    run: Path,
+    *,
+    split: str,
+    out: Path,
+    levels: tuple[int, int, int],
+    device: torch.device,
+) -> tuple[int, int]:
+    """Write the EPIC-KITCHENS-100 submission of a finished run for one split of a cache.
+
+    `levels` are those of `mmkd.student.evaluation.submission.submission`. Returns how many clips it holds, and how
+    many of them have equal scores because they could not be read. Raises InputError for other heads than EPIC's.
+    """
+    reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
+    check_manifest(reader, clip_set.manifest)
+    check_epic_heads(reader.heads)
+    if split not in reader.layouts or split not in clip_set.manifest.splits:
+        raise InputError(
+            f"the cache and the manifest have no split {split!r} in common; the cache has "
+            f"{', '.join(reader.layouts)}. `mmkd-cache build --set build.splits=[{split}]` caches another"
+        )
+    record = same_classes(run, reader)
+    found = predict_split(finished_network(recipe, reader, run, record), reader, clip_set, split, device)
+    averaged = {head: average_views(value) for head, value in found.logits.items()}
+    write_submission(out, submission(found.split.table.clip_ids, averaged, levels))
+    return len(found.usable), int((~found.usable).sum())
+
+
+def same_classes(run: Path, reader: CacheReader) -> RunRecord:
+    """Return a run's record; InputError when it was trained for other classes than the cache's."""
+    record = read_run(run)
+    if record.heads != {head.name: list(head.classes) for head in reader.heads}:
+        raise InputError(f"{run} was trained for other classes than the cache's (names or order differ)")
+    return record
+
+
+def finished_network(recipe: StudentRecipe, reader: CacheReader, run: Path, record: RunRecord) -> VideoClassifier:
+    """Return a finished run's network with its weights; raises as `load_model`."""
+    network = new_network(without_weights(recipe.train), reader)
+    load_model(network, run, record)
+    return network
 
 
 def teacher_of_run(recipe: StudentRecipe, reader: CacheReader, run: Path) -> HeadMixtures | None:
@@ -117,6 +173,34 @@ def evaluate_on(
     device: torch.device,
 ) -> tuple[SplitScores, SplitMetrics]:
     """Evaluate a network on one split, over its stored views; with its agreement with a teacher, if given."""
+    predicted = predict_split(network, reader, clip_set, name, device)
+    scores = score_split(predicted.split.table, predicted.logits, predicted.usable, Averaged.of_cache(reader))
+    metrics = scores.metrics(clip_set.manifest.split(name))
+    if mixtures is not None:
+        missing = recipe.teacher.missing
+        for head, found_agreement in agreement(
+            reader, name, predicted.logits, predicted.usable, mixtures=mixtures, missing=missing
+        ).items():
+            metrics[name][head] |= found_agreement
+    return scores, metrics
+
+
+@dataclass(frozen=True)
+class PredictedSplit:
+    """What a network says of a split's clips."""
+
+    split: SplitData
+    """The split."""
+    logits: dict[str, Float32Array]
+    """Head -> (rows, V, classes), NaN for a clip that could not be read."""
+    usable: npt.NDArray[np.bool_]
+    """(rows,) which could."""
+
+
+def predict_split(
+    network: nn.Module, reader: CacheReader, clip_set: ClipSet, name: str, device: torch.device
+) -> PredictedSplit:
+    """Run a network over the stored views of a split; VerificationError where it gives NaN or infinity."""
     split = open_split(reader, clip_set, name, memory_bytes=0)
     found = predict(
         network,
@@ -137,15 +221,7 @@ def evaluate_on(
     for head, value in found.items():
         logits[head] = np.full((split.table.rows, *value.shape[1:]), np.nan, np.float32)
         logits[head][split.rows] = value
-    scores = score_split(split.table, logits, usable)
-    metrics = scores.metrics(clip_set.manifest.split(name))
-    if mixtures is not None:
-        missing = recipe.teacher.missing
-        for head, found_agreement in agreement(
-            reader, name, logits, usable, mixtures=mixtures, missing=missing
-        ).items():
-            metrics[name][head] |= found_agreement
-    return scores, metrics
+    return PredictedSplit(split, logits, usable)
 
 
 def agreement(

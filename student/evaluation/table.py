@@ -109,9 +109,8 @@ def common_clips(rows: Mapping[str, TableRow], splits: Sequence[str]) -> dict[st
     found: dict[str, dict[str, set[str]]] = {}
     for split in splits:
         scored = [row.scores[split] for row in rows.values() if row.scores is not None]
-        found[split] = {
-            head: set.intersection(*(own.counted_ids(head) for own in scored)) for head in scored[0].heads
-        }
+        heads = [head for head in scored[0].heads if all(head in own.heads for own in scored)]
+        found[split] = {head: set.intersection(*(own.counted_ids(head) for own in scored)) for head in heads}
     return found
 
 

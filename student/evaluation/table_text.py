@@ -3,7 +3,7 @@
 import math
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmkd.data_manifests.counted import counted
@@ -11,6 +11,8 @@ from mmkd.student.evaluation.evaluate import SplitMetrics
 from mmkd.student.evaluation.table import Table
 
 COLUMNS = (("top1", "top-1"), ("top5", "top-5"), ("ece", "ECE"))
+FURTHER = (("mean_class", "class mean"), ("both_top5", "verb and noun in top-5"))
+"""What one model's lines show beside the table's columns, where it is there."""
 NONE = "-"
 Part = tuple[str, str]
 """(Split or split/group, head): what one model has one set of metrics of."""
@@ -29,7 +31,12 @@ def render(table: Table, width: int | None = None) -> str:
         blocks = split_columns(table, parts, width)
         heads = _differ(parts)[1]
         texts = [[*_caption(block, heads), *_lines(table, block, _differ(block))] for block in blocks]
-    notes = [line for note in different_clips(table) for line in textwrap.wrap(note, width or 10_000)]
+    seeds = (seed for seeds in table.rows.values() for seed in seeds)
+    notes = [
+        line
+        for note in (*averaged_lines(seeds), *different_clips(table))
+        for line in textwrap.wrap(note, width or 10_000)
+    ]
     return "\n\n".join("\n".join(lines) for lines in (*texts, notes) if lines)
 
 
@@ -104,12 +111,29 @@ def _span(numbers: Sequence[int]) -> str:
 
 
 def metric_lines(metrics: SplitMetrics) -> list[str]:
-    """Return one line for each split or group, and head."""
+    """Return one line for each split or group, and head, and over which views a clip's logits are averaged."""
+    lines = []
+    for part, heads in metrics.items():
+        for head, value in heads.items():
+            shown = [f"{title} {cell([value.get(key)])}" for key, title in (*COLUMNS, *FURTHER) if key in value]
+            left_out = f", {value['left_out']} left out" if value["left_out"] else ""
+            lines.append(f"{part} {head}: {', '.join(shown)} ({counted(value['count'], 'clip')}{left_out})")
+    return lines + averaged_lines([metrics])
+
+
+def averaged_lines(seeds: Iterable[SplitMetrics]) -> list[str]:
+    """Return one line for each way in which clips' logits are averaged over views."""
+    ways: dict[tuple[int, int], list[str]] = {}
+    for metrics in seeds:
+        for part, heads in metrics.items():
+            for value in heads.values():
+                if value.get("positions"):
+                    parts = ways.setdefault((value["positions"], value["crops"]), [])
+                    parts += [name] if (name := part.partition("/")[0]) not in parts else []
     return [
-        f"{part} {head}: {', '.join(f'{title} {cell([value.get(key)])}' for key, title in COLUMNS)} "
-        f"({counted(value['count'], 'clip')}" + (f", {value['left_out']} left out)" if value["left_out"] else ")")
-        for part, heads in metrics.items()
-        for head, value in heads.items()
+        f"{', '.join(parts)}: each clip by the mean logits of {counted(positions * crops, 'view')} "
+        f"({counted(positions, 'position')} in time, {counted(crops, 'crop')})"
+        for (positions, crops), parts in ways.items()
     ]
 
 
