@@ -108,7 +108,7 @@ class SplitScores:
         chosen = keep[found.counted]
         scores = ClipScores(*(values[chosen] for values in vars(found.scores).values()))
         names = self._labels_of(head)
-        classes = [tuple(labels[row][name] for name in names) for row in np.flatnonzero(keep)]
+        classes = [tuple(labels[row][name] for name in names) for row in np.flatnonzero(keep).tolist()]
         measured = asdict(scores.metrics()) | {"mean_class": scores.mean_class(classes)}
         if len(names) > 1:
             measured["both_top5"] = self._both(keep, 5)
