@@ -16,6 +16,7 @@ import numpy as np
 
 from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.data_manifests.atomic import write_atomically
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Head
 from mmkd.student.evaluation.actions import NOUN, VERB
@@ -32,8 +33,8 @@ def check_epic_heads(heads: Sequence[Head]) -> None:
     """Raise InputError unless heads are EPIC-KITCHENS-100's: 97 verbs and 300 nouns."""
     found = {head.name: len(head.classes) for head in heads}
     if found != CLASSES:
-        has = ", ".join(f"{name} of {count} classes" for name, count in found.items())
-        wanted = ", ".join(f"{name} of {count} classes" for name, count in CLASSES.items())
+        has = ", ".join(f"{name} of {counted(count, 'class')}" for name, count in found.items())
+        wanted = ", ".join(f"{name} of {counted(count, 'class')}" for name, count in CLASSES.items())
         raise InputError(f"a submission to EPIC-KITCHENS-100 needs the heads {wanted}; the cache has {has}")
 
 
