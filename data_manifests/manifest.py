@@ -11,11 +11,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 
 from mmkd.data_manifests.errors import InputError
 
 SCHEMA = "mmkd-manifest-1"
+MOST_FRAMES_PER_SECOND = 1000
 NOT_TEXT = re.compile("[\x00-\x1f\ud800-\udfff]")
 """Control characters, and halves of surrogate pairs, which UTF-8 cannot hold."""
 
@@ -84,6 +86,26 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class FrameRate:
+    """The rate of frames that are stored as pictures, and so have no times of their own."""
+
+    pattern: str
+    """Which videos: a shell pattern (`*`, `?`, `[...]`) that a clip's whole `video` matches."""
+    frames_per_second: float
+    """Their rate: frame n, counted from 0, is at n / frames_per_second seconds."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a rate that is none."""
+        if not self.pattern or not _is_text(self.pattern):
+            raise InputError(f"frame rate pattern {self.pattern!r} is empty or holds control characters")
+        if not (math.isfinite(self.frames_per_second) and 0 < self.frames_per_second <= MOST_FRAMES_PER_SECOND):
+            raise InputError(
+                f"frame rate {self.frames_per_second} of {self.pattern!r} is not between 0 and "
+                f"{MOST_FRAMES_PER_SECOND}"
+            )
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The clips of a data set with heads, splits and evaluation groups."""
 
@@ -95,6 +117,8 @@ class Manifest:
     """At least one; ids unique without regard to case."""
     flip_allowed: bool = False
     """Whether a horizontal flip keeps the labels true (never for Something-Something)."""
+    frame_rates: tuple[FrameRate, ...] = ()
+    """Rates of videos that are stored as pictures; of several patterns that match, the first counts."""
     _by_split: dict[str, tuple[Clip, ...]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -121,6 +145,11 @@ class Manifest:
     def splits(self) -> tuple[str, ...]:
         """Names of the splits in order of first appearance."""
         return tuple(self._by_split)
+
+    def frame_rate(self, video: str) -> float | None:
+        """Return the stated rate of a video in frames a second; None where none is stated."""
+        rates = (rate for rate in self.frame_rates if fnmatchcase(video, rate.pattern))
+        return next((rate.frames_per_second for rate in rates), None)
 
     def unlabelled(self, name: str) -> int:
         """Return how many clips of a split have no label of any head."""
@@ -183,6 +212,8 @@ def manifest_lines(manifest: Manifest) -> Iterable[str]:
         "flip_allowed": manifest.flip_allowed,
         "heads": {head.name: list(head.classes) for head in manifest.heads},
     }
+    if manifest.frame_rates:  # else the line, and with it the fingerprint, is that of before there were rates
+        header["frame_rates"] = [[rate.pattern, float(rate.frames_per_second)] for rate in manifest.frame_rates]
     yield _encode(header)
     for clip in manifest.clips:
         yield clip_line(clip, manifest.heads)

@@ -12,10 +12,19 @@ from mmkd.data_manifests.atomic import atomic_path
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.json_file import unique_keys
 from mmkd.data_manifests.kinds import MANIFEST, it_is, what_is
-from mmkd.data_manifests.manifest import SCHEMA, Clip, Head, Manifest, _repeated_id, check_labels, manifest_lines
+from mmkd.data_manifests.manifest import (
+    SCHEMA,
+    Clip,
+    FrameRate,
+    Head,
+    Manifest,
+    _repeated_id,
+    check_labels,
+    manifest_lines,
+)
 from mmkd.data_manifests.system_errors import cannot_read
 
-HEADER_KEYS = frozenset({"schema", "dataset", "flip_allowed", "heads"})
+HEADER_KEYS = frozenset({"schema", "dataset", "flip_allowed", "heads", "frame_rates"})
 
 
 CLIP_KEYS = frozenset({"clip_id", "video", "split", "labels", "start_seconds", "end_seconds", "groups"})
@@ -37,7 +46,7 @@ def load_manifest(path: Path) -> Manifest:
     if first is None:
         raise InputError(f"{path} is empty; make it with `mmkd-cache manifest`")
     try:
-        dataset, heads, flip_allowed = _header(_object(first[1]))
+        dataset, heads, flip_allowed, frame_rates = _header(_object(first[1]))
     except InputError as error:
         kind = what_is(path)
         if kind is not None and kind != MANIFEST:
@@ -45,7 +54,7 @@ def load_manifest(path: Path) -> Manifest:
         raise InputError(f"{path}:{first[0]}: {error}") from error
     clips = _clips(lines, heads, path)
     try:
-        return Manifest(dataset, heads, clips, flip_allowed)
+        return Manifest(dataset, heads, clips, flip_allowed, frame_rates)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -167,8 +176,8 @@ def _only(value: dict[str, Any], allowed: Set[str]) -> None:
         raise InputError(f"unknown key {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
 
 
-def _header(value: dict[str, Any]) -> tuple[str, tuple[Head, ...], bool]:
-    """Return data set, heads and whether flips are allowed."""
+def _header(value: dict[str, Any]) -> tuple[str, tuple[Head, ...], bool, tuple[FrameRate, ...]]:
+    """Return data set, heads, whether flips are allowed, and rates of frames that are stored as pictures."""
     if value.get("schema") != SCHEMA:
         raise InputError(f"not a manifest of schema {SCHEMA!r}; make it with `mmkd-cache manifest`")
     _only(value, HEADER_KEYS)
@@ -179,7 +188,17 @@ def _header(value: dict[str, Any]) -> tuple[str, tuple[Head, ...], bool]:
         raise InputError(f"'flip_allowed' must be true or false, got {flip_allowed!r}")
     if not isinstance(heads, dict) or not all(_is_list_of_strings(names) for names in heads.values()):
         raise InputError("'heads' must map each head to its list of class names")
-    return dataset, tuple(Head(name, tuple(classes)) for name, classes in heads.items()), flip_allowed
+    own = tuple(Head(name, tuple(classes)) for name, classes in heads.items())
+    return dataset, own, flip_allowed, _frame_rates(value.get("frame_rates", []))
+
+
+def _frame_rates(value: Any) -> tuple[FrameRate, ...]:
+    pairs: list[Any] = value if isinstance(value, list) else [None]
+    for pair in pairs:
+        is_pair = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
+        if not is_pair or type(pair[1]) not in (int, float):
+            raise InputError(f"'frame_rates' must be pairs of a pattern and frames a second, got {value!r}")
+    return tuple(FrameRate(pattern, float(rate)) for pattern, rate in pairs)
 
 
 def _is_list_of_strings(value: Any) -> bool:

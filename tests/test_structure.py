@@ -16,7 +16,7 @@ TORCH_FREE = ("data_manifests", "cache_tools")
 """Decoding workers and configuration errors load these: they must start fast."""
 ORDER = (
     "data_manifests pipeline/tvl1",
-    "data_manifests/demo cache_tools/layout",
+    "data_manifests/demo data_manifests/published cache_tools/layout",
     "cache_tools/process cache_tools/recipes cache_tools/storage",
     "cache_tools/frames student/checkpoints",
     "cache_tools/views student/recipe student/key_maps",

@@ -32,6 +32,7 @@ from mmkd.cache_tools.views.drawing import VIEW_RULES, ViewPolicy, evaluation_vi
 from mmkd.cache_tools.views.view import View, ViewTable
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, VideoError
+from mmkd.data_manifests.leaks import leak_lines
 from mmkd.data_manifests.manifest import Clip, Manifest
 from mmkd.pipeline.experts.expert import Expert
 from mmkd.pipeline.experts.teacher import check_teacher
@@ -175,6 +176,7 @@ def plan_build(
     manifest = clip_set.manifest
     check_teacher([expert.card for expert in experts], manifest, recipe)
     names = cached_splits(manifest, recipe)
+    warn_of_leaks(experts, manifest, [name for name in names if name != recipe.train_split])
     splits = tuple(plan_split(name, clip_set, recipe, (there or {}).get(name)) for name in names)
     items = [split.items for split in splits]
     for line in filter(None, (unusable_line(items), short_views_line(recipe.views, items))):
@@ -186,6 +188,16 @@ def plan_build(
     base = base_fields(manifest, recipe.views, train_split=recipe.train_split, view_seed=recipe.view_seed)
     nodes = {expert.name: expert_node(expert, box_identity, recipe) for expert in experts}
     return BuildPlan(recipe, clip_set, splits, experts, boxes, base, nodes)
+
+
+def warn_of_leaks(experts: Sequence[Expert], manifest: Manifest, splits: Sequence[str]) -> None:
+    """Say loudly which experts were trained on clips of the evaluation splits."""
+    for expert in experts:
+        if expert.trained_on is None:
+            log.info("expert %s does not say which clips it was trained on: a leak cannot be noticed", expert.name)
+            continue
+        for line in leak_lines(expert.name, expert.trained_on, manifest, splits):
+            log.warning(line)
 
 
 def expert_node(expert: Expert, boxes: dict[str, Any] | None, recipe: TeacherRecipe) -> ExpertNode:

@@ -23,10 +23,12 @@ from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 from mmkd.data_manifests.kinds import it_is
+from mmkd.data_manifests.leaks import TrainedOn
 from mmkd.data_manifests.regular_file import read_regular
 from mmkd.data_manifests.system_errors import MACHINE_FAULTS
 from mmkd.data_manifests.typed_json import STRICT, typed
 from mmkd.pipeline.experts.stlt import STLT
+from mmkd.pipeline.experts.trained_on import load_trained_on
 from mmkd.pipeline.recipe import ExpertRecipe
 from mmkd.student.networks.networks import build_network
 from mmkd.student.training.devices import reproducible
@@ -95,6 +97,8 @@ class Expert:
     """In evaluation mode on its device."""
     device: torch.device
     """Where it runs."""
+    trained_on: TrainedOn | None = None
+    """Which clips it was trained on, where that is known."""
 
     @property
     def name(self) -> str:
@@ -204,7 +208,7 @@ def load_expert(directory: Path, device: torch.device) -> Expert:
         network.load_state_dict(load_file(weights))
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{directory}: {CARD_FILE} does not describe its weights: {_short(error)}") from error
-    return Expert(card, network.to(device).eval(), device)
+    return Expert(card, network.to(device).eval(), device, load_trained_on(directory))
 
 
 def _short(error: Exception) -> str:

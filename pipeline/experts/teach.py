@@ -19,6 +19,7 @@ from mmkd.cache_tools.views.coverage import short_views_line
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
+from mmkd.data_manifests.leaks import TrainedOn, trained_on
 from mmkd.data_manifests.manifest import Head
 from mmkd.pipeline.experts.expert import (
     CARD_FILE,
@@ -30,6 +31,7 @@ from mmkd.pipeline.experts.expert import (
     save_expert,
     write_card,
 )
+from mmkd.pipeline.experts.trained_on import write_trained_on
 from mmkd.pipeline.flow.clip_flow import all_pairs, clip_flow
 from mmkd.pipeline.flow.scratch import FlowStore
 from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile, boxes_at, open_boxes
@@ -76,8 +78,18 @@ def teach_expert(recipe: TeacherRecipe, name: str, out: Path, device: torch.devi
         state, report = train_expert(recipe, name, clip_set, seen=seen, lock=lock, device=device)
         card = ExpertCard(name=name, weights_sha256=hashlib.sha256(state).hexdigest(), training=report, **seen)
         lock.check()
+        write_trained_on(out, trained_clips(recipe, clip_set))
         save_expert(out, card, state)
     return TeachReport(card, trained=True)
+
+
+def trained_clips(recipe: TeacherRecipe, clip_set: ClipSet) -> TrainedOn:
+    """Return which clips an expert learns from: the training split without the held-out part."""
+    manifest = clip_set.manifest
+    ids = [clip.clip_id for clip in manifest.split(recipe.train_split)]
+    held = HeldOut(**recipe.held_out.model_dump()).mask(manifest.dataset, ids)
+    kept = (clip_id for clip_id, out in zip(ids, held, strict=True) if not out)
+    return trained_on(f"{manifest.dataset}, split {recipe.train_split}", kept)
 
 
 def whole_expert(out: Path, name: str, seen: dict[str, Any]) -> ExpertCard | None:

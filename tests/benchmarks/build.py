@@ -27,7 +27,7 @@ from mmkd.cache_tools.storage.local_store import LocalStore
 from mmkd.data_manifests.demo.plan import DemoOptions
 from mmkd.data_manifests.demo.write import write_demo, write_recipes
 from mmkd.data_manifests.manifest_file import save_manifest
-from mmkd.data_manifests.something import read_something_something
+from mmkd.data_manifests.published.something import read_something_something
 from mmkd.pipeline.build.build import build_cache
 from mmkd.pipeline.build.open_shard import clip_job
 from mmkd.pipeline.build.shard_block import NodeResult, ShardBlock

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmkd.data_manifests.errors import InputError, StorageError
-from mmkd.data_manifests.manifest import SCHEMA, Clip, Head, Manifest, manifest_lines
+from mmkd.data_manifests.manifest import SCHEMA, Clip, FrameRate, Head, Manifest, manifest_lines
 from mmkd.data_manifests.manifest_file import load_manifest, save_manifest
 
 # Any character but controls and lone surrogates, so also U+0085 and U+2028, at which str.splitlines() breaks.
@@ -260,7 +260,7 @@ def test_a_line_that_is_no_json_object_is_refused(tmp_path, line, reason):
     [
         ({"schema": "mmkd-manifest-2"}, f"not a manifest of schema '{SCHEMA}'"),
         ({"schema": None}, "not a manifest"),
-        ({"version": 1}, "unknown key 'version'; allowed: dataset, flip_allowed, heads, schema"),
+        ({"version": 1}, "unknown key 'version'; allowed: dataset, flip_allowed, frame_rates, heads, schema"),
         ({"dataset": None}, "'dataset' must be a name"),
         ({"dataset": 3}, "'dataset' must be a name"),
         ({"flip_allowed": "false"}, "'flip_allowed' must be true or false, got 'false'"),
@@ -338,3 +338,36 @@ def test_a_full_disk_leaves_the_old_manifest(tmp_path, monkeypatch):
         save_manifest(replace(MANIFEST, dataset="new"), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rates_of_pictures_are_part_of_a_manifest_only_where_they_are_stated(tmp_path):
+    clips = (Clip("a", "P01/rgb_frames/P01_101", "train", {"verb": 0}),)
+    heads = (Head("verb", ("open", "close")),)
+    plain = Manifest("epic", heads, clips)
+    rated = Manifest("epic", heads, clips, frame_rates=(FrameRate("*/P??_1??", 50), FrameRate("*", 60)))
+    assert "frame_rates" not in next(iter(manifest_lines(plain)))
+    assert plain.fingerprint() != rated.fingerprint()
+    save_manifest(rated, tmp_path / "m.jsonl")
+    found = load_manifest(tmp_path / "m.jsonl")
+    assert found == rated
+    assert [found.frame_rate(video) for video in ("P01/x/P01_101", "P01/x/P01_11", "P01/x/P01_1011")] == [
+        50,
+        60,
+        60,
+    ]
+    assert plain.frame_rate("P01/x/P01_101") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ([["*", 0]], "frame rate 0.0 of '*' is not between 0 and 1000"),
+        ([["*", "60"]], "'frame_rates' must be pairs"),
+        ([["*", True]], "'frame_rates' must be pairs"),
+        ([["", 60]], "frame rate pattern ''"),
+        ({"*": 60}, "'frame_rates' must be pairs"),
+        ([["*", 60, 1]], "'frame_rates' must be pairs"),
+    ],
+)
+def test_rates_that_are_none_are_refused(tmp_path, value, reason):
+    assert reason in refused(write_lines(tmp_path, [GOOD_ROW], GOOD_HEADER | {"frame_rates": value}))

@@ -6,7 +6,7 @@ import pytest
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip
 from mmkd.data_manifests.manifest_file import load_manifest, save_manifest
-from mmkd.data_manifests.something import (
+from mmkd.data_manifests.published.something import (
     LEAK_WARNING,
     read_class_list,
     read_something_else,

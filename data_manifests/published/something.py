@@ -22,9 +22,9 @@ SOMETHING_SOMETHING = "something-something-v2"
 SOMETHING_ELSE = "something-else"
 VIDEO_SUFFIX = ".webm"
 LEAK_WARNING = (
-    "Something-Else's splits mix train and validation videos of Something-Something V2: a network trained "
-    "(or initialised) on V2 train has SEEN videos of this evaluation. Train every expert and student on this "
-    "manifest's own train split, or the numbers mean nothing."
+    "Something-Else's splits mix train and validation videos of Something-Something V2: a network trained (or "
+    "initialised) on V2 train has SEEN videos of this evaluation. `mmkd-cache build` finds such experts by the "
+    "clips that they were trained on; of a weights file nobody can tell."
 )
 
 log = logging.getLogger(__name__)

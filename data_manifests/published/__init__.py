@@ -1,0 +1,1 @@
+"""Published annotation files as manifests: one file for each data set."""

@@ -1,0 +1,136 @@
+"""Anyone's own list of clips: columns, class lists, and what is wrong with a line."""
+
+import pytest
+
+from mmkd.data_manifests.manifest import FrameRate
+from mmkd.data_manifests.manifest_file import load_manifest
+from tests.helpers.in_process import call_ok, refused
+
+LIST = """video,start,end,split,groups,action,object
+a.mp4,0,2.5,train,,open,door
+a.mp4,00:00:02.5,00:00:04,train,night; far ,close,"door, big"
+b/b.mp4,,,test,,open,
+"""
+
+
+@pytest.fixture
+def listed(tmp_path):
+    def run(text=LIST, *options, heads=("action",), ok=True):
+        path = tmp_path / "clips.csv"
+        path.write_text(text)
+        named = [part for head in heads for part in ("--head", head)]
+        line = (
+            "mmkd-cache",
+            "manifest",
+            "csv",
+            path,
+            "--dataset",
+            "mine",
+            *named,
+            "-o",
+            tmp_path / "m.jsonl",
+            *options,
+        )
+        if not ok:
+            error = refused(*line)
+            assert not (tmp_path / "m.jsonl").exists()
+            return error
+        call_ok(*line)
+        return load_manifest(tmp_path / "m.jsonl")
+
+    return run
+
+
+def test_a_list_is_a_manifest(listed):
+    made = listed(heads=("action", "thing=object"))
+    assert [(head.name, head.classes) for head in made.heads] == [
+        ("action", ("close", "open")),
+        ("thing", ("door", "door, big")),
+    ]
+    first, second, third = made.clips
+    assert (first.clip_id, first.start_seconds, first.end_seconds) == ("a.mp4", 0.0, 2.5)
+    assert (second.clip_id, second.start_seconds, second.end_seconds) == ("a.mp4@2.5", 2.5, 4.0)
+    assert second.groups == ("night", "far")
+    assert second.labels == {"action": 0, "thing": 1}
+    assert (third.split, third.start_seconds, third.end_seconds) == ("test", 0.0, None)
+    assert third.labels == {"action": 1, "thing": None}
+    assert made.frame_rates == ()
+    assert not made.flip_allowed
+
+
+def test_only_videos_and_labels_are_needed(listed):
+    made = listed(
+        "video,action\na,0\nb,2\n", "--split", "validation", "--frames-per-second", "12", "--flip-allowed"
+    )
+    assert made.heads[0].classes == ("0", "1", "2")
+    assert [clip.labels["action"] for clip in made.clips] == [0, 2]
+    assert made.splits == ("validation",)
+    assert made.frame_rates == (FrameRate("*", 12.0),)
+    assert made.frame_rate("a") == 12
+    assert made.flip_allowed
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("classes.txt", "open\nclose\n\n"),
+        ("classes.csv", "id,key,instances\n0,open,x\n1,close,y\n"),
+        ("labels.json", '{"close": "1", "open": 0}'),
+    ],
+)
+def test_class_lists_of_every_form_give_the_numbers(listed, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    made = listed(LIST, "--classes", f"action={tmp_path / name}")
+    assert made.heads[0].classes == ("open", "close")
+    assert [clip.labels["action"] for clip in made.clips] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("vdeo,action\na,x\n", (), "no column 'video'; did you mean 'vdeo'?"),
+        ("video,actoin\na,x\n", (), "no column 'action'; did you mean 'actoin'?"),
+        ("video,action\na,x\na,y\n", (), "clips.csv:3: clip 'a' already stands in"),
+        ("video,action,start,end\na,x,3,2\nb,y,,\n", (), "clips.csv:2: the segment ends at 2 s, and begins at 3 s"),
+        ("video,action,start\na,x,soon\nb,y,1\n", (), "clips.csv:2: start 'soon' is no time"),
+        ("video,action,start\na,x,-1\nb,y,1\n", (), "clips.csv:2: start '-1' is no time"),
+        ("video,action\n../a,x\nb,y\n", (), "clips.csv:2: clip '../a': video '../a' must be a path inside"),
+        ("video,action\n,x\nb,y\n", (), "clips.csv:2: video is empty"),
+        ("video,action\na,x\nb,x\n", (), "clips.csv: head 'action' needs at least two classes"),
+        ("video,action\na,x,y\n", (), "clips.csv:2: 3 values in a table of 2 columns"),
+        ("video,action,action\na,x,y\n", (), "column 'action' stands there twice"),
+        ("video,action\n", (), "holds no row below its header"),
+        ("", (), "is empty"),
+        (
+            "video,action\na,7\nb,x\n",
+            ("--classes", "action=CLASSES"),
+            "clips.csv:2: action 7 is outside the action",
+        ),
+        (
+            "video,action\na,x\nb,zz\n",
+            ("--classes", "action=CLASSES"),
+            "clips.csv:3: action 'zz' is no class of head",
+        ),
+        (
+            "video,action\na,x\nb,y\n",
+            ("--classes", "noun=CLASSES"),
+            "--classes noun: there is no head of that name",
+        ),
+        (
+            "video,action\na,x\nb,y\n",
+            ("--head", "start"),
+            "--head start=start: that column has a meaning of its own",
+        ),
+        ("video,action\na,x\nb,y\n", ("--frames-per-second", "0"), "frame rate 0.0 of '*' is not between"),
+    ],
+)
+def test_a_fault_names_the_line_and_nothing_is_written(listed, tmp_path, text, options, message):
+    (tmp_path / "classes.txt").write_text("x\ny\n")
+    options = [str(option).replace("CLASSES", str(tmp_path / "classes.txt")) for option in options]
+    assert message in listed(text, *options, ok=False)
+
+
+def test_text_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "clips.csv").write_bytes(b"video,action\n\xff,x\n")
+    line = ("mmkd-cache", "manifest", "csv", tmp_path / "clips.csv", "--dataset", "d", "--head", "action")
+    assert "not UTF-8 text (byte 13)" in refused(*line, "-o", tmp_path / "m.jsonl")
