@@ -14,7 +14,7 @@ from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.data_manifests.demo.plan import DemoOptions
 from mmkd.data_manifests.demo.write import write_demo
 from mmkd.data_manifests.manifest_file import save_manifest
-from mmkd.data_manifests.something import read_something_something
+from mmkd.data_manifests.published.something import read_something_something
 from mmkd.pipeline.experts.expert import ExpertCard, make_network, save_expert
 from mmkd.pipeline.experts.teach import expert_identity
 from mmkd.pipeline.recipe import TeacherRecipe
