@@ -4,7 +4,7 @@ import click
 
 from mmkd.cache_tools.process.command import run_command
 from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
-from mmkd.pipeline.commands import build, cache, config, demo, flow, manifest, teach
+from mmkd.pipeline.commands import build, cache, config, demo, flow, import_expert, manifest, teach
 
 
 @click.group(
@@ -20,6 +20,7 @@ COMMANDS: tuple[click.Command, ...] = (
     demo.demo,
     manifest.manifest,
     teach.teach,
+    import_expert.import_expert,
     build.build,
     build.plan,
     build.drift,

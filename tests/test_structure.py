@@ -27,7 +27,7 @@ ORDER = (
     "student/distil student/weighing pipeline/flow",
     "student/cli pipeline/flow_command pipeline/inputs",
     "pipeline/experts",
-    "pipeline/build",
+    "pipeline/build pipeline/imports",
     "pipeline/forecast pipeline/drift",
     "pipeline/commands",
     "pipeline/cli",

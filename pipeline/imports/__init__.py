@@ -1,0 +1,1 @@
+"""Experts from other people's checkpoints."""

@@ -1,0 +1,254 @@
+"""Making an expert of a checkpoint: read, renamed, its classes put in the manifest's order, written as if taught.
+
+From top to bottom of this file. Nothing is written before all of it is known to fit.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkd.cache_tools.cache.fingerprints import file_sha256
+from mmkd.cache_tools.frames.clip_set import ClipSet
+from mmkd.cache_tools.tasks.folder_lock import folder_lock
+from mmkd.data_manifests.counted import counted
+from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.manifest import Head
+from mmkd.pipeline.experts.expert import CARD_FILE, WEIGHTS_FILE, ExpertCard, has_weights, make_network, save_expert
+from mmkd.pipeline.experts.teach import TRAINING, expert_identity, same_expert
+from mmkd.pipeline.imports.class_files import read_class_names
+from mmkd.pipeline.imports.class_matching import match_classes
+from mmkd.pipeline.imports.closest import closest_line
+from mmkd.pipeline.imports.head_sources import HeadSource, class_files, head_sources
+from mmkd.pipeline.recipe import ExpertRecipe, TeacherRecipe
+from mmkd.student.checkpoints.checkpoint_file import read_checkpoint
+from mmkd.student.checkpoints.containers import Weights
+from mmkd.student.evaluation.run_files import RUN_FILE
+from mmkd.student.key_maps.key_map import Classifier, MappedWeights
+from mmkd.student.key_maps.key_maps import AUTO, map_weights
+from mmkd.student.networks.networks import CHANNELS
+from mmkd.student.networks.pretrained import fit_of
+from mmkd.student.training.checkpoint import encode_network
+
+IMPORTED = "imported"
+"""The member of a card's `training` that says where an expert's weights are from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportRequest:
+    """What is to be imported."""
+
+    file: Path
+    """The checkpoint."""
+    classes: Sequence[str]
+    """Class lists: FILE, or HEAD=FILE."""
+    heads: Sequence[str] = ()
+    """Classifiers of heads that the names do not tell: HEAD=NAME or HEAD=NAME[FIRST:LAST]."""
+    key_map: str = AUTO
+    """The key map, or `auto`."""
+    weights_key: str | None = None
+    """Which set of parameters of the file; None: the plain one."""
+    licence: str | None = None
+    """What the user says of the weights' licence."""
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    """What became of one head."""
+
+    source: str
+    """The classifier in the file."""
+    rows: int
+    """Classes that it has."""
+    classes: int
+    """Classes of the manifest's head, each of which is one of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportReport:
+    """Every key of the checkpoint, and every class of the manifest, accounted for."""
+
+    name: str
+    """The expert's."""
+    imported: Mapping[str, Any]
+    """What the card says of the source."""
+    used: int
+    """Parameters and buffers of the file that the expert has, classifiers included."""
+    left_over: tuple[str, ...]
+    """Classifiers of the file that no head uses."""
+    computed: tuple[str, ...]
+    """Buffers of the network that the file lacks, which the network computes itself."""
+    other_weights: tuple[str, ...]
+    """Other sets of parameters in the file."""
+    heads: Mapping[str, HeadReport]
+    """Head -> what became of it."""
+    written: bool
+    """False for a dry run, and where the same expert was there already."""
+
+
+def import_expert(recipe: TeacherRecipe, name: str, request: ImportRequest, out: Path | None) -> ImportReport:
+    """Make the expert `name` of a checkpoint in the folder `out`, unless it is there; without one, report only.
+
+    Raises InputError for whatever does not fit, naming the file, option, key or class; then nothing was written.
+    """
+    clip_set = ClipSet(recipe.data)
+    expert = without_weights(recipe.experts[name])
+    weights = read_checkpoint(request.file, request.weights_key)
+    mapped = map_weights(weights.state, request.file, request.key_map)
+    heads = clip_set.manifest.heads
+    sources = head_sources(request.heads, [head.name for head in heads], list(mapped.classifiers))
+    layers, reports = matched_heads(mapped, sources, heads, request)
+    network = make_network(expert, {head.name: len(head.classes) for head in heads})
+    computed = fill(network, expert, mapped, layers, request.file)
+    imported = provenance(request, weights, mapped)
+    seen = expert_identity(recipe, expert, clip_set)
+    seen["held_out"] = {**seen["held_out"], "fraction": 0.0}  # nobody here kept clips from it
+    written = out is not None and write_once(out, name, seen, imported, network)
+    left = sorted(set(mapped.classifiers) - {source.source for source in sources.values()})
+    return ImportReport(
+        name=name,
+        imported=imported,
+        used=len(mapped.names)
+        - sum(f"{head}.{part}" in mapped.names for head in left for part in ("weight", "bias")),
+        left_over=tuple(left),
+        computed=computed,
+        other_weights=weights.others,
+        heads=reports,
+        written=written,
+    )
+
+
+def without_weights(expert: ExpertRecipe) -> ExpertRecipe:
+    """Return an expert's recipe that starts from no file: the imported weights are all of its own."""
+    return expert.model_copy(update={"train": expert.train.model_copy(update={"weights": None})})
+
+
+def matched_heads(
+    mapped: MappedWeights, sources: Mapping[str, HeadSource], heads: Sequence[Head], request: ImportRequest
+) -> tuple[dict[str, Classifier], dict[str, HeadReport]]:
+    """Return each head's layer with its rows in the manifest's order, and what became of it."""
+    files = class_files(request.classes, [head.name for head in heads])
+    layers, reports = {}, {}
+    for head in heads:
+        source = sources[head.name]
+        layer = some_rows(mapped.classifiers[source.source], source, head.name)
+        names = read_class_names(files[head.name])
+        if len(names) != len(layer.weight):
+            raise InputError(
+                f"{files[head.name]} has {counted(len(names), 'class')}, but the classifier {source.source!r} of "
+                f"{request.file} has {counted(len(layer.weight), 'row')} for head {head.name!r}"
+            )
+        rows = match_classes(names, head, files[head.name])
+        bias = torch.zeros(len(rows)) if layer.bias is None else layer.bias[rows]
+        layers[head.name] = Classifier(layer.weight[rows], bias)
+        reports[head.name] = HeadReport(source.source, len(names), len(rows))
+    return layers, reports
+
+
+def some_rows(layer: Classifier, source: HeadSource, head: str) -> Classifier:
+    """Return the rows of a classifier that are one head's."""
+    if source.rows is None:
+        return layer
+    first, last = source.rows
+    if not first < last <= len(layer.weight):
+        raise InputError(
+            f"--head {head}={source.source}[{first}:{last}]: that classifier has rows 0 to {len(layer.weight)}"
+        )
+    return Classifier(layer.weight[first:last], None if layer.bias is None else layer.bias[first:last])
+
+
+def fill(
+    network: nn.Module, expert: ExpertRecipe, mapped: MappedWeights, layers: Mapping[str, Classifier], path: Path
+) -> tuple[str, ...]:
+    """Give the network the checkpoint's parameters; return the buffers that it computes itself.
+
+    Raises InputError where any parameter is missing, unexpected, of another size or not finite.
+    """
+    state = dict(mapped.backbone)
+    for head, layer in layers.items():
+        assert layer.bias is not None
+        state |= {f"heads.{head}.weight": layer.weight, f"heads.{head}.bias": layer.bias}
+    places = {own_name(name): name for name in network.state_dict()}
+    fit = fit_of(state, {own: network.state_dict()[name] for own, name in places.items()})
+    if fit.problems:
+        called = "STLT" if expert.modality == "boxes" else expert.train.network
+        raise InputError(
+            f"the weights {path} are not those of {called}: {fit.problems}{closest(mapped.backbone, expert)}"
+        )
+    if bad := next((name for name, value in state.items() if not finite(value)), None):
+        raise InputError(f"the weights {path} are not finite numbers: {mapped.names.get(bad, bad)}")
+    # Not strict: what the network computes may be absent.
+    network.load_state_dict({places[own]: value for own, value in state.items()}, strict=False)
+    return fit.computed
+
+
+def own_name(name: str) -> str:
+    """Return a parameter's name in its backbone, or below `heads`, from that in an expert's network."""
+    return name.removeprefix("network.").removeprefix("backbone.")
+
+
+def closest(state: dict[str, Tensor], expert: ExpertRecipe) -> str:
+    """Return the end of an error about a checkpoint of another network; there is one for boxes alone."""
+    if expert.modality == "boxes":
+        return ""
+    return f"; {closest_line(state, expert.train.network, CHANNELS[expert.modality])}"
+
+
+def finite(value: Tensor) -> bool:
+    """Return whether a parameter has only numbers that a network can compute with, and takes as float32."""
+    return not value.is_floating_point() or bool(torch.isfinite(value.float()).all())
+
+
+def provenance(request: ImportRequest, weights: Weights, mapped: MappedWeights) -> dict[str, Any]:
+    """Return what the card says of the source: by content, with the file's name for people."""
+    return {
+        "file": request.file.name,
+        "sha256": file_sha256(request.file),
+        "key": weights.key,
+        "map": mapped.map.name,
+        "classes": {
+            text.partition("=")[0] if "=" in text else "": file_sha256(path) for text, path in lists(request)
+        },
+        "licence": request.licence,
+    }
+
+
+def lists(request: ImportRequest) -> list[tuple[str, Path]]:
+    """Return each `--classes` text with its file."""
+    return [(text, Path(text.partition("=")[2] or text)) for text in request.classes]
+
+
+def write_once(out: Path, name: str, seen: dict[str, Any], imported: dict[str, Any], network: nn.Module) -> bool:
+    """Write the expert unless it is there; InputError when the folder holds anything else."""
+    refuse_others(out)
+    if (out / CARD_FILE).exists():
+        card = same_expert(out, name, seen)
+        if card.training.get(IMPORTED) != imported:
+            raise InputError(
+                f"{out} holds an expert of another source; import into another folder, or delete this one"
+            )
+        if has_weights(out, card):
+            return False
+    state = encode_network(network)
+    card = ExpertCard(
+        name=name, weights_sha256=hashlib.sha256(state).hexdigest(), training={IMPORTED: imported}, **seen
+    )
+    with folder_lock(out) as lock:
+        lock.check()
+        save_expert(out, card, state)
+    return True
+
+
+def refuse_others(out: Path) -> None:
+    """Raise InputError for a folder in which a run, unfinished training or weights without a card lie."""
+    for folder in (out, out / TRAINING):
+        if (folder / RUN_FILE).exists():
+            raise InputError(f"{folder} holds a run of `mmkd-student train`; name another folder with -o")
+    if (out / TRAINING).exists():
+        raise InputError(f"{out} holds training of `mmkd-cache teach`; name another folder with -o")
+    if (out / WEIGHTS_FILE).exists() and not (out / CARD_FILE).exists():
+        raise InputError(f"{out} holds {WEIGHTS_FILE} without {CARD_FILE}; name another folder with -o")
