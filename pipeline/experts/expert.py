@@ -84,7 +84,7 @@ class ExpertCard:
         }
 
 
-REPAIR = "delete it and run the same `mmkd-cache teach` or `import-expert` again; teaching continues from what is left"
+REPAIR = "delete it and run the same `mmkd-cache teach` again (training goes on where it was), or `import-expert`"
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def load_expert(directory: Path, device: torch.device) -> Expert:
     if not has_weights(directory, card):
         raise VerificationError(
             f"{weights} is missing or not the file that {CARD_FILE} describes: run the same `mmkd-cache teach` "
-            "or `import-expert` again, which makes it again"
+            "again, or `import-expert`, which makes it again"
         )
     try:
         recipe = ExpertRecipe.model_validate(card.recipe)
