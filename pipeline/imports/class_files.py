@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.json_file import read_json
 from mmkd.data_manifests.regular_file import read_regular
@@ -75,7 +76,7 @@ def _numbered(names: Mapping[str, str], path: Path) -> tuple[str, ...]:
     by_number = {int(number): name for number, name in names.items() if number.isdecimal() and len(number) < 10}
     missing = next((number for number in range(len(names)) if number not in by_number), None)
     if missing is not None:
-        raise InputError(f"{path}: {len(names)} classes, but none has number {missing}")
+        raise InputError(f"{path}: {counted(len(names), 'class')}, but none has number {missing}")
     return tuple(by_number[number] for number in range(len(names)))
 
 
