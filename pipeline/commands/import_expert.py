@@ -42,6 +42,11 @@ def source_options(function: Any) -> Any:
         ),
         click.option("--map", "key_map", default="auto", show_default=True, help="Whose names the file has."),
         click.option("--weights-key", help="Which weights, e.g. model_ema [default: those that are not averaged]."),
+        click.option(
+            "--trained-on",
+            type=FILE,
+            help="What it was trained on, so that leaks show: manifest, split file, or an id in each line.",
+        ),
         click.option("--licence", help="What the expert's card should say of the weights' licence."),
     )
     for option in reversed(options):
@@ -82,7 +87,7 @@ def import_expert(
     from mmkd.pipeline.imports.import_expert import ImportRequest
     from mmkd.pipeline.imports.import_expert import import_expert as run
 
-    fields = {key: options[key] for key in ("classes", "heads", "key_map", "weights_key", "licence")}
+    fields = {key: options[key] for key in ("classes", "heads", "key_map", "weights_key", "licence", "trained_on")}
     report = run(recipe, name, ImportRequest(file=file, **fields), None if options["dry_run"] else out)
     value = {**asdict(report), "heads": {head: asdict(found) for head, found in report.heads.items()}}
     print_result(value, as_json=options["as_json"], lines=list(report_lines(report, out, options["dry_run"])))

@@ -17,9 +17,11 @@ from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.tasks.folder_lock import folder_lock
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.leaks import TrainedOn, read_trained_on
 from mmkd.data_manifests.manifest import Head
 from mmkd.pipeline.experts.expert import CARD_FILE, WEIGHTS_FILE, ExpertCard, has_weights, make_network, save_expert
 from mmkd.pipeline.experts.teach import TRAINING, expert_identity, same_expert
+from mmkd.pipeline.experts.trained_on import write_trained_on
 from mmkd.pipeline.imports.class_files import read_class_names
 from mmkd.pipeline.imports.class_matching import match_classes
 from mmkd.pipeline.imports.closest import closest_line
@@ -54,6 +56,8 @@ class ImportRequest:
     """Which set of parameters of the file; None: the plain one."""
     licence: str | None = None
     """What the user says of the weights' licence."""
+    trained_on: Path | None = None
+    """Names the clips that the network was trained on: a manifest, a split file, or an id in each line."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ def import_expert(recipe: TeacherRecipe, name: str, request: ImportRequest, out:
     imported = provenance(request, weights, mapped)
     seen = expert_identity(recipe, expert, clip_set)
     seen["held_out"] = {**seen["held_out"], "fraction": 0.0}  # nobody here kept clips from it
-    written = out is not None and write_once(out, name, seen, imported, network)
+    trained = None if request.trained_on is None else read_trained_on(request.trained_on)
+    written = out is not None and write_once(out, network, card_fields(name, seen, imported), trained)
     left = sorted(set(mapped.classifiers) - {source.source for source in sources.values()})
     return ImportReport(
         name=name,
@@ -222,25 +227,33 @@ def lists(request: ImportRequest) -> list[tuple[str, Path]]:
     return [(text, Path(text.partition("=")[2] or text)) for text in request.classes]
 
 
-def write_once(out: Path, name: str, seen: dict[str, Any], imported: dict[str, Any], network: nn.Module) -> bool:
-    """Write the expert unless it is there; InputError when the folder holds anything else."""
+def card_fields(name: str, seen: dict[str, Any], imported: dict[str, Any]) -> dict[str, Any]:
+    """Return what an expert's card says but for the hash of its weights."""
+    return {"name": name, "training": {IMPORTED: imported}, **seen}
+
+
+def write_once(out: Path, network: nn.Module, fields: dict[str, Any], trained: TrainedOn | None) -> bool:
+    """Write the expert unless it is there; InputError when the folder holds anything else.
+
+    Which clips it was trained on is written in any case, where that is known.
+    """
     refuse_others(out)
+    there = False
     if (out / CARD_FILE).exists():
-        card = same_expert(out, name, seen)
-        if card.training.get(IMPORTED) != imported:
+        card = same_expert(out, fields["name"], {key: fields[key] for key in fields if key != "training"})
+        if card.training != fields["training"]:
             raise InputError(
                 f"{out} holds an expert of another source; import into another folder, or delete this one"
             )
-        if has_weights(out, card):
-            return False
+        there = has_weights(out, card)
     state = encode_network(network)
-    card = ExpertCard(
-        name=name, weights_sha256=hashlib.sha256(state).hexdigest(), training={IMPORTED: imported}, **seen
-    )
     with folder_lock(out) as lock:
         lock.check()
-        save_expert(out, card, state)
-    return True
+        if trained is not None:
+            write_trained_on(out, trained)
+        if not there:
+            save_expert(out, ExpertCard(weights_sha256=hashlib.sha256(state).hexdigest(), **fields), state)
+    return not there
 
 
 def refuse_others(out: Path) -> None:

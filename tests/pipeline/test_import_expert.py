@@ -123,6 +123,26 @@ def test_the_same_import_again_changes_nothing_and_another_is_refused(quick, ori
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_a_build_warns_of_clips_that_the_network_was_trained_on(quick, original, imported, tmp_path):
+    manifest = (quick.root / "manifest.jsonl").read_text().splitlines()[1:]
+    clips = [json.loads(line) for line in manifest]
+    seen = [clip["clip_id"] for clip in clips if clip["split"] == "standard"][:3]
+    (tmp_path / "seen.txt").write_text("\n".join(seen))
+    out = tmp_path / "rgb"
+    options = (*original.options(quick), "--trained-on", tmp_path / "seen.txt", "--licence", "CC BY-NC 4.0")
+    call_ok("mmkd-cache", "import-expert", *options, "-o", out)
+    assert read_card(out).training["imported"]["licence"] == "CC BY-NC 4.0"
+    built = call("mmkd-cache", "build", *stage_one(quick), "--expert", out, "-o", tmp_path / "cache")
+    assert built.code == 0
+    assert "LEAK: expert 'rgb' was trained on 3 of 14 clips of split 'standard' (seen.txt)" in built.err
+    assert (out / "weights.safetensors").read_bytes() == (imported[0] / "weights.safetensors").read_bytes()
+    empty = tmp_path / "none.txt"
+    empty.write_text("")
+    text = refused("mmkd-cache", "import-expert", *options[:-4], "--trained-on", empty, "-o", tmp_path / "new")
+    assert "none.txt names no clip" in text
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_dry_run_reports_and_writes_nothing(quick, original, tmp_path):
     said = call_ok(
         "mmkd-cache", "import-expert", *original.options(quick), "-o", tmp_path / "rgb", "--dry-run", "--json"

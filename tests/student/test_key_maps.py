@@ -5,11 +5,16 @@ What the originals compute is written here in plain functions of their state dic
 
 import pytest
 import torch
+from torchvision.models.video import mvit_v2_s
+from torchvision.models.video.mvit import MSBlockConfig, MViT
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.key_maps.key_maps import KEY_MAPS, map_weights
 from mmkd.student.networks.networks import headed_network
+from mmkd.student.networks.temporal_shift import TemporalShiftResNet
+from tests.helpers.original_mvit import Block, draw_mvit, original_mvit
 from tests.helpers.original_swin import draw_swin, original_swin
+from tests.helpers.original_tsm import draw_tsm, original_tsm
 
 HEADS = {"verb": 5, "noun": 3}
 
@@ -55,6 +60,101 @@ def test_video_swin_gives_the_originals_outputs(tmp_path, form, one_thread):
         found = outputs[head.removeprefix("classifiers.") if form == "authors" else "action"]
         assert found.shape == (1, layer)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+BLOCKS = (Block(16, 16, 1, 1, 4), Block(16, 32, 2, 2, 2), Block(32, 32, 2, 1, 2), Block(32, 64, 4, 2, 1))
+"""As MViTv2-S, with fewer and narrower blocks: pooled, widened and neither."""
+
+
+def small_mvit():
+    """Return torchvision's MViT with those blocks, for 8 frames of 64 x 64."""
+    settings = [
+        MSBlockConfig(
+            num_heads=block.heads,
+            input_channels=block.width,
+            output_channels=block.width_out,
+            kernel_q=[3, 3, 3],
+            kernel_kv=[3, 3, 3],
+            stride_q=[1, block.stride_q, block.stride_q],
+            stride_kv=[1, block.stride_kv, block.stride_kv],
+        )
+        for block in BLOCKS
+    ]
+    forms = {
+        "residual_pool": True,
+        "residual_with_cls_embed": False,
+        "rel_pos_embed": True,
+        "proj_after_attn": True,
+    }
+    return MViT((64, 64), 8, settings, **forms, num_classes=5).eval()  # as torchvision's mvit_v2_s
+
+
+def test_slowfast_mvit_gives_the_originals_outputs(tmp_path, one_thread):
+    generator = torch.Generator().manual_seed(3)
+    backbone = draw_mvit(BLOCKS, size=16, frames=4, seed=2)
+    head = {"head.projection.weight": torch.randn(5, 64, generator=generator)}
+    head["head.projection.bias"] = torch.randn(5, generator=generator)
+    mapped = map_weights({**backbone, **head}, tmp_path)
+    assert mapped.map.name == "slowfast-mvit"
+    assert set(mapped.names.values()) == backbone.keys() | head.keys()
+    network = small_mvit()
+    layer = mapped.classifiers["head"]
+    network.load_state_dict(mapped.backbone | {"head.1.weight": layer.weight, "head.1.bias": layer.bias})
+    clips = torch.randn(2, 3, 8, 64, 64, generator=generator)
+    expected = original_mvit(backbone, clips, BLOCKS) @ layer.weight.T + layer.bias
+    with torch.inference_mode():
+        found = network(clips)
+    assert expected.std() > 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_names_of_slowfast_mvit_are_all_of_mvit_v2_s(tmp_path):
+    widths = [96, 96, 192, 192, *[384] * 11, 768]
+    out = [*widths[1:], 768]
+    strides = {1: 2, 3: 2, 14: 2}
+    kv = [8, 4, 4, *[2] * 11, 1, 1]
+    blocks = tuple(Block(widths[n], out[n], out[n] // 96, strides.get(n, 1), kv[n]) for n in range(16))
+    mapped = map_weights(draw_mvit(blocks, size=56, frames=8, seed=0), tmp_path)
+    with torch.device("meta"):
+        own = mvit_v2_s().state_dict()
+    shapes = {name: value.shape for name, value in own.items() if not name.startswith("head.")}
+    assert {name: value.shape for name, value in mapped.backbone.items()} == shapes
+
+
+def test_the_absolute_positions_of_mvit_v1_lose_their_dimension_of_one(tmp_path):
+    state = draw_mvit(BLOCKS, size=16, frames=4, seed=2)
+    for name, count in (("spatial", 256), ("temporal", 4), ("class", 1)):
+        state[f"pos_embed_{name}"] = torch.ones(1, count, 16)
+    found = map_weights(state, tmp_path).backbone
+    sizes = {name: tuple(found[f"pos_encoding.{name}_pos"].shape) for name in ("spatial", "temporal", "class")}
+    assert sizes == {"spatial": (256, 16), "temporal": (4, 16), "class": (16,)}
+
+
+@pytest.mark.parametrize("channels", [3, 10])
+def test_epic_tsm_gives_the_originals_outputs_rgb_and_flow(tmp_path, channels, one_thread):
+    state = draw_tsm(channels, 97 + 300, seed=6)
+    mapped = map_weights(state, tmp_path)
+    assert mapped.map.name == "tsm"
+    assert set(mapped.names.values()) == state.keys()
+    network = TemporalShiftResNet(channels).eval()
+    network.load_state_dict(mapped.backbone)
+    clips = torch.randn(2, 8, channels, 64, 64, generator=torch.Generator().manual_seed(7))
+    expected = original_tsm(state, clips)
+    with torch.inference_mode():
+        features = network(clips.transpose(1, 2))
+    assert (features.shape, expected.std() > 0.5) == ((2, 2048), True)
+    assert {head: len(layer.weight) for head, layer in mapped.classifiers.items()} == {"verb": 97, "noun": 300}
+    found = [
+        features @ mapped.classifiers[head].weight.T + mapped.classifiers[head].bias for head in ("verb", "noun")
+    ]
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-5, atol=1e-5 * float(expected.std()))
+    reversed_in_time = network(clips.flip(1).transpose(1, 2))
+    assert (reversed_in_time - features).abs().max() > 0.1  # it sees the order of frames
+
+
+def test_the_one_classifier_of_another_tsm_is_not_cut(tmp_path):
+    mapped = map_weights(draw_tsm(3, 174, seed=6), tmp_path)
+    assert {head: len(layer.weight) for head, layer in mapped.classifiers.items()} == {"head": 174}
 
 
 def test_a_map_that_is_not_the_files_is_refused_and_the_files_own_named(tmp_path):
