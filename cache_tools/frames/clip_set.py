@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
+from mmkd.cache_tools.frames.data_frames import decoder_rules, open_data_frames
 from mmkd.cache_tools.frames.probe import probe_all
 from mmkd.cache_tools.frames.records import ClipFacts, FactsTable, Float64Array, VideoFacts
-from mmkd.cache_tools.frames.source import DEFAULT_LIMITS, Limits, VideoFiles, clip_facts, frame_interval_seconds
+from mmkd.cache_tools.frames.source import DEFAULT_LIMITS, Limits, clip_facts, frame_interval_seconds
 from mmkd.cache_tools.frames.video_paths import Links
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.recipes.recipe import Recipe
@@ -25,7 +26,9 @@ class DataRecipe(Recipe):
     """Where clips are and what is refused; paths are relative to the current directory."""
 
     manifest: Path = Field(description="manifest made by `mmkd-cache manifest`")
-    videos: Path = Field(description="folder that the manifest's video paths are relative to")
+    videos: Path = Field(
+        description="folder that the manifest's video paths are relative to, or an HDF5 file of pictures"
+    )
     facts: Path | None = Field(None, description="folder for what the probe found; default: MANIFEST.facts")
     workers: int = Field(2, ge=0, le=512, description="decoding processes; 0 decodes in this process")
     max_pixels: int = Field(
@@ -106,9 +109,8 @@ class ClipSet:
         """Load the manifest; raise InputError, naming it, when it or the video folder is not there."""
         self.recipe = recipe
         self.manifest: Manifest = load_manifest(recipe.manifest)
-        if not recipe.videos.is_dir():
-            raise InputError(f"the video folder {recipe.videos} does not exist; give it with --videos")
-        self.source = VideoFiles(recipe.videos, recipe.limits(), links=recipe.links)
+        rates = self.manifest.frame_rates
+        self.source = open_data_frames(recipe.videos, recipe.limits(), recipe.links, rates)
 
     def probe(self, clips: Sequence[Clip]) -> ClipVideos:
         """Return the facts of each clip, or why it is unusable.
@@ -150,6 +152,12 @@ def clip_videos(
         except VideoError as error:
             videos[row] = error
     return items
+
+
+def decoder_of(splits: Iterable[ClipVideos]) -> str:
+    """Return the name of the rules by which the clips' frames are decoded, for fingerprints."""
+    videos = (video for items in splits for video in items.videos)
+    return decoder_rules(video for video in videos if not isinstance(video, VideoError))
 
 
 NUMBERS = re.compile(r"\d[\d.]*")

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmkd.cache_tools.frames.data_frames import DataFrames
 from mmkd.cache_tools.frames.records import Float64Array, VideoFacts
 from mmkd.cache_tools.frames.source import FrameSource, VideoFiles
 from mmkd.cache_tools.frames.video_paths import NOT_FOUND, is_lost
@@ -101,8 +102,8 @@ def probe_all(
             faults[video] = result
         advance(1)
     whole = {video: facts for video, facts in found.items() if facts is not None}
-    if isinstance(source, VideoFiles):
-        refuse_lost_folders(source, whole, store)
+    if isinstance(source, VideoFiles | DataFrames) and not source.root.is_file():
+        refuse_lost_folders(source.root, whole, store)
     if store is not None:
         pack = pack_path(store, whole)
         known = [video for video, facts in whole.items() if isinstance(facts, VideoFacts)]
@@ -179,15 +180,15 @@ def _probe_and_keep(source: FrameSource, store: Path | None, video: str) -> Prob
     return Probed(facts)
 
 
-def refuse_lost_folders(source: VideoFiles, found: Found, store: Path | None) -> None:
+def refuse_lost_folders(root: Path, found: Found, store: Path | None) -> None:
     """Raise StorageError for a folder that held videos, by their facts, and is empty or gone: a lost disk."""
     absent = [video for video, error in found.items() if str(error).startswith(NOT_FOUND)]
     held = {Path(video).parent for video, facts in found.items() if isinstance(facts, VideoFacts)}
     held |= {Path(video).parent for video in absent if store and _exists(facts_path(store, video))}
     for folder in sorted({Path(video).parent for video in absent} & held):
-        if is_lost(source.root / folder):
+        if is_lost(root / folder):
             raise StorageError(
-                f"{source.root / folder} is empty or gone, and it held videos before: is its disk mounted, "
+                f"{root / folder} is empty or gone, and it held videos before: is its disk mounted, "
                 f"and --videos right? Nothing was recorded. If they are gone for good, delete their facts, {store}"
             )
 

@@ -30,7 +30,7 @@ class VideoFacts:
     times_seconds: Float64Array
     """(frames,) presentation time of each frame from the container's start, ascending, the first one 0 or later."""
     decoder: str
-    """Name of the decoder that the rule table chose and the probe tried: `decord` or `pyav`."""
+    """What reads it: `decord` or `pyav`, as the rule table chose and the probe tried, or a kind of stills."""
     identity: str
     """Hash of packet count, time stamps and sizes: changes when the video is re-encoded or cut."""
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISDIR, S_ISREG
 from typing import Literal
 
 from mmkd.data_manifests.errors import StorageError, VideoError
@@ -21,11 +21,11 @@ NOT_FOUND = "video not found"
 ADVICE = "nothing was lost; fix that and run the same command again"
 
 
-def video_path(root: Path, video: str, links: Links) -> Path:
+def video_path(root: Path, video: str, links: Links, *, folders: bool = False) -> Path:
     """Return the resolved path of a video below the root.
 
-    Raises VideoError when it is outside the root or no regular file is there, StorageError when the system cannot
-    tell.
+    Raises VideoError when it is outside the root or no regular file is there (nor, where asked for, a folder),
+    StorageError when the system cannot tell.
     """
     if "\0" in video:
         raise VideoError("the video's name holds a zero byte")
@@ -46,7 +46,7 @@ def video_path(root: Path, video: str, links: Links) -> Path:
         if isinstance(error, OSError) and error.errno not in ABSENT:
             raise StorageError(f"cannot look at {path}: {error.strerror}; {ADVICE}") from error
         raise VideoError(f"{NOT_FOUND}: {video}") from error
-    if not S_ISREG(status.st_mode):
+    if not S_ISREG(status.st_mode) and not (folders and S_ISDIR(status.st_mode)):
         raise VideoError(f"{NOT_FOUND}: {video}")
     return Path(path)
 

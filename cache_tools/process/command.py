@@ -39,6 +39,7 @@ class LocalPath(click.Path):
 
 FOLDER = LocalPath(path_type=Path, file_okay=False)
 FILE = LocalPath(path_type=Path, dir_okay=False)
+PLACE = LocalPath(path_type=Path)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 RECIPE_FILES = files("mmkd.data_manifests") / "recipe-files"
@@ -116,7 +117,7 @@ def data_options(function: Function) -> Function:
     """Add --manifest, --videos, --facts and --workers, which override the recipe's data section."""
     options = (
         click.option("--manifest", type=FILE, help="Manifest made by `mmkd-cache manifest`."),
-        click.option("--videos", type=FOLDER, help="Folder that its video paths are relative to."),
+        click.option("--videos", type=PLACE, help="Folder that its video paths are relative to, or an HDF5 file."),
         click.option("--facts", type=FOLDER, help="Folder for probed facts [default: MANIFEST.facts]."),
         click.option("--workers", type=click.IntRange(0), help="Decoding processes [default: 2]."),
     )

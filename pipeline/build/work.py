@@ -9,7 +9,7 @@ from typing import Any
 from mmkd.cache_tools.cache.fingerprints import fingerprint
 from mmkd.cache_tools.cache.init_record import CacheInit, expert_fingerprint
 from mmkd.cache_tools.cache.logit_formats import FORMATS, format_of
-from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideos, unusable_line
+from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideos, decoder_of, unusable_line
 from mmkd.cache_tools.frames.source import DECODER_RULES
 from mmkd.cache_tools.layout import (
     GROUP,
@@ -73,7 +73,9 @@ class SplitPlan:
         return () if unreadable else tuple(self.drawn.view(row, number) for number in numbers)
 
 
-def base_fields(manifest: Manifest, policy: ViewPolicy, *, train_split: str, view_seed: int) -> dict[str, Any]:
+def base_fields(
+    manifest: Manifest, policy: ViewPolicy, *, train_split: str, view_seed: int, decoder: str = DECODER_RULES
+) -> dict[str, Any]:
     """Return the base node: everything that could change what a view shows or means."""
     return {
         "schema": SCHEMA,
@@ -85,7 +87,7 @@ def base_fields(manifest: Manifest, policy: ViewPolicy, *, train_split: str, vie
         "view_seed": view_seed,
         "view_rules": VIEW_RULES,
         "canonical": CANONICAL_RULES,
-        "decoder": DECODER_RULES,
+        "decoder": decoder,
     }
 
 
@@ -185,7 +187,13 @@ def plan_build(
     if needs_boxes(expert.modality for expert in experts):
         boxes = open_boxes(recipe.boxes, {clip.video for split in splits for clip in split.clips})
     box_identity = boxes_fields(recipe.boxes) if boxes else None
-    base = base_fields(manifest, recipe.views, train_split=recipe.train_split, view_seed=recipe.view_seed)
+    base = base_fields(
+        manifest,
+        recipe.views,
+        train_split=recipe.train_split,
+        view_seed=recipe.view_seed,
+        decoder=decoder_of(items),
+    )
     nodes = {expert.name: expert_node(expert, box_identity, recipe) for expert in experts}
     return BuildPlan(recipe, clip_set, splits, experts, boxes, base, nodes)
 

@@ -21,7 +21,9 @@ from mmkd.cache_tools.cache.fingerprints import differences, refuse_differences
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.cache.softmax import kl_divergence
 from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideo
+from mmkd.cache_tools.frames.data_frames import WITH_STILLS
 from mmkd.cache_tools.frames.records import Float32Array
+from mmkd.cache_tools.frames.source import DECODER_RULES
 from mmkd.cache_tools.process.pool import run_tasks
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.storage.store import Store
@@ -74,7 +76,11 @@ def check_node_fields(
     reader: CacheReader, recipe: TeacherRecipe, experts: Sequence[Expert], manifest: Manifest
 ) -> None:
     """Raise FingerprintError, field by field, unless the base and the given experts are those of the cache."""
-    base = base_fields(manifest, recipe.views, train_split=recipe.train_split, view_seed=recipe.view_seed)
+    # A sample may miss the clips whose frames are pictures: either name of this version's rules is right.
+    decoder = WITH_STILLS if reader.init.base["decoder"] == WITH_STILLS else DECODER_RULES
+    base = base_fields(
+        manifest, recipe.views, train_split=recipe.train_split, view_seed=recipe.view_seed, decoder=decoder
+    )
     boxes = boxes_fields(recipe.boxes) if needs_boxes(expert.modality for expert in experts) else None
     fields = {expert.name: dict(expert_node(expert, boxes, recipe).fields) for expert in experts}
     stored = {name: reader.init.experts[name] for name in fields if name in reader.experts}
