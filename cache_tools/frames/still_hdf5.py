@@ -1,9 +1,8 @@
-"""Frames as pictures in one HDF5 file: in the two forms of Radevski et al., and in that of `mmkd-cache pack`.
+"""Frames as pictures in one HDF5 file: in the two forms of Radevski et al., and in one that keeps their times.
 
-    h5[video]                       dataset of pictures, one string of bytes each (variable or fixed length, or
-    opaque) h5[video][narration][frame]     groups, in which each frame is a dataset of its bytes, named by its
-    number from 0 h5[video] with `times_seconds`  the first form with the frames' times, and `crc32` of each:
-    mmkd-frames-1
+    h5[video]                     dataset of pictures, one string of bytes each (variable or fixed length, or
+    opaque) h5[video][narration][frame]   groups, in which each frame is a dataset of its bytes, named by its number
+    from 0 h5[video]/frames              the first form in a group, beside `times_seconds` and `crc32` of each frame
 
 A clip's `video` names its dataset or group, with or without the ending of a video file. Nothing leads out of the
 file: external links and storage are refused.
