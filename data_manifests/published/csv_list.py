@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, FrameRate, Head, Manifest
-from mmkd.data_manifests.published.csv_table import Row, read_table, require_column
+from mmkd.data_manifests.published.csv_table import MOST_DIGITS, Row, read_table, require_column
 from mmkd.data_manifests.published.something import read_class_list
 
 CLIP, VIDEO, SPLIT, START, END, GROUPS = "clip", "video", "split", "start", "end", "groups"
@@ -97,6 +97,10 @@ def _head(name: str, column: str, rows: Sequence[Row], classes: Path | None, pat
     if classes is not None:
         names, where = read_classes(classes), classes
     elif values and all(value.isascii() and value.isdigit() for value in values):
+        if too_long := next((row for row in rows if len(row.values[column].lstrip("0")) > MOST_DIGITS), None):
+            raise InputError(
+                f"{too_long.place}: {column} {too_long.values[column][:20]} is too large a class number"
+            )
         names, where = tuple(str(number) for number in range(max(map(int, values)) + 1)), path
     else:
         names, where = tuple(sorted(values)), path

@@ -13,6 +13,8 @@ from mmkd.data_manifests.regular_file import read_regular
 from mmkd.data_manifests.system_errors import cannot_read
 
 MAX_CSV_BYTES = 2**30
+MOST_DIGITS = 6
+"""Of a class number: a longer one is a mistake, and a list of so many classes would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Row:
         text = self.text(column)
         if not text.isascii() or not text.isdigit():
             raise InputError(f"{self.place}: {column} {text!r} is not a whole number from 0")
-        if int(text) >= count:
-            raise InputError(f"{self.place}: {column} {text} is outside {what} (0..{count - 1})")
+        if len(text.lstrip("0")) > MOST_DIGITS or int(text) >= count:
+            raise InputError(f"{self.place}: {column} {text[:20]} is outside {what} (0..{count - 1})")
         return int(text)
 
     def seconds(self, column: str) -> float:

@@ -10,7 +10,7 @@ no labels.
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
@@ -51,6 +51,10 @@ class Layout:
 
 NOMINAL_RATES = (60.0, 50.0)
 """Frames a second of official frame folders: of PXX_YY, and of PXX_1YY."""
+PICTURE_SUFFIXES = ("", ".tar")
+"""Endings of a path of one's own that names stored pictures: a folder, or a tar."""
+OWN_RATES = (FrameRate("*P??_1[0-9][0-9]*", NOMINAL_RATES[1]), FrameRate("*", NOMINAL_RATES[0]))
+"""Of such a path, whatever stands around the video's id."""
 LAYOUTS = {
     "videos": Layout("{participant_id}/videos/{video_id}.MP4"),
     "trimmed": Layout("{participant_id}/{narration_id}.mp4", is_whole_video=True),
@@ -64,6 +68,19 @@ LAYOUTS = {
     ),
 }
 """Name -> layout: as the official script downloads videos, a file for each narration, official frames."""
+OTHER_PATHS = (
+    "{participant_id}/{video_id}.MP4",
+    "{video_id}.MP4",
+    "{participant_id}/videos/{video_id}.mp4",
+    "{participant_id}/{video_id}.mp4",
+    "{video_id}.mp4",
+    "{narration_id}.mp4",
+    "{participant_id}/{video_id}",
+    "{video_id}",
+    "{participant_id}/{video_id}.tar",
+    "{video_id}.tar",
+)
+"""Arrangements that people have besides: `--layout` takes each as it stands."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,7 @@ def read_epic_kitchens(
     clips: list[Clip] = []
     places: dict[str, str] = {}
     tables = {split: read_table(path, COLUMNS) for split, path in (splits or _split_files(annotations)).items()}
-    _check_columns(options, tables, annotations)
+    _check_filters(options, tables, annotations)
     for split, rows in tables.items():
         for row in (row for row in rows if _is_wanted(row, options)):
             clip = _clip(row, split, heads, layout, groups)
@@ -111,7 +128,8 @@ def layout_of(text: str) -> Layout:
     if text in LAYOUTS:
         return LAYOUTS[text]
     if "{" in text:
-        return Layout(text)
+        is_pictures = PurePosixPath(text).suffix.lower() in PICTURE_SUFFIXES
+        return Layout(text, frame_rates=OWN_RATES if is_pictures else ())
     raise InputError(
         f"--layout {text!r}: choose among {', '.join(LAYOUTS)}, or give a path with columns in braces, such as "
         f"'{LAYOUTS['videos'].video}'"
@@ -179,8 +197,26 @@ class _Groups:
         return tuple(names + [f"tail_{head}" for head in tail] + (["tail_action"] if tail else []))
 
 
-def _check_columns(options: EpicOptions, tables: Mapping[str, Sequence[Row]], annotations: Path) -> None:
-    """Raise InputError for a column of --where that no split has; the test split has fewer than the others."""
+def nearest_layout(manifest: Manifest, videos: Path) -> str | None:
+    """Return another layout of which a folder holds a clip's file: a name of `LAYOUTS`, or a path in braces."""
+    ids = [clip.clip_id for clip in manifest.clips]  # PXX_YY_N
+    rows = [{"participant_id": i[:3], "video_id": i.rpartition("_")[0], "narration_id": i} for i in ids]
+    for name, path in [
+        *((name, layout.video) for name, layout in LAYOUTS.items()),
+        *((path, path) for path in OTHER_PATHS),
+    ]:
+        if any((videos / file).exists() for file in dict.fromkeys(path.format_map(row) for row in rows)):
+            return name
+    return None
+
+
+def _check_filters(options: EpicOptions, tables: Mapping[str, Sequence[Row]], annotations: Path) -> None:
+    """Raise InputError for a participant or a column of --where that no split has; the test split has fewer."""
+    there = {row.values["participant_id"] for rows in tables.values() for row in rows}
+    if absent := sorted(set(options.participants) - there):
+        raise InputError(
+            f"--participants {absent[0]}: no row of {annotations} has it; there are {min(there)} to {max(there)}"
+        )
     names = list(dict.fromkeys(column for rows in tables.values() for column in rows[0].values))
     for column, _ in options.where:
         require_column(column, names, annotations)

@@ -1,6 +1,6 @@
 """The commands `mmkd-cache manifest …`: from published annotation files to a manifest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def split_options(function: Any) -> Any:
         videos_option,
         click.option("--suffix", default=".webm", show_default=True, help="Ending of the video files."),
         out_option,
+        as_json,
     )
     for option in reversed(options):
         function = option(function)
@@ -128,6 +129,7 @@ def epic_kitchens(**options: Any) -> None:
         EpicOptions,
         count_lines,
         group_counts,
+        nearest_layout,
         read_epic_kitchens,
     )
 
@@ -138,7 +140,8 @@ def epic_kitchens(**options: Any) -> None:
     chosen = EpicOptions(options["layout"], frozenset(participants), [(name, value) for name, value in where])
     made = read_epic_kitchens(options["annotations"], chosen, _splits(options), options["dataset"])
     is_whole = not (participants or where or options["splits"])
-    _write_manifest(made, options, group_counts(made), count_lines(made, is_whole=is_whole))
+    lines = count_lines(made, is_whole=is_whole)
+    _write_manifest(made, options, group_counts(made), lines, lambda videos: nearest_layout(made, videos))
 
 
 @manifest.command(
@@ -202,13 +205,20 @@ def _named_files(texts: Sequence[str], option: str) -> dict[str, Path]:
 
 
 def _write_manifest(
-    made: Manifest, options: dict[str, Any], counts: Mapping[str, Any] | None = None, lines: Sequence[str] = ()
+    made: Manifest,
+    options: dict[str, Any],
+    counts: Mapping[str, Any] | None = None,
+    lines: Sequence[str] = (),
+    nearest: Callable[[Path], str | None] = lambda videos: None,
 ) -> None:
-    """Write a manifest and say what it holds, unless its videos are not there or another thing is in its place."""
+    """Write a manifest and say what it holds, unless its videos are not there or another thing is in its place.
+
+    `nearest` returns the layout that a video folder has where none of its videos is found.
+    """
     out = options["out"]
     if out.exists() and what_is(out) != MANIFEST:
         raise InputError(f"{out} is there, and is no manifest{it_is(out)}; name another file with -o")
-    missing = _missing_videos(made, options["videos"])
+    missing = _missing_videos(made, options["videos"], nearest)
     save_manifest(made, out)
     splits = ", ".join(f"{name} {len(made.split(name))}{_without_labels(made, name)}" for name in made.splits)
     classes = ", ".join(f"{head.name} {len(head.classes)}" for head in made.heads)
@@ -223,14 +233,16 @@ def _write_manifest(
     click.echo("\n".join([f"{out}: clips {splits}; classes {classes}", *lines]))
 
 
-def _missing_videos(made: Manifest, videos: Path | None) -> int | None:
+def _missing_videos(made: Manifest, videos: Path | None, nearest: Callable[[Path], str | None]) -> int | None:
     """Return how many videos are not below a folder, saying so; None where it is not asked. All are an error."""
     if videos is None:
         return None
     names = dict.fromkeys(clip.video for clip in made.clips)
     missing = [name for name in names if not (videos / name).exists()]
     if len(missing) == len(names):
-        raise InputError(f"none of {counted(len(names), 'video')} is in {videos}, e.g. {missing[0]}")
+        found = nearest(videos)
+        hint = f"; it has the layout of --layout '{found}'" if found else ""
+        raise InputError(f"none of {counted(len(names), 'video')} is in {videos}, e.g. {missing[0]}{hint}")
     if missing:
         text = f"{len(missing)} of {counted(len(names), 'video')} not found in {videos}, e.g. {missing[0]}"
         click.echo(text, err=True)

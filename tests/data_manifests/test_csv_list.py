@@ -99,6 +99,7 @@ def test_class_lists_of_every_form_give_the_numbers(listed, tmp_path, name, text
         ("video,action\na,x\nb,x\n", (), "clips.csv: head 'action' needs at least two classes"),
         ("video,action\na,x,y\n", (), "clips.csv:2: 3 values in a table of 2 columns"),
         ("video,action,action\na,x,y\n", (), "column 'action' stands there twice"),
+        ("video,action\na,1\nb,99999999999\n", (), "clips.csv:3: action 99999999999 is too large a class number"),
         ("video,action\n", (), "holds no row below its header"),
         ("", (), "is empty"),
         (

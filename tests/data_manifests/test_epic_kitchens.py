@@ -146,6 +146,7 @@ FAULTS = [
         "EPIC_100_train.csv:2: verb_class 97 is outside the verb",
         "text",
     ),
+    ("EPIC_100_train.csv", "verb-0,0,", f"verb-0,{'9' * 5000},", "is outside the verb classes (0..96)", "text"),
     ("EPIC_100_train.csv", "verb-0,0,", "verb-0,-1,", "verb_class '-1' is not a whole number", "text"),
     ("EPIC_100_train.csv", "P01_11_1,", "P01_11_0,", "EPIC_100_train.csv:3: 'P01_11_0' already stands in", "text"),
     ("EPIC_100_train.csv", "start_timestamp", "start_timestamps", "did you mean 'start_timestamps'?", "text"),
@@ -177,6 +178,7 @@ def test_a_fault_names_file_and_line_and_nothing_is_written(annotations, tmp_pat
         (("--where", "verb"), "--where 'verb': expected COLUMN=VALUE"),
         (("--layout", "video"), "--layout 'video': choose among videos, trimmed, frames, tars"),
         (("--layout", "{video}.mp4"), "'video' is no column in braces"),
+        (("--participants", "P01,P99"), "--participants P99: no row of"),
         (("--split", "train=nowhere.csv"), "cannot read nowhere.csv"),
     ],
 )
@@ -213,3 +215,38 @@ def test_videos_that_are_not_there_are_counted(world, tmp_path):
     done = call(*command(world.root / "annotations", tmp_path / "m.jsonl", "--videos", tmp_path))
     assert done.code == 0
     assert "4 of 5 videos not found" in done.err
+
+
+@pytest.mark.parametrize(
+    ("path", "layout"),
+    [
+        ("P01/P01_11_0.mp4", "trimmed"),
+        ("P01/rgb_frames/P01_11/frame_0000000001.jpg", "frames"),
+        ("P01/rgb_frames/P01_11.tar", "tars"),
+        ("P01_11.MP4", "{video_id}.MP4"),
+        ("P01/P01_11.mp4", "{participant_id}/{video_id}.mp4"),
+        ("elsewhere/P01_11.MP4", None),
+    ],
+)
+def test_a_folder_of_another_layout_is_recognised(world, tmp_path, path, layout):
+    videos = tmp_path / "videos"
+    (videos / path).parent.mkdir(parents=True)
+    (videos / path).write_bytes(b"")
+    folder, out = world.root / "annotations", tmp_path / "m.jsonl"
+    error = refused(*command(folder, out, "--videos", videos))
+    assert "P01/videos/P01_11.MP4" in error
+    assert not out.exists()
+    assert (f"it has the layout of --layout '{layout}'" in error) if layout else ("--layout" not in error)
+    if layout:  # what it says to give is taken
+        call_ok(*command(folder, out, "--videos", videos, "--layout", layout))
+
+
+@pytest.mark.parametrize(
+    "path", ["{video_id}", "{participant_id}/{video_id}.tar", "{participant_id}/{narration_id}"]
+)
+def test_pictures_at_a_path_of_ones_own_have_the_nominal_rates(world, tmp_path, path):
+    call_ok(*command(world.root / "annotations", tmp_path / "m.jsonl", "--layout", path))
+    made = load_manifest(tmp_path / "m.jsonl")
+    for video_id, rate in (("P18_01", 60.0), ("P18_11", 60.0), ("P18_101", 50.0)):
+        named = path.format(participant_id="P18", video_id=video_id, narration_id=f"{video_id}_7")
+        assert made.frame_rate(named) == rate
