@@ -1,7 +1,7 @@
 """The recipe of stage one: data, views, flow, boxes, experts and build, in one YAML file; free of torch."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -50,6 +50,16 @@ class LayoutRecipe(Recipe):
     spatial_layers: int = Field(6, ge=1, le=128, description="layers over the boxes of a frame")
     temporal_layers: int = Field(6, ge=1, le=128, description="layers over frames")
     dropout: float = Field(0.1, ge=0, lt=1)
+    norm_eps: float = Field(
+        1e-5, gt=0, le=1, description="epsilon of the two embeddings' layer norms; the authors': 0.1"
+    )
+    sides: bool = Field(False, description="see whether a hand is a left or a right one, where that is known")
+    states: bool = Field(False, description="see what a hand touches, where that is known")
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a fingerprint covers; fields newer than the first experts enter off their default alone."""
+        newer = {name: type(self).model_fields[name].default for name in ("norm_eps", "sides", "states")}
+        return {name: value for name, value in self.model_dump().items() if value != newer.get(name)}
 
 
 class ExpertRecipe(Recipe):

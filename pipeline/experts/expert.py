@@ -29,7 +29,7 @@ from mmkd.data_manifests.system_errors import MACHINE_FAULTS
 from mmkd.data_manifests.typed_json import STRICT, typed
 from mmkd.pipeline.experts.stlt import STLT
 from mmkd.pipeline.experts.trained_on import load_trained_on
-from mmkd.pipeline.recipe import ExpertRecipe
+from mmkd.pipeline.recipe import ExpertRecipe, LayoutRecipe
 from mmkd.student.networks.networks import build_network
 from mmkd.student.training.devices import reproducible
 
@@ -77,7 +77,7 @@ class ExpertCard:
             "modality": self.recipe["modality"],
             "network": self.recipe["train"]["network"],
             "flow_scale_px": self.recipe["train"]["flow_scale_px"],
-            "layout": self.recipe["layout"],
+            "layout": LayoutRecipe.model_validate(self.recipe["layout"]).identity(),
             "flow": self.flow,
             "boxes": boxes if self.boxes else None,
             "weights": self.weights_sha256,

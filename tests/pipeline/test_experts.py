@@ -194,3 +194,12 @@ def test_a_card_that_the_disk_does_not_give_is_a_fault_of_the_machine(folder, mo
     monkeypatch.setattr(expert_module, "read_regular", fail)
     with pytest.raises(StorageError, match=r"cannot read .*expert.json: Input/output error"):
         read_card(folder)
+
+
+def test_newer_fields_of_a_layout_enter_a_fingerprint_off_their_defaults_alone(folder):
+    card = read_card(folder)
+    fields = card.fingerprint_fields(None)["layout"]
+    assert fields == {**LAYOUT, "dropout": 0.1}
+    for change in ({"norm_eps": 0.1}, {"sides": True}, {"states": True}):
+        other = replace(card, recipe=card.recipe | {"layout": card.recipe["layout"] | change})
+        assert other.fingerprint_fields(None)["layout"] == fields | change

@@ -174,3 +174,64 @@ def test_a_tiny_network_learns_motion_in_seconds():
     with torch.inference_mode():
         correct = network.eval()(inputs)["action"].argmax(1) == labels
     assert correct.float().mean() > 0.95
+
+
+def test_what_experts_of_before_hold_and_give_is_unchanged():
+    """The same names, sizes and draws; the logits are those of the version before `norm_eps`, `sides`, `states`."""
+    torch.manual_seed(3)
+    network = STLT({"action": 2}, **TINY).eval()
+    assert [name for name in network.state_dict() if name.startswith("embedding.")] == [
+        *("embedding.category.weight", "embedding.box.weight", "embedding.box.bias"),
+        *("embedding.score.weight", "embedding.score.bias", "embedding.norm.weight", "embedding.norm.bias"),
+    ]
+    corners = torch.linspace(0, 1, 48).view(1, 4, 3, 4)
+    found = network({"boxes": corners, "categories": torch.tensor([1, 2, 0]).expand(1, 4, 3)})["action"]
+    torch.testing.assert_close(found, torch.tensor([[0.25759324, -0.64335787]]), atol=1e-5, rtol=0)
+
+
+def hand_facts(inputs):
+    hands = inputs["categories"] == 1
+    return {
+        "sides": torch.where(hands, torch.randint(1, 3, hands.shape), 0),
+        "states": torch.where(hands, torch.randint(1, 6, hands.shape), 0),
+    }
+
+
+@pytest.mark.parametrize("fact", ["sides", "states"])
+def test_a_hand_s_side_and_state_are_seen_where_the_layout_asks_for_them(network, fact):
+    inputs = layout()
+    facts = hand_facts(inputs)
+    assert_same(network(inputs | facts), network(inputs))
+    asked = STLT({"verb": 5}, **TINY, **{fact: True}).eval()
+    known = asked(inputs | facts)
+    assert (known["verb"] - asked(inputs)["verb"]).abs().max() > 1e-3
+    assert_same(asked(inputs), asked(inputs | {fact: facts[fact] * 0}))  # absent is unknown
+    empty = inputs["categories"] == 0
+    assert_same(known, asked(inputs | {fact: facts[fact].masked_fill(empty, 2)}))  # an empty slot has neither
+
+
+def test_embedding_of_side_and_state_is_the_sum_of_the_tables():
+    embedding = STLT({"verb": 5}, **TINY, norm_eps=0.1, sides=True, states=True).eval().embedding
+    assert (embedding.side.weight.shape, embedding.state.weight.shape) == ((3, 32), (6, 32))
+    assert not embedding.side.weight[0].any()
+    assert not embedding.state.weight[0].any()
+    inputs = layout(empty=())
+    facts = hand_facts(inputs)
+    total = (
+        embedding.category.weight[inputs["categories"]]
+        + inputs["boxes"] @ embedding.box.weight.T
+        + embedding.box.bias
+        + inputs["scores"][..., None] @ embedding.score.weight.T
+        + embedding.score.bias
+        + embedding.side.weight[facts["sides"]]
+        + embedding.state.weight[facts["states"]]
+    )
+    centred = total - total.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 0.1).sqrt()
+    torch.testing.assert_close(embedding(inputs | facts), expected)
+
+
+def test_norm_eps_is_that_of_the_two_embeddings_alone():
+    network = STLT({"verb": 5}, **TINY, norm_eps=0.1)
+    other = {name for name, module in network.named_modules() if getattr(module, "eps", None) == 0.1}
+    assert other == {"embedding.norm", "norm"}
