@@ -3,7 +3,6 @@
 From top to bottom of this file. Nothing is written before all of it is known to fit.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,30 +13,25 @@ from torch import Tensor, nn
 
 from mmkd.cache_tools.cache.fingerprints import file_sha256
 from mmkd.cache_tools.frames.clip_set import ClipSet
-from mmkd.cache_tools.tasks.folder_lock import folder_lock
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.leaks import TrainedOn, read_trained_on
+from mmkd.data_manifests.leaks import read_trained_on
 from mmkd.data_manifests.manifest import Head
-from mmkd.pipeline.experts.expert import CARD_FILE, WEIGHTS_FILE, ExpertCard, has_weights, make_network, save_expert
-from mmkd.pipeline.experts.teach import TRAINING, expert_identity, same_expert
-from mmkd.pipeline.experts.trained_on import write_trained_on
+from mmkd.pipeline.experts.expert import make_network
+from mmkd.pipeline.experts.teach import expert_identity
 from mmkd.pipeline.imports.class_files import read_class_names
 from mmkd.pipeline.imports.class_matching import match_classes
 from mmkd.pipeline.imports.closest import closest_line
 from mmkd.pipeline.imports.head_sources import HeadSource, class_files, head_sources
+from mmkd.pipeline.imports.stlt_layout import all_positions, fitted
+from mmkd.pipeline.imports.write_expert import card_fields, write_once
 from mmkd.pipeline.recipe import ExpertRecipe, TeacherRecipe
 from mmkd.student.checkpoints.checkpoint_file import read_checkpoint
 from mmkd.student.checkpoints.containers import Weights
-from mmkd.student.evaluation.run_files import RUN_FILE
 from mmkd.student.key_maps.key_map import Classifier, MappedWeights
 from mmkd.student.key_maps.key_maps import AUTO, map_weights
 from mmkd.student.networks.networks import CHANNELS
 from mmkd.student.networks.pretrained import fit_of
-from mmkd.student.training.checkpoint import encode_network
-
-IMPORTED = "imported"
-"""The member of a card's `training` that says where an expert's weights are from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +94,19 @@ def import_expert(recipe: TeacherRecipe, name: str, request: ImportRequest, out:
     Raises InputError for whatever does not fit, naming the file, option, key or class; then nothing was written.
     """
     clip_set = ClipSet(recipe.data)
-    expert = without_weights(recipe.experts[name])
     weights = read_checkpoint(request.file, request.weights_key)
     mapped = map_weights(weights.state, request.file, request.key_map)
+    expert = without_weights(recipe.experts[name])
+    if expert.modality == "boxes":
+        expert = fitted(expert, mapped, request.file)
+        mapped = all_positions(mapped, recipe.views.frames, request.file)
     heads = clip_set.manifest.heads
     sources = head_sources(request.heads, [head.name for head in heads], list(mapped.classifiers))
-    layers, reports = matched_heads(mapped, sources, heads, request)
+    lists = class_files(request.classes, [head.name for head in heads])
+    layers, reports = matched_heads(mapped, sources, heads, lists)
     network = make_network(expert, {head.name: len(head.classes) for head in heads})
     computed = fill(network, expert, mapped, layers, request.file)
-    imported = provenance(request, weights, mapped)
+    imported = provenance(request, weights, mapped, lists)
     seen = expert_identity(recipe, expert, clip_set)
     seen["held_out"] = {**seen["held_out"], "fraction": 0.0}  # nobody here kept clips from it
     trained = None if request.trained_on is None else read_trained_on(request.trained_on)
@@ -133,10 +131,9 @@ def without_weights(expert: ExpertRecipe) -> ExpertRecipe:
 
 
 def matched_heads(
-    mapped: MappedWeights, sources: Mapping[str, HeadSource], heads: Sequence[Head], request: ImportRequest
+    mapped: MappedWeights, sources: Mapping[str, HeadSource], heads: Sequence[Head], files: Mapping[str, Path]
 ) -> tuple[dict[str, Classifier], dict[str, HeadReport]]:
     """Return each head's layer with its rows in the manifest's order, and what became of it."""
-    files = class_files(request.classes, [head.name for head in heads])
     layers, reports = {}, {}
     for head in heads:
         source = sources[head.name]
@@ -145,7 +142,7 @@ def matched_heads(
         if len(names) != len(layer.weight):
             raise InputError(
                 f"{files[head.name]} has {counted(len(names), 'class')}, but the classifier {source.source!r} of "
-                f"{request.file} has {counted(len(layer.weight), 'row')} for head {head.name!r}"
+                f"the checkpoint has {counted(len(layer.weight), 'row')} for head {head.name!r}"
             )
         rows = match_classes(names, head, files[head.name])
         bias = torch.zeros(len(rows)) if layer.bias is None else layer.bias[rows]
@@ -208,60 +205,15 @@ def finite(value: Tensor) -> bool:
     return not value.is_floating_point() or bool(torch.isfinite(value.float()).all())
 
 
-def provenance(request: ImportRequest, weights: Weights, mapped: MappedWeights) -> dict[str, Any]:
+def provenance(
+    request: ImportRequest, weights: Weights, mapped: MappedWeights, lists: Mapping[str, Path]
+) -> dict[str, Any]:
     """Return what the card says of the source: by content, with the file's name for people."""
     return {
         "file": request.file.name,
         "sha256": file_sha256(request.file),
         "key": weights.key,
         "map": mapped.map.name,
-        "classes": {
-            text.partition("=")[0] if "=" in text else "": file_sha256(path) for text, path in lists(request)
-        },
+        "classes": {head: file_sha256(path) for head, path in lists.items()},
         "licence": request.licence,
     }
-
-
-def lists(request: ImportRequest) -> list[tuple[str, Path]]:
-    """Return each `--classes` text with its file."""
-    return [(text, Path(text.partition("=")[2] or text)) for text in request.classes]
-
-
-def card_fields(name: str, seen: dict[str, Any], imported: dict[str, Any]) -> dict[str, Any]:
-    """Return what an expert's card says but for the hash of its weights."""
-    return {"name": name, "training": {IMPORTED: imported}, **seen}
-
-
-def write_once(out: Path, network: nn.Module, fields: dict[str, Any], trained: TrainedOn | None) -> bool:
-    """Write the expert unless it is there; InputError when the folder holds anything else.
-
-    Which clips it was trained on is written in any case, where that is known.
-    """
-    refuse_others(out)
-    there = False
-    if (out / CARD_FILE).exists():
-        card = same_expert(out, fields["name"], {key: fields[key] for key in fields if key != "training"})
-        if card.training != fields["training"]:
-            raise InputError(
-                f"{out} holds an expert of another source; import into another folder, or delete this one"
-            )
-        there = has_weights(out, card)
-    state = encode_network(network)
-    with folder_lock(out) as lock:
-        lock.check()
-        if trained is not None:
-            write_trained_on(out, trained)
-        if not there:
-            save_expert(out, ExpertCard(weights_sha256=hashlib.sha256(state).hexdigest(), **fields), state)
-    return not there
-
-
-def refuse_others(out: Path) -> None:
-    """Raise InputError for a folder in which a run, unfinished training or weights without a card lie."""
-    for folder in (out, out / TRAINING):
-        if (folder / RUN_FILE).exists():
-            raise InputError(f"{folder} holds a run of `mmkd-student train`; name another folder with -o")
-    if (out / TRAINING).exists():
-        raise InputError(f"{out} holds training of `mmkd-cache teach`; name another folder with -o")
-    if (out / WEIGHTS_FILE).exists() and not (out / CARD_FILE).exists():
-        raise InputError(f"{out} holds {WEIGHTS_FILE} without {CARD_FILE}; name another folder with -o")

@@ -34,6 +34,8 @@ class KeyMap:
     """Expression of a classifier's parameters, with groups `part` (weight or bias) and, where named, `head`."""
     rows: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     """Rows of a classifier that is several in one -> name and rows of each, in order."""
+    layout: Mapping[str, float | bool] = field(default_factory=dict)
+    """Boxes only: fields of the layout's recipe that such a network always has."""
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = as_it_is
     """What is done to a renamed backbone's values."""
 

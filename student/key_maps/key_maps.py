@@ -7,13 +7,14 @@ from torch import Tensor
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.checkpoints.names import bare_state
+from mmkd.student.key_maps.authors_stlt import AUTHORS_STLT
 from mmkd.student.key_maps.epic_tsm import EPIC_TSM
 from mmkd.student.key_maps.key_map import Classifier, KeyMap, MappedWeights
 from mmkd.student.key_maps.same_names import SAME_NAMES
 from mmkd.student.key_maps.slowfast_mvit import SLOWFAST_MVIT
 from mmkd.student.key_maps.video_swin import VIDEO_SWIN
 
-MAPS = (VIDEO_SWIN, SLOWFAST_MVIT, EPIC_TSM, SAME_NAMES)
+MAPS = (VIDEO_SWIN, AUTHORS_STLT, SLOWFAST_MVIT, EPIC_TSM, SAME_NAMES)
 KEY_MAPS: dict[str, KeyMap] = {key_map.name: key_map for key_map in MAPS}
 """Name -> map; the first whose marks a file has is its own, and the last has none."""
 AUTO = "auto"
