@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, FrameRate, Head, Manifest
-from mmkd.data_manifests.published.csv_table import MOST_DIGITS, Row, read_table, require_column
+from mmkd.data_manifests.published.csv_table import MOST_DIGITS, Row, read_table, read_text, require_column
 from mmkd.data_manifests.published.something import read_class_list
 
 CLIP, VIDEO, SPLIT, START, END, GROUPS = "clip", "video", "split", "start", "end", "groups"
@@ -85,11 +85,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
                 f"{wrong.place}: class id {wrong.values['id']!r} is out of order; they are 0, 1, 2, ..."
             )
         return tuple(row.text("key") for row in rows)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the classes {path}: {getattr(error, 'strerror', None) or error}") from error
-    return tuple(line.strip() for line in lines if line.strip())
+    return tuple(line.strip() for line in read_text(path).split("\n") if line.strip())
 
 
 def _head(name: str, column: str, rows: Sequence[Row], classes: Path | None, path: Path) -> Head:

@@ -63,7 +63,7 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> list[Row]:
 
     Raises InputError, with file and line, for a file that is none, and where one of `columns` is missing.
     """
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     lines = _lines(reader, path)
     header = next(lines, None)
     if header is None:
@@ -92,7 +92,8 @@ def require_column(column: str, names: Sequence[str], path: Path) -> None:
         raise InputError(f"{path} has no column {column!r}{hint}")
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a regular file (UTF-8, byte order mark allowed); InputError names the file."""
     try:
         if path.stat().st_size > MAX_CSV_BYTES:
             raise InputError(f"{path}: larger than {MAX_CSV_BYTES} bytes; is it the annotation file?")

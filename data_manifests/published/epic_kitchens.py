@@ -7,6 +7,7 @@ and `tail_action`, whose verb or noun is in the tail. Rows without class columns
 no labels.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ TRAIN = "train"
 CLASS_FILES = {"verb": "EPIC_100_verb_classes.csv", "noun": "EPIC_100_noun_classes.csv"}
 TAIL_FILES = {"verb": "EPIC_100_tail_verbs.csv", "noun": "EPIC_100_tail_nouns.csv"}
 UNSEEN_FILE = "EPIC_100_unseen_participant_ids_validation.csv"
+VIDEO_INFO_FILE = "EPIC_100_video_info.csv"
+ROUNDING_SECONDS = 0.01
+"""Time stamps are written in hundredths."""
 PUBLISHED_COUNTS = {
     "train": {"clips": 67_217},
     "validation": {"clips": 9_668, "unseen": 1_065, "tail_verb": 1_760, "tail_noun": 1_900, "tail_action": 3_105},
@@ -35,6 +39,8 @@ PUBLISHED_COUNTS = {
 }
 """Split -> what -> how many clips; of the groups counted from the publisher's files."""
 COLUMNS = ("narration_id", "participant_id", "video_id", "start_timestamp", "stop_timestamp")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ def read_epic_kitchens(
     places: dict[str, str] = {}
     tables = {split: read_table(path, COLUMNS) for split, path in (splits or _split_files(annotations)).items()}
     _check_filters(options, tables, annotations)
+    _warn_of_ends([row for rows in tables.values() for row in rows if _is_wanted(row, options)], annotations)
     for split, rows in tables.items():
         for row in (row for row in rows if _is_wanted(row, options)):
             clip = _clip(row, split, heads, layout, groups)
@@ -220,6 +227,32 @@ def _check_filters(options: EpicOptions, tables: Mapping[str, Sequence[Row]], an
     names = list(dict.fromkeys(column for rows in tables.values() for column in rows[0].values))
     for column, _ in options.where:
         require_column(column, names, annotations)
+
+
+def _warn_of_ends(rows: Sequence[Row], annotations: Path) -> None:
+    """Log how many segments end after their video, where the publisher's list of videos is there."""
+    path = annotations / VIDEO_INFO_FILE
+    if not path.exists():
+        return
+    durations = {
+        row.text("video_id"): row.seconds("duration") for row in read_table(path, ("video_id", "duration"))
+    }
+    late = [
+        row
+        for row in rows
+        if row.seconds("stop_timestamp") > durations.get(row.values["video_id"], float("inf")) + ROUNDING_SECONDS
+    ]
+    if late:
+        text, video = late[0].values["stop_timestamp"], late[0].values["video_id"]
+        log.warning(
+            "%s: the segment ends at %s, after video %s, which has %g s (%s of this kind in all): a build records "
+            "such clips as unusable; data.clip_segments=true clips their ends",
+            late[0].place,
+            text,
+            video,
+            durations[video],
+            counted(len(late), "segment"),
+        )
 
 
 def _is_wanted(row: Row, options: EpicOptions) -> bool:

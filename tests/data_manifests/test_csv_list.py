@@ -1,5 +1,7 @@
 """Anyone's own list of clips: columns, class lists, and what is wrong with a line."""
 
+import os
+
 import pytest
 
 from mmkd.data_manifests.manifest import FrameRate
@@ -129,6 +131,19 @@ def test_a_fault_names_the_line_and_nothing_is_written(listed, tmp_path, text, o
     (tmp_path / "classes.txt").write_text("x\ny\n")
     options = [str(option).replace("CLASSES", str(tmp_path / "classes.txt")) for option in options]
     assert message in listed(text, *options, ok=False)
+
+
+def test_a_list_of_classes_is_a_file_of_utf_8_lines(listed, tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_bytes("\ufeffopen\u2028wide\r\nclose\r\n".encode())  # U+2028 ends no line
+    text = "video,action\na,open\u2028wide\nb,close\n"
+    assert listed(text, "--classes", f"action={path}").heads[0].classes == ("open\u2028wide", "close")
+    (tmp_path / "m.jsonl").unlink()
+    path.write_bytes(b"open\n\xff\n")
+    assert "classes.txt: not UTF-8 text (byte 5)" in listed(LIST, "--classes", f"action={path}", ok=False)
+    path.unlink()
+    os.mkfifo(path)
+    assert "classes.txt" in listed(LIST, "--classes", f"action={path}", ok=False)
 
 
 def test_text_that_is_not_utf_8_is_named(tmp_path):

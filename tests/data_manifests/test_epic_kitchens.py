@@ -250,3 +250,17 @@ def test_pictures_at_a_path_of_ones_own_have_the_nominal_rates(world, tmp_path, 
     for video_id, rate in (("P18_01", 60.0), ("P18_11", 60.0), ("P18_101", 50.0)):
         named = path.format(participant_id="P18", video_id=video_id, narration_id=f"{video_id}_7")
         assert made.frame_rate(named) == rate
+
+
+def test_segments_that_end_after_their_video_are_told(annotations, tmp_path, caplog):
+    info = annotations / "EPIC_100_video_info.csv"
+    info.write_text("video_id,duration,fps,resolution\nP01_11,1000,60,16x16\nP18_01,1.745,60,16x16\n")
+    call_ok(*command(annotations, tmp_path / "m.jsonl", "--where", "narration_id=P18_01_0"))  # it ends at 1.75
+    assert "after video" not in caplog.text
+    done = call(*command(annotations, tmp_path / "m.jsonl"))
+    assert done.code == 0
+    said = done.err + caplog.text
+    assert "the segment ends at 00:00:03.50, after video P18_01, which has 1.745 s" in said
+    late = sum(c.video.endswith("P18_01.MP4") for c in load_manifest(tmp_path / "m.jsonl").clips) - 1
+    assert late > 0
+    assert f"({late} segment" in said

@@ -12,6 +12,7 @@ from mmkd.data_manifests.published.something import (
     read_something_else,
     read_something_something,
 )
+from tests.helpers.in_process import call_ok
 from tests.helpers.places import DATA, needs_data
 
 REAL = DATA / "something_something"
@@ -208,3 +209,12 @@ def test_published_class_lists_hold_the_same_names_in_other_orders():
     theirs = read_class_list(folder / "something_else_compositional_labels.json")
     assert set(ours) == set(theirs)
     assert sum(a == b for a, b in zip(ours, theirs, strict=True)) == 1
+
+
+@pytest.mark.parametrize("name", ["something-something", "something-else"])
+def test_json_says_what_was_made(write, labels, tmp_path, name):
+    split = f"train={write('a.json', [OPENING])}"
+    said = call_ok(
+        "mmkd-cache", "manifest", name, "--split", split, "--labels", labels, "-o", tmp_path / "m.jsonl", "--json"
+    )
+    assert json.loads(said) == {"splits": {"train": {"clips": 1}}, "classes": {"action": 3}, "missing_videos": None}
