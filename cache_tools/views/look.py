@@ -4,7 +4,7 @@ The size of a look is an argument of `canonical_view`; this is the rule for its 
 view did not span: nothing before the view's first sampled frame or after its last is seen.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,22 @@ from mmkd.cache_tools.views.view import View
 
 LOOK_RULE = "centres of equal parts of the view's frames, linear between them, half to even"
 """What `look_frames` does, in words; part of the fingerprint of every expert with frames of its own."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What an expert sees of each view; the default is the canonical view, and one field a frame."""
+
+    frames: int | None = None
+    """T', frames in the view's interval; None: the view's own."""
+    size_px: int | None = None
+    """S', side of the view's crop; None: the canonical view's."""
+    flow_stack: int = 1
+    """Consecutive flow fields around each frame."""
+
+
+CANONICAL_LOOK = Look()
+"""What the student sees too."""
 
 
 def look_frames(frame_indices: IntArray, frames: int) -> IntArray:
@@ -30,7 +46,8 @@ def look_frames(frame_indices: IntArray, frames: int) -> IntArray:
     right = np.minimum(left + 1, count - 1)
     whole, rest = np.divmod(frame_indices[left] * (parts - beyond) + frame_indices[right] * beyond, parts)
     up = (2 * rest > parts) | ((2 * rest == parts) & (whole % 2 == 1))
-    return (whole + up).astype(np.int64)
+    found: IntArray = (whole + up).astype(np.int64)
+    return found
 
 
 def look_view(view: View, frames: int | None) -> View:
