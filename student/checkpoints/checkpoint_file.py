@@ -93,7 +93,8 @@ def reason(path: Path, text: str) -> str:
         name = unsupported[1] if "." in unsupported[1] else f"builtins.{unsupported[1]}"  # torch leaves that out
         return refusal(name) if is_dangerous(name) else f"it holds more than tensors ({name}); {take_out(path)}"
     _, found, detail = text.partition("WeightsUnpickler error: ")
-    return (detail if found else text).strip().splitlines()[0]
+    text = (detail if found else text).strip().splitlines()[0]
+    return text.partition(" In PyTorch 2.6")[0]  # what follows is advice to run the file
 
 
 def refusal(name: str) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import builtins
 import collections
+import copy
 import enum
 import functools
 import importlib
@@ -11,6 +12,7 @@ import operator
 import os
 import pickle
 import random
+import resource
 import subprocess
 import zipfile
 from pathlib import Path
@@ -280,6 +282,36 @@ def test_a_small_file_that_would_become_a_large_one_is_refused_before_it_does(tm
     assert path.stat().st_size < 20_000
     with pytest.raises(InputError, match=r"w\.pth: its [\d,]+ bytes would become 4,\d{3},\d{3}, and torch"):
         read_state(path)
+
+
+def test_an_archive_whose_entries_share_bytes_is_refused(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.zeros(1 << 10)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        entry = next(entry for entry in archive.infolist() if entry.filename.endswith("data/0"))
+        for number in range(1, 9):  # the directory names the same bytes again and again
+            again = copy.copy(entry)
+            again.filename = entry.filename[:-1] + str(number)
+            archive.filelist.append(again)
+        archive._didModify = True
+    with pytest.raises(InputError, match=r"would become"):
+        read_state(path)
+
+
+@pytest.mark.parametrize("options", [{}, LEGACY])
+def test_a_pickle_that_asks_for_memory_is_refused_before_it_gets_any(tmp_path, options):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    message = refusal(tmp_path, {"model": STATE, "x": Calls(bytearray, 1 << 31)}, **options)
+    assert "it calls builtins.bytearray" in message
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # in KiB
+
+
+def test_a_compiled_program_is_refused_without_advice_to_run_it(tmp_path):
+    torch.save(STATE, tmp_path / "w.pt")
+    with zipfile.ZipFile(tmp_path / "w.pt", "a") as archive:
+        archive.writestr("w/constants.pkl", pickle.dumps(()))  # by which torch knows one
+    with pytest.raises(InputError, match=r"w\.pt: it is a TorchScript program, not weights"):
+        read_state(tmp_path / "w.pt")
 
 
 def test_a_storage_that_says_more_than_its_entry_holds_is_refused(tmp_path):
