@@ -4,7 +4,7 @@ import click
 
 from mmkd.cache_tools.process.command import run_command
 from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
-from mmkd.pipeline.commands import build, cache, config, demo, flow, import_expert, manifest, teach
+from mmkd.pipeline.commands import boxes, build, cache, config, demo, flow, import_expert, manifest, teach
 
 
 @click.group(
@@ -33,6 +33,7 @@ COMMANDS: tuple[click.Command, ...] = (
     cache.inspect,
     cache.weigh,
     flow.flow,
+    boxes.boxes,
     config.config,
 )
 

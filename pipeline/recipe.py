@@ -37,7 +37,9 @@ class FlowRecipe(Recipe):
 class BoxesRecipe(Recipe):
     """Where object boxes come from."""
 
-    files: tuple[Path, ...] = Field((), description="annotations in the published Something-Else form (JSON)")
+    files: tuple[Path, ...] = Field(
+        (), description="annotations in the Something-Else form (JSON), or tables of `mmkd-cache boxes`"
+    )
     fps: float = Field(12.0, gt=0, description="frame rate that the annotation's frame numbers count")
     max_boxes: int = Field(14, ge=1, le=64, description="boxes kept in a frame (STLT: 14)")
 

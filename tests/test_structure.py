@@ -24,7 +24,7 @@ ORDER = (
     "cache_tools/tasks student/data student/teacher",
     "cache_tools/upkeep student/training",
     "student/evaluation",
-    "student/distil student/weighing pipeline/flow",
+    "student/distil student/weighing pipeline/flow pipeline/detections",
     "student/cli pipeline/flow_command pipeline/inputs",
     "pipeline/experts",
     "pipeline/build pipeline/imports",

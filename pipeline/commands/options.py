@@ -21,7 +21,10 @@ from mmkd.pipeline.recipe import Precision, TeacherRecipe
 
 cache_argument = click.argument("cache", type=cache_location, metavar="CACHE")
 boxes_option = click.option(
-    "--boxes", multiple=True, type=FILE, help="Box annotations in the Something-Else form; repeatable."
+    "--boxes",
+    multiple=True,
+    type=FILE,
+    help="Boxes: Something-Else's annotations, or a table of `mmkd-cache boxes`; repeatable.",
 )
 scratch_option = click.option(
     "--flow-scratch", type=FOLDER, help="Folder for flow computed once [default: MANIFEST.flow]."

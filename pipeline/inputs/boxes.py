@@ -1,4 +1,4 @@
-"""Object boxes from files in the Something-Else form, as compact tracks, looked up at a clip's frame times.
+"""Object boxes from files in the Something-Else form or tables of detections, looked up at a clip's frame times.
 
 Frames are matched by time, never by list position (the published loader's way, off where frames are not
 annotated). Boxes come out as parts of the frame, in a fixed number of slots, ready for the boxes expert. A
@@ -7,7 +7,7 @@ video whose annotation is absent or malformed is no error of the file: asking fo
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,8 +18,10 @@ import numpy.typing as npt
 from mmkd.cache_tools.cache.fingerprints import file_sha256
 from mmkd.cache_tools.frames.records import Float32Array, Float64Array, IntArray, UInt8Array
 from mmkd.data_manifests.errors import InputError, VideoError
+from mmkd.pipeline.detections.table import DetectionTable, is_table
 from mmkd.pipeline.inputs.box_labels import EMPTY, parse_video
 from mmkd.pipeline.inputs.json_members import iterate_members
+from mmkd.pipeline.inputs.stored_track import StoredTrack
 from mmkd.pipeline.recipe import BoxesRecipe
 
 ANNOTATED_FPS = 12.0
@@ -51,6 +53,14 @@ class BoxTrack:
     """Time between annotated frames at the annotation's frame rate."""
     max_boxes: int
     """Slots that a look-up returns, at least N."""
+    sides: UInt8Array | None = None
+    """(F, N) 0 unknown, 1 left hand, 2 right hand; None: all unknown."""
+    states: UInt8Array | None = None
+    """(F, N) 0 unknown, 1 to 5 a hand's contact state; None: all unknown."""
+
+
+Track = BoxTrack | StoredTrack
+"""A video's boxes, in memory or in a table."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +75,20 @@ class FrameBoxes:
     """(T, N) 0..1; 0 for no box."""
     annotated: npt.NDArray[np.bool_]
     """(T,) whether an annotated frame lies within half its period of the frame's time."""
+    sides: IntArray
+    """(T, N) 0 unknown or no hand, 1 left, 2 right."""
+    states: IntArray
+    """(T, N) 0 unknown or no hand, else what it touches; see mmkd.pipeline.detections.records."""
 
 
 @dataclass(frozen=True)
 class BoxFile:
     """The tracks of all videos of one or several annotation files."""
 
-    tracks: Mapping[str, BoxTrack | str]
+    tracks: Mapping[str, Track | str]
     """Per video id its track, or the reason why its annotation cannot be used."""
 
-    def track(self, video: str) -> BoxTrack:
+    def track(self, video: str) -> Track:
         """Return the track of a video id or file name (`80962.webm`), or raise BoxesMissingError."""
         found = self.tracks.get(video, self.tracks.get(PurePosixPath(video).stem))
         if found is None:
@@ -99,13 +113,16 @@ def load_boxes(
     if not (math.isfinite(fps) and fps > 0 and max_boxes >= 1):
         raise InputError(f"boxes need fps > 0 and max_boxes >= 1, got {fps} and {max_boxes}")
     wanted = None if videos is None else {PurePosixPath(video).stem for video in videos} | set(videos)
-    tracks: dict[str, BoxTrack | str] = {}
+    tracks: dict[str, Track | str] = {}
     for path in paths:
-        for video, frames in iterate_members(path):
+        for video, frames in _members(path):
             if wanted is not None and video not in wanted:
                 continue
             if video in tracks:
                 raise InputError(f"{path}: video {video!r} is annotated in an earlier file, too")
+            if isinstance(frames, DetectionTable):
+                tracks[video] = StoredTrack(frames, video, max_boxes)
+                continue
             try:
                 parsed = parse_video(frames, max_boxes)
             except ValueError as error:
@@ -116,7 +133,15 @@ def load_boxes(
     return BoxFile(tracks)
 
 
-def boxes_at(track: BoxTrack, times_seconds: Float64Array, *, width: int, height: int) -> FrameBoxes:
+def _members(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (video, its frames as JSON) of an annotation file, (video, the table) of a table."""
+    if not is_table(path):
+        return iterate_members(path)
+    table = DetectionTable(path)
+    return ((video, table) for video in table.rows)
+
+
+def boxes_at(track: Track, times_seconds: Float64Array, *, width: int, height: int) -> FrameBoxes:
     """Return the boxes (T, max_boxes) at frame times (T,), normalised by the video's own width and height.
 
     A frame takes the nearest annotated frame at most half a period away (the earlier one on a tie), else it
@@ -124,6 +149,14 @@ def boxes_at(track: BoxTrack, times_seconds: Float64Array, *, width: int, height
     keep a one-pixel box there). One that reaches past it by more than 5 % raises BoxesMissingError: then the
     video was most likely resized after it was annotated, and all its boxes would be wrong.
     """
+    if isinstance(track, StoredTrack):
+        near = track.near(times_seconds)
+        width = height = 1  # its boxes are parts of the frame already
+        track = BoxTrack(
+            *(near.times_seconds, near.boxes, near.categories, near.scores, near.period_seconds, track.max_boxes),
+            sides=near.sides,
+            states=near.states,
+        )
     last = len(track.times_seconds) - 1
     right = np.searchsorted(track.times_seconds, times_seconds).clip(0, last)
     left = (right - 1).clip(0)
@@ -141,12 +174,19 @@ def boxes_at(track: BoxTrack, times_seconds: Float64Array, *, width: int, height
         )
     shape = (len(times_seconds), track.max_boxes)
     found = FrameBoxes(
-        np.zeros((*shape, 4), np.float32), np.zeros(shape, np.int64), np.zeros(shape, np.float32), annotated
+        np.zeros((*shape, 4), np.float32),
+        np.zeros(shape, np.int64),
+        np.zeros(shape, np.float32),
+        annotated,
+        *(np.zeros(shape, np.int64) for _ in range(2)),
     )
     slots = boxes.shape[1]
     found.boxes[:, :slots] = boxes
     found.categories[:, :slots] = np.where(present, track.categories[nearest], EMPTY)
     found.scores[:, :slots] = track.scores[nearest]
+    for values, known in ((found.sides, track.sides), (found.states, track.states)):
+        if known is not None:
+            values[:, :slots] = known[nearest]
     return _clipped(found)
 
 
@@ -159,6 +199,8 @@ def _clipped(found: FrameBoxes) -> FrameBoxes:
         np.where(present, found.categories, EMPTY),
         np.where(present, found.scores, np.float32(0)),
         found.annotated,
+        np.where(present, found.sides, 0),
+        np.where(present, found.states, 0),
     )
 
 

@@ -10,7 +10,7 @@ from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.manifest import Head
 from mmkd.pipeline.flow.clip_flow import FlowFields, pair_starts, view_flow
 from mmkd.pipeline.flow.scratch import FlowStore
-from mmkd.pipeline.inputs.boxes import BoxTrack, boxes_at
+from mmkd.pipeline.inputs.boxes import Track, boxes_at
 from mmkd.student.data.rgb_views import label_arrays
 from mmkd.student.data.view_streams import ViewStream
 
@@ -18,14 +18,14 @@ Inputs = dict[str, npt.NDArray[Any]]
 """Name -> array of one view, without a batch axis."""
 
 
-def boxes_input(track: BoxTrack, view: View, item: ClipVideo) -> Inputs:
-    """Return boxes float32 (T, N, 4), full-frame normalised as in STLT, categories int64 and scores (T, N).
+def boxes_input(track: Track, view: View, item: ClipVideo) -> Inputs:
+    """Return boxes float32 (T, N, 4), full-frame normalised as in STLT; categories, scores, sides, states (T, N).
 
     Raises BoxesMissingError when the annotation does not fit the video.
     """
     times_seconds = item.video.times_seconds[view.frame_indices]
     found = boxes_at(track, times_seconds, width=item.facts.width, height=item.facts.height)
-    return {"boxes": found.boxes, "categories": found.categories, "scores": found.scores}
+    return {name: getattr(found, name) for name in ("boxes", "categories", "scores", "sides", "states")}
 
 
 class ClipViews:
@@ -71,7 +71,7 @@ class BoxViews(ClipViews):
 
     def __init__(
         self,
-        tracks: Sequence[BoxTrack],
+        tracks: Sequence[Track],
         clips: Sequence[ClipVideo],
         stream: ViewStream,
         *,

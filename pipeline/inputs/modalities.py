@@ -150,6 +150,8 @@ def _boxes_empty(shapes: InputShapes) -> Inputs:
         "boxes": np.zeros((t, n, 4), np.float32),
         "categories": np.zeros((t, n), np.int64),
         "scores": np.zeros((t, n), np.float32),
+        "sides": np.zeros((t, n), np.int64),
+        "states": np.zeros((t, n), np.int64),
     }
 
 

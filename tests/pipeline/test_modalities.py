@@ -13,7 +13,7 @@ def test_every_modality_of_the_recipe_has_its_entry():
     assert [list(modality.empty(shapes)) for modality in MODALITIES.values()] == [
         ["rgb"],
         ["flow"],
-        ["boxes", "categories", "scores"],
+        ["boxes", "categories", "scores", "sides", "states"],
     ]
 
 
