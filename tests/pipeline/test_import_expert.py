@@ -1,5 +1,6 @@
 """`mmkd-cache import-expert`: somebody's checkpoint becomes an expert that a build takes like a taught one."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -7,13 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.cache_tools.views.canonical import canonical_view
+from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.manifest import Head
 from mmkd.pipeline.experts.expert import load_expert, read_card
+from mmkd.pipeline.imports.head_sources import head_sources
+from mmkd.pipeline.imports.import_expert import matched_heads
 from mmkd.pipeline.recipe import TeacherRecipe
+from mmkd.student.key_maps.key_maps import map_weights
+from mmkd.student.networks.networks import headed_network
 from tests.helpers.in_process import call, call_ok, refused
 from tests.helpers.original_swin import draw_swin, original_swin
 
@@ -228,6 +236,44 @@ def test_a_folder_that_holds_something_else_is_left_alone(quick, original, tmp_p
         options = (*original.options(quick), "-o", out, "--name", "rgb")
         assert "name another folder with -o" in refused("mmkd-cache", "import-expert", *options)
         assert [path.name for path in out.iterdir()] == [name]
+
+
+def test_averaged_weights_are_imported_by_name(quick, original, tmp_path):
+    plain = headed_network("small3d", heads={"head": len(original.names)}, channels=3).state_dict()
+    state = {name.removeprefix("backbone.").replace("heads.head.", "head."): value for name, value in plain.items()}
+    averaged = {f"module.{name}": value + 1 for name, value in state.items()} | {"n_averaged": torch.tensor(3)}
+    torch.save({"model": state, "model_ema": averaged, "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pth")
+    options = [tmp_path / "w.pth", *original.options(quick)[1:]]
+    options[options.index("swin3d_t")] = "small3d"
+    said = call_ok("mmkd-cache", "import-expert", *options, "-o", tmp_path / "plain")
+    assert "other weights in the file: model_ema" in said
+    said = call_ok(
+        "mmkd-cache", "import-expert", *options, "--weights-key", "model_ema", "-o", tmp_path / "averaged"
+    )
+    assert "weights at 'model_ema'" in said
+    first = "network.backbone.layers.0.0.weight"
+    found = [load_file(tmp_path / name / "weights.safetensors")[first] for name in ("plain", "averaged")]
+    torch.testing.assert_close(found[1], found[0] + 1)
+    assert read_card(tmp_path / "averaged").training["imported"]["key"] == "model_ema"
+
+
+def test_one_classifier_is_cut_into_the_rows_of_each_head(tmp_path):
+    weight = torch.arange(21.0).reshape(7, 3)
+    mapped = map_weights({"new_fc.weight": weight, "base_model.layer1.0.conv1.net.weight": torch.ones(1)}, tmp_path)
+    heads = (Head("verb", ("open", "take")), Head("noun", ("pan", "cup", "lid")))
+    files = {"verb": tmp_path / "verbs.txt", "noun": tmp_path / "nouns.txt"}
+    files["verb"].write_text("take\nopen\nclose")
+    files["noun"].write_text("lid\npan\ntap\ncup")
+    sources = head_sources(["verb=head[0:3]", "noun=head[3:7]"], ["verb", "noun"], list(mapped.classifiers))
+    layers, reports = matched_heads(mapped, sources, heads, files)
+    assert torch.equal(layers["verb"].weight, weight[[1, 0]])
+    assert torch.equal(layers["noun"].weight, weight[[4, 6, 3]])
+    assert torch.equal(layers["noun"].bias, torch.zeros(3))  # the file's classifier has none
+    assert (reports["noun"].rows, reports["noun"].classes) == (4, 3)
+    for rows in ("[0:8]", "[3:3]"):
+        sources = head_sources([f"verb=head{rows}", "noun=head[3:7]"], ["verb", "noun"], ["head"])
+        with pytest.raises(InputError, match=r"--head verb=head.*that classifier has rows 0 to 7"):
+            matched_heads(mapped, sources, heads, files)
 
 
 def test_a_name_that_cannot_be_an_experts_is_refused(quick, original, tmp_path):

@@ -3,6 +3,8 @@
 What the originals compute is written here in plain functions of their state dicts, without torchvision's modules.
 """
 
+import argparse
+
 import pytest
 import torch
 from torchvision.models.video import mvit_v2_s
@@ -155,6 +157,20 @@ def test_epic_tsm_gives_the_originals_outputs_rgb_and_flow(tmp_path, channels, o
 def test_the_one_classifier_of_another_tsm_is_not_cut(tmp_path):
     mapped = map_weights(draw_tsm(3, 174, seed=6), tmp_path)
     assert {head: len(layer.weight) for head, layer in mapped.classifiers.items()} == {"head": 174}
+
+
+def test_training_starts_from_video_swins_own_names_for_flow_too(tmp_path):
+    backbone = draw_swin(seed=1)
+    state = {f"backbone.{name}": value for name, value in backbone.items()}
+    state |= {"cls_head.fc_cls.weight": torch.ones(400, 768), "cls_head.fc_cls.bias": torch.ones(400)}
+    torch.save({"state_dict": state, "meta": argparse.Namespace(epoch=30)}, tmp_path / "swin.pth")
+    for channels in (3, 2):
+        network = headed_network("swin3d_t", heads=HEADS, channels=channels, weights=tmp_path / "swin.pth")
+        own = network.backbone.state_dict()
+        assert torch.equal(own["features.4.5.mlp.3.weight"], backbone["layers.2.blocks.5.mlp.fc2.weight"])
+        stem = backbone["patch_embed.proj.weight"]
+        expected = stem if channels == 3 else stem.mean(1, keepdim=True).repeat(1, 2, 1, 1, 1)
+        assert torch.equal(own["patch_embed.proj.weight"], expected)
 
 
 def test_a_map_that_is_not_the_files_is_refused_and_the_files_own_named(tmp_path):
