@@ -25,6 +25,10 @@ def head_sources(texts: Sequence[str], heads: Sequence[str], found: Sequence[str
 
     Raises InputError for a text that is none, a head that the manifest lacks, and a head without a classifier.
     """
+    if not found:
+        raise InputError(
+            "the checkpoint has no classifier, so it is no expert yet: `train.weights` starts one from it"
+        )
     given = dict(parse_source(text, heads, found) for text in texts)
     for head in heads:
         if head in given:
@@ -35,7 +39,7 @@ def head_sources(texts: Sequence[str], heads: Sequence[str], found: Sequence[str
             given[head] = HeadSource(found[0])
         else:
             raise InputError(
-                f"no classifier of the checkpoint is called {head!r}; it has {', '.join(found) or 'none'}: say "
+                f"no classifier of the checkpoint is called {head!r}; it has {', '.join(found)}: say "
                 f"which with --head {head}=NAME, or --head {head}=NAME[FIRST:LAST] for some of its rows"
             )
     return given
@@ -50,7 +54,7 @@ def parse_source(text: str, heads: Sequence[str], found: Sequence[str]) -> tuple
     if head not in heads:
         raise InputError(f"--head {text}: the manifest has no head {head!r}; it has {', '.join(heads)}")
     if source not in found:
-        raise InputError(f"--head {text}: the checkpoint's classifiers are {', '.join(found) or 'none'}")
+        raise InputError(f"--head {text}: the checkpoint's classifiers are {', '.join(found)}")
     rows = None if match["first"] is None else (int(match["first"]), int(match["last"]))
     return head, HeadSource(source, rows)
 

@@ -179,7 +179,10 @@ def with_value(name, value):
             r"not finite numbers: backbone\.norm\.bias",
         ),
         (without("cls_head.fc_cls.weight"), "no whole classifier"),
-        (lambda state: [state.pop(key) for key in list(state) if "cls_head" in key], "it has none: say which"),
+        (
+            lambda state: [state.pop(key) for key in list(state) if "cls_head" in key],
+            "the checkpoint has no classifier",
+        ),
         (with_value("cls_head.fc_cls.weight", torch.ones(3, 768)), "no whole classifier"),
     ],
 )
