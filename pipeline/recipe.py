@@ -64,6 +64,17 @@ class LayoutRecipe(Recipe):
         return {name: value for name, value in self.model_dump().items() if value != newer.get(name)}
 
 
+class LookRecipe(Recipe):
+    """What an expert sees of a view's interval and crop, where that is not the canonical view."""
+
+    frames: int | None = Field(None, ge=1, le=256, description="in the view's interval; null: the view's own")
+    size_px: int | None = Field(None, ge=16, le=1024, description="side of the view's crop; null: the view's own")
+
+
+LAYOUT_FRAMES = 64
+"""Positions of the layout transformer."""
+
+
 class ExpertRecipe(Recipe):
     """One unimodal expert."""
 
@@ -71,6 +82,18 @@ class ExpertRecipe(Recipe):
     views: int | None = Field(None, ge=1, description="random views in turn; null: a fresh one every epoch")
     train: TrainRecipe = Field(default_factory=TrainRecipe, description="network and optimisation")
     layout: LayoutRecipe = Field(default_factory=LayoutRecipe, description="boxes only: the layout transformer")
+    look: LookRecipe = Field(default_factory=LookRecipe, description="frames and size of its own")
+    flow_stack: int = Field(1, ge=1, le=32, description="flow only: consecutive fields around each frame")
+
+    @model_validator(mode="after")
+    def _look_fits(self) -> Self:
+        if self.flow_stack > 1 and self.modality != "flow":
+            raise ValueError(f"flow_stack {self.flow_stack} is for flow experts; this one sees {self.modality}")
+        if self.modality == "boxes" and self.look.size_px is not None:
+            raise ValueError("look.size_px is for rgb and flow; boxes have no size: leave it out")
+        if self.modality == "boxes" and (self.look.frames or 0) > LAYOUT_FRAMES:
+            raise ValueError(f"look.frames {self.look.frames}: a boxes expert takes {LAYOUT_FRAMES} at most")
+        return self
 
 
 class HeldOutRecipe(Recipe):

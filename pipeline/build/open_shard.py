@@ -1,6 +1,7 @@
 """A shard that takes its clips: what each one's job is, and what becomes of it in the shard's block."""
 
 import time
+from dataclasses import replace
 
 from mmkd.cache_tools.layout import THUMBPRINT
 from mmkd.cache_tools.process.stages import Stages
@@ -8,7 +9,7 @@ from mmkd.data_manifests.errors import StorageError, VideoError
 from mmkd.pipeline.build.shard_block import NodeResult, ShardBlock
 from mmkd.pipeline.build.work import BuildPlan, ShardWork
 from mmkd.pipeline.flow.scratch import FlowStore
-from mmkd.pipeline.inputs.modalities import needs_flow
+from mmkd.pipeline.inputs.modalities import looks_at, needs_flow
 from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, PreparedClip, with_flow
 
 
@@ -78,8 +79,10 @@ def clip_job(plan: BuildPlan, work: ShardWork, row: int) -> ClipJob | VideoError
     recipe, item = plan.recipe, work.split.items[row]
     if isinstance(item, VideoError):
         return item
-    flow = None
-    if needs_flow(expert.modality for expert in plan.experts_of(work.nodes)):
+    flow, experts = None, [(expert.modality, expert.card.look) for expert in plan.experts_of(work.nodes)]
+    if needs_flow(modality for modality, _ in experts):
         device = plan.experts[0].device
         flow = FlowJob(recipe.flow, FlowStore(recipe.scratch, recipe.flow, str(device)), device.type)
-    return ClipJob(plan.clip_set.source, item, work.views(row), recipe.views.size_px, flow)
+        flow = replace(flow, looks=looks_at("flow", experts))
+    further = looks_at("rgb", experts, beyond_canonical=True)
+    return ClipJob(plan.clip_set.source, item, work.views(row), recipe.views.size_px, flow, further)

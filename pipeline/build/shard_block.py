@@ -5,7 +5,7 @@ the last batch is padded. So the logits of a view do not depend on what was resu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ class ExpertBatcher:
         self.logits: dict[str, Float32Array] = {
             head: np.full((*grid, classes), np.nan, np.float32) for head, classes in heads.items()
         }
-        self._empty = MODALITIES[expert.modality].empty(shapes)
+        self._empty = MODALITIES[expert.modality].empty(replace(shapes, look=expert.card.look))
         self._batch_views = batch_views
         self._slots: list[tuple[int, int]] = []
         self._inputs: list[Inputs] = []
@@ -145,7 +145,7 @@ class ShardBlock:
         seen = ViewedClip(item, views, clip, self._boxes)
         for batcher in self._batchers:
             try:
-                inputs = MODALITIES[batcher.expert.modality].inputs(seen)
+                inputs = MODALITIES[batcher.expert.modality].inputs(replace(seen, look=batcher.expert.card.look))
             except BoxesMissingError as error:
                 self._fail(batcher, position, Status.BOXES_MISSING, str(error))
                 continue

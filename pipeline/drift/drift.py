@@ -10,6 +10,7 @@ by fingerprints, before anything runs.
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from mmkd.pipeline.drift.sample import Sampled, draw_sample, stored_logits
 from mmkd.pipeline.experts.expert import Expert
 from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile, boxes_fields, open_boxes
 from mmkd.pipeline.inputs.expert_views import Inputs
-from mmkd.pipeline.inputs.modalities import MODALITIES, ViewedClip, needs_boxes, needs_flow
+from mmkd.pipeline.inputs.modalities import MODALITIES, ViewedClip, looks_at, needs_boxes, needs_flow
 from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, PreparedClip, prepare_clip, with_flow
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.data.thumbprints import MEAN_DIFFERENCE_LIMIT
@@ -165,11 +166,12 @@ class Comparison:
             self._run_queue(expert)
 
     def _job(self, clip_set: ClipSet, item: ClipVideo, positions: Sequence[int]) -> ClipJob:
-        flow = None
+        flow, looks = None, [(expert.modality, expert.card.look) for expert in self._experts]
         if needs_flow(expert.modality for expert in self._experts):
             # Never from the scratch store: what lies there may be what drifted.
-            flow = FlowJob(self._recipe.flow, None, self._experts[0].device.type)
-        return ClipJob(clip_set.source, item, self._views(positions), self._recipe.views.size_px, flow)
+            flow = FlowJob(self._recipe.flow, None, self._experts[0].device.type, looks_at("flow", looks))
+        further, size_px = looks_at("rgb", looks, beyond_canonical=True), self._recipe.views.size_px
+        return ClipJob(clip_set.source, item, self._views(positions), size_px, flow, further)
 
     def _views(self, positions: Sequence[int]) -> tuple[View, ...]:
         return tuple(self._drawn[position].view for position in positions)
@@ -182,7 +184,7 @@ class Comparison:
         seen = ViewedClip(item, views, clip, boxes)
         for expert in self._experts:
             try:
-                inputs = MODALITIES[expert.modality].inputs(seen)
+                inputs = MODALITIES[expert.modality].inputs(replace(seen, look=expert.card.look))
             except BoxesMissingError:
                 continue  # the cache may hold no logits either; if it does, NaN tells
             queue = self._queues[expert.name]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mmkd.cache_tools.cache.fingerprints import file_sha256
 from mmkd.cache_tools.cache.sealed import SEAL, seal, unsealed
 from mmkd.cache_tools.frames.records import Float32Array
+from mmkd.cache_tools.views.look import LOOK_RULE, Look
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 from mmkd.data_manifests.kinds import it_is
@@ -81,7 +82,26 @@ class ExpertCard:
             "flow": self.flow,
             "boxes": boxes if self.boxes else None,
             "weights": self.weights_sha256,
+            **self._look_fields(),
         }
+
+    @property
+    def look(self) -> Look:
+        """What it sees of each view."""
+        return look_of(ExpertRecipe.model_validate(self.recipe))
+
+    def _look_fields(self) -> dict[str, Any]:
+        # only what is not the canonical view's, so that older fingerprints stay as they are
+        look = self.look
+        fields: dict[str, Any] = {"look.size_px": look.size_px} if look.size_px else {}
+        if look.frames:
+            fields |= {"look.frames": look.frames, "look.rule": LOOK_RULE}
+        return fields | ({"flow_stack": look.flow_stack} if look.flow_stack > 1 else {})
+
+
+def look_of(recipe: ExpertRecipe) -> Look:
+    """Return what an expert sees of each view."""
+    return Look(recipe.look.frames, recipe.look.size_px, recipe.flow_stack)
 
 
 REPAIR = "delete it and run the same `mmkd-cache teach` again (training goes on where it was), or `import-expert`"
@@ -121,7 +141,7 @@ def make_network(recipe: ExpertRecipe, heads: Mapping[str, int]) -> nn.Module:
     """Return the network of a recipe, freshly initialised (or from the weights file that it names)."""
     if recipe.modality == "boxes":
         return STLT(heads, **recipe.layout.model_dump())
-    return build_network(recipe.train, heads=heads, modality=recipe.modality)
+    return build_network(recipe.train, heads=heads, modality=recipe.modality, flow_stack=recipe.flow_stack)
 
 
 def save_expert(directory: Path, card: ExpertCard, state: bytes) -> None:

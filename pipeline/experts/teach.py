@@ -35,6 +35,7 @@ from mmkd.pipeline.experts.trained_on import write_trained_on
 from mmkd.pipeline.flow.clip_flow import all_pairs, clip_flow
 from mmkd.pipeline.flow.scratch import FlowStore
 from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile, boxes_at, open_boxes
+from mmkd.pipeline.inputs.expert_views import LookStream
 from mmkd.pipeline.inputs.modalities import MODALITIES, TaughtClips
 from mmkd.pipeline.inputs.prepare import FlowFill, FlowJob, fill_flow
 from mmkd.pipeline.recipe import ExpertRecipe, TeacherRecipe
@@ -137,7 +138,14 @@ def train_expert(
     network = make_network(expert, {head.name: len(head.classes) for head in clip_set.manifest.heads})
     run_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows now, not later
     fitted = fit(
-        network, training.data, expert.train, run_dir=run_dir, lock=lock, device=device, identity=seen, what=name
+        network,
+        training.data,
+        expert.train,
+        run_dir=run_dir,
+        lock=lock,
+        device=device,
+        identity=run_identity(seen),
+        what=name,
     )
     held_items = [i for i, h in zip(items, held, strict=True) if h]
     report: dict[str, Any] = {"steps": fitted.steps, "clips": training.data.rows, "skipped": training.skipped}
@@ -158,6 +166,16 @@ def expert_identity(recipe: TeacherRecipe, expert: ExpertRecipe, clip_set: ClipS
         **MODALITIES[expert.modality].identity(recipe),
         "held_out": recipe.held_out.model_dump(mode="json"),
     }
+
+
+def run_identity(seen: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint is checked against: without a look that is the canonical one.
+
+    So training that an earlier version left unfinished goes on.
+    """
+    unset = {"look": {"frames": None, "size_px": None}, "flow_stack": 1}
+    recipe = {key: value for key, value in seen["recipe"].items() if key not in unset or unset[key] != value}
+    return seen | {"recipe": recipe}
 
 
 def same_expert(out: Path, name: str, seen: dict[str, Any]) -> ExpertCard:
@@ -234,13 +252,14 @@ def view_dataset(
     modality = MODALITIES[expert.modality]
     taught = TaughtClips(
         clips=clips,
-        stream=stream,
+        stream=LookStream(stream, expert.look.frames),
         heads=manifest.heads,
-        size_px=recipe.views.size_px,
+        size_px=expert.look.size_px or recipe.views.size_px,
         source=clip_set.source,
         memory_bytes=int(expert.train.decoded_clips_gib * 2**30),
         flow=FlowStore(recipe.scratch, recipe.flow, str(device)) if modality.needs_flow else None,
         boxes=boxes,
+        flow_stack=expert.flow_stack,
     )
     return modality.data_set(taught)
 

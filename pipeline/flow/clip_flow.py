@@ -135,10 +135,26 @@ def decode_flow(stored: np.ndarray[Any, Any], recipe: FlowRecipe) -> Float32Arra
     return flow
 
 
-def view_flow(flow: FlowFields, view: View, facts: ClipFacts, *, step: int, size_px: int) -> Float32Array:
-    """Return what a flow expert sees of a view (T, 2, S, S): one field for each sampled frame, in the window."""
-    fields = flow.select(pair_starts(view.frame_indices, facts, step))
-    return crop_flow(fields, view, facts, size_px=size_px)
+def stack_starts(frame_indices: IntArray, facts: ClipFacts, step: int, stack: int) -> IntArray:
+    """Return (T · k,) the starts of the k = `stack` consecutive pairs around each sampled frame.
+
+    Frame i has the pairs that begin at i + j - (k - 1) // 2 for j = 0..k-1, as neighbouring flow frames of two-stream
+    networks; at both ends of the clip those beyond it are its first or last valid pair.
+    """
+    offsets = np.arange(stack) - (stack - 1) // 2
+    return pair_starts((frame_indices[:, None] + offsets).reshape(-1), facts, step)
+
+
+def view_flow(
+    flow: FlowFields, view: View, facts: ClipFacts, *, step: int, size_px: int, stack: int = 1
+) -> Float32Array:
+    """Return what a flow expert sees of a view (T, 2k, S, S): k fields for each sampled frame, in the window.
+
+    Channels are u1, v1, u2, v2, ...; k = `stack` (see `stack_starts`).
+    """
+    fields = flow.select(stack_starts(view.frame_indices, facts, step, stack))
+    window = crop_flow(fields, view, facts, size_px=size_px)
+    return window.reshape(len(view.frame_indices), 2 * stack, size_px, size_px)
 
 
 def crop_flow(fields: Float32Array, view: View, facts: ClipFacts, *, size_px: int) -> Float32Array:

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.views.look import look_view
 from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.manifest import Head
-from mmkd.pipeline.flow.clip_flow import FlowFields, pair_starts, view_flow
+from mmkd.pipeline.flow.clip_flow import FlowFields, stack_starts, view_flow
 from mmkd.pipeline.flow.scratch import FlowStore
 from mmkd.pipeline.inputs.boxes import Track, boxes_at
 from mmkd.student.data.rgb_views import label_arrays
@@ -26,6 +28,18 @@ def boxes_input(track: Track, view: View, item: ClipVideo) -> Inputs:
     times_seconds = item.video.times_seconds[view.frame_indices]
     found = boxes_at(track, times_seconds, width=item.facts.width, height=item.facts.height)
     return {name: getattr(found, name) for name in ("boxes", "categories", "scores", "sides", "states")}
+
+
+class LookStream:
+    """The views of another stream at a look's number of frames."""
+
+    def __init__(self, stream: ViewStream, frames: int | None) -> None:
+        """Give every view of `stream` that many frames; None: its own."""
+        self._stream, self._frames, self.views = stream, frames, stream.views
+
+    def view(self, row: int, view: int) -> View:
+        """Return one view of one row."""
+        return look_view(self._stream.view(row, view), self._frames)
 
 
 class ClipViews:
@@ -52,17 +66,18 @@ class FlowViews(ClipViews):
         *,
         heads: Sequence[Head],
         size_px: int,
+        stack: int = 1,
     ) -> None:
-        """Serve views of clips whose every pair is in `store`."""
+        """Serve views of clips whose every pair is in `store`, `stack` fields around each frame."""
         super().__init__(clips, stream, heads)
-        self._store, self._step, self._size_px = store, store.recipe.step, size_px
+        self._store, self._step, self._size_px, self._stack = store, store.recipe.step, size_px, stack
 
     def item(self, row: int, view: int) -> Inputs:
-        """Return {"flow": float32 (T, 2, S, S)} of one view."""
+        """Return {"flow": float32 (T, 2k, S, S)} of one view."""
         item, wanted = self._clips[row], self._stream.view(row, view)
-        starts = pair_starts(wanted.frame_indices, item.facts, self._step)
+        starts = np.unique(stack_starts(wanted.frame_indices, item.facts, self._step, self._stack))
         fields = FlowFields(starts, self._store.read(item, starts))
-        flow = view_flow(fields, wanted, item.facts, step=self._step, size_px=self._size_px)
+        flow = view_flow(fields, wanted, item.facts, step=self._step, size_px=self._size_px, stack=self._stack)
         return {"flow": flow}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from mmkd.cache_tools.frames.clip_set import ClipVideo
 from mmkd.cache_tools.frames.source import FrameSource
 from mmkd.cache_tools.views.drawing import ViewPolicy
+from mmkd.cache_tools.views.look import CANONICAL_LOOK, Look, look_view
 from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.manifest import Head
 from mmkd.pipeline.flow.clip_flow import flow_identity
@@ -34,6 +35,18 @@ class InputShapes:
     """T and S."""
     max_boxes: int
     """N, box slots in a frame."""
+    look: Look = CANONICAL_LOOK
+    """What the expert sees of a view."""
+
+    @property
+    def frames(self) -> int:
+        """T', frames that the expert sees."""
+        return self.look.frames or self.policy.frames
+
+    @property
+    def size_px(self) -> int:
+        """S', side that the expert sees."""
+        return self.look.size_px or self.policy.size_px
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,8 @@ class ViewedClip:
     """Their pixels, and flow where an expert needs it."""
     boxes: BoxFile | None
     """Object annotations, where an expert needs them."""
+    look: Look = CANONICAL_LOOK
+    """What the expert sees of each view."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +85,8 @@ class TaughtClips:
     """The store with every pair's flow, where the modality needs it."""
     boxes: BoxFile | None
     """Object annotations, where it needs them."""
+    flow_stack: int = 1
+    """Consecutive fields around each frame."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,19 +117,29 @@ def needs_flow(modalities: Iterable[str]) -> bool:
     return any(MODALITIES[modality].needs_flow for modality in modalities)
 
 
+def looks_at(
+    modality: str, experts: Iterable[tuple[str, Look]], *, beyond_canonical: bool = False
+) -> tuple[Look, ...]:
+    """Return the distinct looks of the experts (modality, look) of one modality, in their order."""
+    looks = dict.fromkeys(look for own, look in experts if own == modality)
+    return tuple(look for look in looks if not (beyond_canonical and look == CANONICAL_LOOK))
+
+
 def needs_boxes(modalities: Iterable[str]) -> bool:
     """Return whether any of these modalities needs boxes."""
     return any(MODALITIES[modality].needs_boxes for modality in modalities)
 
 
 def _rgb_empty(shapes: InputShapes) -> Inputs:
-    t, s = shapes.policy.frames, shapes.policy.size_px
+    t, s = shapes.frames, shapes.size_px
     return {"rgb": np.zeros((t, s, s, 3), np.uint8)}
 
 
 def _rgb_inputs(clip: ViewedClip) -> list[Inputs]:
     """Return {"rgb": uint8 (T, S, S, 3)} of each view."""
-    return [{"rgb": pixels} for pixels in clip.prepared.pixels]
+    prepared = clip.prepared
+    seen = prepared.pixels if clip.look == CANONICAL_LOOK else prepared.looks[clip.look]
+    return [{"rgb": pixels} for pixels in seen]
 
 
 def _rgb_data(taught: TaughtClips) -> ViewDataset:
@@ -127,25 +154,32 @@ def _rgb_data(taught: TaughtClips) -> ViewDataset:
 
 
 def _flow_empty(shapes: InputShapes) -> Inputs:
-    t, s = shapes.policy.frames, shapes.policy.size_px
-    return {"flow": np.zeros((t, 2, s, s), np.float32)}
+    t, s = shapes.frames, shapes.size_px
+    return {"flow": np.zeros((t, 2 * shapes.look.flow_stack, s, s), np.float32)}
 
 
 def _flow_inputs(clip: ViewedClip) -> list[Inputs]:
-    """Return {"flow": float32 (T, 2, S, S)} of each view."""
+    """Return {"flow": float32 (T, 2k, S, S)} of each view."""
     if clip.prepared.flow is None:
         raise ValueError("an expert wants flow, which was not prepared")
-    return [{"flow": flow} for flow in clip.prepared.flow]
+    return [{"flow": flow} for flow in clip.prepared.flow[clip.look]]
 
 
 def _flow_data(taught: TaughtClips) -> ViewDataset:
     if taught.flow is None:
         raise ValueError("an expert wants flow, and there is no store of it")
-    return FlowViews(taught.flow, taught.clips, taught.stream, heads=taught.heads, size_px=taught.size_px)
+    return FlowViews(
+        taught.flow,
+        taught.clips,
+        taught.stream,
+        heads=taught.heads,
+        size_px=taught.size_px,
+        stack=taught.flow_stack,
+    )
 
 
 def _boxes_empty(shapes: InputShapes) -> Inputs:
-    t, n = shapes.policy.frames, shapes.max_boxes
+    t, n = shapes.frames, shapes.max_boxes
     return {
         "boxes": np.zeros((t, n, 4), np.float32),
         "categories": np.zeros((t, n), np.int64),
@@ -159,7 +193,7 @@ def _boxes_inputs(clip: ViewedClip) -> list[Inputs]:
     if clip.boxes is None:
         raise ValueError("an expert wants boxes, which were not read")
     track = clip.boxes.track(clip.item.clip.video)
-    return [boxes_input(track, view, clip.item) for view in clip.views]
+    return [boxes_input(track, look_view(view, clip.look.frames), clip.item) for view in clip.views]
 
 
 def _boxes_data(taught: TaughtClips) -> ViewDataset:

@@ -6,6 +6,7 @@ process, since TV-L1 scales by processes there; on a GPU the build computes it f
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,9 +16,10 @@ from mmkd.cache_tools.frames.clip_set import ClipVideo
 from mmkd.cache_tools.frames.records import ClipFrames, Float32Array, IntArray, UInt8Array, UInt64Array
 from mmkd.cache_tools.frames.source import FrameSource
 from mmkd.cache_tools.views.canonical import canonical_view, pixel_hash, thumbnail
+from mmkd.cache_tools.views.look import CANONICAL_LOOK, Look, look_view
 from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.errors import VideoError
-from mmkd.pipeline.flow.clip_flow import FlowFields, all_pairs, clip_flow, pair_ends, pair_starts, view_flow
+from mmkd.pipeline.flow.clip_flow import FlowFields, all_pairs, clip_flow, pair_ends, stack_starts, view_flow
 from mmkd.pipeline.flow.scratch import DamagedFlowError, FlowStore
 from mmkd.pipeline.recipe import FlowRecipe
 
@@ -32,6 +34,8 @@ class FlowJob:
     """Scratch store that is read where it has the clip; opened by the caller, who knows the device."""
     device: str
     """Type of device: on `cpu` the worker computes, on any other the caller does."""
+    looks: tuple[Look, ...] = (CANONICAL_LOOK,)
+    """What flow experts see of each view."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class ClipJob:
     """S, side of a view."""
     flow: FlowJob | None
     """None when no expert needs flow."""
+    looks: tuple[Look, ...] = ()
+    """Looks of rgb experts beyond the canonical view; each adds V · T' · S'² · 3 bytes to what is prepared."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +66,26 @@ class PreparedClip:
     """(V,) their hashes."""
     thumbnails: UInt8Array
     """(V, 144) their thumbnails."""
-    flow: Float32Array | None
-    """(V, T, 2, S, S) flow of the views, in pixels per step; None when not wanted or not computed here."""
+    flow: Mapping[Look, Float32Array] | None
+    """Look -> (V, T', 2k, S', S') flow in pixels per step; None when not wanted or not computed here."""
     frames: ClipFrames | None
     """The frames of those pairs, when flow is left to the build's device."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Stage -> seconds of this process."""
+    looks: Mapping[Look, UInt8Array] = field(default_factory=dict)
+    """Look -> (V, T', S', S', 3) pixels, of the looks beyond the canonical one."""
+    flow_looks: tuple[Look, ...] = ()
+    """The looks at flow that are left to the build's device."""
 
 
-def needed_pairs(views: tuple[View, ...], item: ClipVideo, step: int) -> IntArray:
-    """Return the ascending starts of all pairs that the views need."""
-    sampled = np.unique(np.concatenate([view.frame_indices for view in views]))
-    return np.unique(pair_starts(sampled, item.facts, step))
+def needed_pairs(views: tuple[View, ...], item: ClipVideo, step: int, looks: tuple[Look, ...]) -> IntArray:
+    """Return the ascending starts of all pairs that the looks at the views need."""
+    needed = [
+        stack_starts(look_view(view, look.frames).frame_indices, item.facts, step, look.flow_stack)
+        for look in looks
+        for view in views
+    ]
+    return np.unique(np.concatenate(needed))
 
 
 def prepare_clip(job: ClipJob) -> PreparedClip:
@@ -80,15 +94,17 @@ def prepare_clip(job: ClipJob) -> PreparedClip:
     Raises VideoError when the clip cannot be read exactly, StorageError when the machine's reading fails.
     """
     began = time.perf_counter()
-    sampled = [view.frame_indices for view in job.views]
-    starts = needed_pairs(job.views, job.item, job.flow.recipe.step) if job.flow else None
+    looks = (CANONICAL_LOOK, *job.looks)
+    sampled = [look_view(view, look.frames).frame_indices for look in looks for view in job.views]
+    starts = needed_pairs(job.views, job.item, job.flow.recipe.step, job.flow.looks) if job.flow else None
     fields = stored_flow(job.flow, job.item, starts) if job.flow and starts is not None else None
     if job.flow and starts is not None and fields is None:
         sampled += [starts, pair_ends(starts, job.item.facts, job.flow.recipe.step)]
     looked_up = time.perf_counter()
     frames = job.source.read(job.item.clip.video, np.unique(np.concatenate(sampled)), job.item.video)
     check_size(frames, job.item)
-    pixels = np.stack([canonical_view(frames, view, job.size_px) for view in job.views])
+    seen = {look: look_pixels(frames, job, look) for look in looks}
+    pixels = seen.pop(CANONICAL_LOOK)
     hashes = np.array([pixel_hash(view) for view in pixels], np.uint64)
     thumbnails = np.stack([thumbnail(view) for view in pixels])
     decoded = time.perf_counter()
@@ -97,10 +113,21 @@ def prepare_clip(job: ClipJob) -> PreparedClip:
         if fields is None and job.flow.device == "cpu":
             fields = _flow(frames, job.item, starts, job.flow)
         if fields is not None:
-            flow = view_flows(fields, job.views, job.item, recipe=job.flow.recipe, size_px=job.size_px)
+            recipe = job.flow.recipe
+            flow = {
+                look: view_flows(fields, job.views, job.item, recipe=recipe, size_px=job.size_px, look=look)
+                for look in job.flow.looks
+            }
     seconds = {"decode": decoded - looked_up, "flow": looked_up - began + time.perf_counter() - decoded}
     left = frames if job.flow and flow is None else None
-    return PreparedClip(pixels, hashes, thumbnails, flow, left, seconds)
+    flow_looks = job.flow.looks if job.flow else ()
+    return PreparedClip(pixels, hashes, thumbnails, flow, left, seconds, seen, flow_looks)
+
+
+def look_pixels(frames: ClipFrames, job: ClipJob, look: Look) -> UInt8Array:
+    """Return (V, T', S', S', 3): the views as a look sees them."""
+    size_px = look.size_px or job.size_px
+    return np.stack([canonical_view(frames, look_view(view, look.frames), size_px) for view in job.views])
 
 
 def stored_flow(flow: FlowJob, item: ClipVideo, starts: IntArray) -> FlowFields | None:
@@ -119,17 +146,30 @@ def with_flow(
     """Compute the flow that preparing left to the caller's device; a clip without such frames stays as it is."""
     if clip.frames is None:
         return clip
-    starts = needed_pairs(views, item, recipe.step)
+    starts = needed_pairs(views, item, recipe.step, clip.flow_looks)
     fields = clip_flow(clip.frames, item.facts, starts, recipe=recipe, device=device)
-    flow = view_flows(fields, views, item, recipe=recipe, size_px=clip.pixels.shape[2])
+    size_px = clip.pixels.shape[2]
+    flow = {
+        look: view_flows(fields, views, item, recipe=recipe, size_px=size_px, look=look) for look in clip.flow_looks
+    }
     return replace(clip, flow=flow, frames=None)
 
 
 def view_flows(
-    fields: FlowFields, views: tuple[View, ...], item: ClipVideo, *, recipe: FlowRecipe, size_px: int
+    fields: FlowFields,
+    views: tuple[View, ...],
+    item: ClipVideo,
+    *,
+    recipe: FlowRecipe,
+    size_px: int,
+    look: Look = CANONICAL_LOOK,
 ) -> Float32Array:
-    """Return (V, T, 2, S, S): what a flow expert sees of each view."""
-    return np.stack([view_flow(fields, view, item.facts, step=recipe.step, size_px=size_px) for view in views])
+    """Return (V, T', 2k, S', S'): what a flow expert with this look sees of each view; `size_px` is the view's."""
+    side, stack = look.size_px or size_px, look.flow_stack
+    seen = (look_view(view, look.frames) for view in views)
+    return np.stack(
+        [view_flow(fields, view, item.facts, step=recipe.step, size_px=side, stack=stack) for view in seen]
+    )
 
 
 def check_size(frames: ClipFrames, item: ClipVideo) -> None:

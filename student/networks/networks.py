@@ -226,11 +226,13 @@ class VideoClassifier(nn.Module):
         return (clips - cast(Tensor, self.mean)) / cast(Tensor, self.std)
 
     def prepare_flow(self, flow_px: Tensor) -> Tensor:
-        """Scale and clip flow (B, T, 2, S, S) in pixels per step to [-1, 1] as (B, 2, T, S, S)."""
+        """Scale and clip flow (B, T, 2k, S, S) in pixels per step to [-1, 1] as (B, 2k, T, S, S)."""
         return (flow_px.transpose(1, 2) / self.flow_scale_px).clamp(-1, 1)
 
 
-def build_network(recipe: TrainRecipe, *, heads: Mapping[str, int], modality: str) -> VideoClassifier:
+def build_network(
+    recipe: TrainRecipe, *, heads: Mapping[str, int], modality: str, flow_stack: int = 1
+) -> VideoClassifier:
     """Build the recipe's network for rgb or flow, with initial weights from `recipe.seed` (or its file).
 
     The same recipe, heads and modality give the same weights, whatever was drawn before.
@@ -240,7 +242,7 @@ def build_network(recipe: TrainRecipe, *, heads: Mapping[str, int], modality: st
         network = headed_network(
             recipe.network,
             heads=heads,
-            channels=CHANNELS.get(modality, 3),
+            channels=CHANNELS.get(modality, 3) * (flow_stack if modality == "flow" else 1),
             weights=recipe.weights,
             drop_path=recipe.drop_path,
         )
