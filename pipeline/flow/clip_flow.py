@@ -138,8 +138,8 @@ def decode_flow(stored: np.ndarray[Any, Any], recipe: FlowRecipe) -> Float32Arra
 def stack_starts(frame_indices: IntArray, facts: ClipFacts, step: int, stack: int) -> IntArray:
     """Return (T · k,) the starts of the k = `stack` consecutive pairs around each sampled frame.
 
-    Frame i has the pairs that begin at i + j - (k - 1) // 2 for j = 0..k-1, as neighbouring flow frames of two-stream
-    networks; at both ends of the clip those beyond it are its first or last valid pair.
+    Frame i has the pairs that begin at i + j - (k - 1) // 2 for j = 0..k-1, as neighbouring flow frames of
+    two-stream networks; at both ends of the clip those beyond it are its first or last valid pair.
     """
     offsets = np.arange(stack) - (stack - 1) // 2
     return pair_starts((frame_indices[:, None] + offsets).reshape(-1), facts, step)
