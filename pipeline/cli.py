@@ -4,7 +4,7 @@ import click
 
 from mmkd.cache_tools.process.command import run_command
 from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
-from mmkd.pipeline.commands import boxes, build, cache, config, demo, flow, import_expert, manifest, teach
+from mmkd.pipeline.commands import boxes, build, cache, config, demo, flow, import_expert, manifest, pack, teach
 
 
 @click.group(
@@ -19,6 +19,7 @@ def cli() -> None:
 COMMANDS: tuple[click.Command, ...] = (
     demo.demo,
     manifest.manifest,
+    pack.pack,
     teach.teach,
     import_expert.import_expert,
     build.build,

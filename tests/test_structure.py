@@ -25,7 +25,7 @@ ORDER = (
     "cache_tools/upkeep student/training",
     "student/evaluation",
     "student/distil student/weighing pipeline/flow pipeline/detections",
-    "student/cli pipeline/flow_command pipeline/inputs",
+    "student/cli pipeline/flow_command pipeline/inputs pipeline/pack",
     "pipeline/experts",
     "pipeline/build pipeline/imports",
     "pipeline/forecast pipeline/drift",

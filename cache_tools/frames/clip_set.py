@@ -112,12 +112,17 @@ class ClipSet:
         rates = self.manifest.frame_rates
         self.source = open_data_frames(recipe.videos, recipe.limits(), recipe.links, rates)
 
+    @property
+    def facts_folder(self) -> Path:
+        """Folder for what the probe found: the one asked for, or one beside the manifest."""
+        return self.recipe.facts or self.recipe.manifest.with_name(self.recipe.manifest.name + ".facts")
+
     def probe(self, clips: Sequence[Clip]) -> ClipVideos:
         """Return the facts of each clip, or why it is unusable.
 
         Raises InputError when none can be read, StorageError when the machine cannot tell.
         """
-        store = self.recipe.facts or self.recipe.manifest.with_name(self.recipe.manifest.name + ".facts")
+        store = self.facts_folder
         videos = list(dict.fromkeys(clip.video for clip in clips))
         with Progress("probing videos", total=len(videos), unit="video") as progress:
             found = probe_all(

@@ -1,0 +1,1 @@
+"""Videos packed as pictures in one HDF5 file."""

@@ -1,0 +1,189 @@
+"""`mmkd-cache pack`: a manifest's videos as pictures in one HDF5 file, in parallel, and continued where it stopped.
+
+    OUT.parts/parameters.json   how frames are stored; another run with other parameters is refused
+    OUT.parts/HASH.h5           one finished video each, whole or absent
+    OUT                         all of them, written in one step at the end; then the parts go
+
+It takes the room of its result twice while it is put together. A video that cannot be read is left out and named.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from mmkd.cache_tools.cache.sealed import seal, unsealed
+from mmkd.cache_tools.frames.clip_set import ClipSet
+from mmkd.cache_tools.frames.probe import probe_all
+from mmkd.cache_tools.frames.records import VideoFacts
+from mmkd.cache_tools.frames.still_hdf5 import FRAMES_SCHEMA
+from mmkd.cache_tools.process.interrupt import StopRequest, stop_on_signals
+from mmkd.cache_tools.process.pool import run_tasks
+from mmkd.cache_tools.process.progress import Progress
+from mmkd.cache_tools.storage.hdf5_file import writing_hdf5
+from mmkd.cache_tools.tasks.folder_lock import folder_lock
+from mmkd.data_manifests.atomic import atomic_path, storage_errors, write_atomically
+from mmkd.data_manifests.counted import counted
+from mmkd.data_manifests.errors import InputError, StorageError, VideoError
+from mmkd.data_manifests.kinds import it_is
+from mmkd.data_manifests.regular_file import read_regular
+from mmkd.pipeline.pack.pack_video import GROUP, PackJob, PackParams, pack_video
+
+log = logging.getLogger("mmkd")
+PARAMETERS = "parameters.json"
+KEPT = "what is packed so far is kept"
+
+
+@dataclass
+class PackReport:
+    """What a run did."""
+
+    videos: int = 0
+    """Videos in the file."""
+    packed: int = 0
+    """Of them those that this run packed."""
+    size_bytes: int = 0
+    """Size of the file."""
+    unusable: dict[str, str] = field(default_factory=dict)
+    """Video -> why it is not in the file."""
+
+    def lines(self, out: Path) -> list[str]:
+        """Return the report for people."""
+        left_out = f"; {counted(len(self.unusable), 'video')} left out" if self.unusable else ""
+        return [
+            f"{out}: {counted(self.videos, 'video')}, {self.packed} of them packed now; "
+            f"{self.size_bytes / 2**20:.1f} MiB{left_out}",
+            *(f"left out: {video}: {reason}" for video, reason in self.unusable.items()),
+        ]
+
+
+def pack_videos(clip_set: ClipSet, out: Path, params: PackParams) -> PackReport:
+    """Pack all videos of a manifest into `out`, or finish what was begun there.
+
+    Raises InputError for a file that is there, for parts of other parameters and for a second run at work;
+    StorageError when the machine cannot; InterruptedByUserError after a clean stop.
+    """
+    if out.exists():
+        raise InputError(f"{out} is there{it_is(out)}; delete it or name another file with -o")
+    parts = out.with_name(f"{out.name}.parts")
+    with storage_errors(parts):
+        parts.mkdir(parents=True, exist_ok=True)
+    report = PackReport()
+    with folder_lock(parts) as lock:
+        check_parameters(parts, params)
+        videos = list(dict.fromkeys(clip.video for clip in clip_set.manifest.clips))
+        with Progress("probing videos", total=len(videos), unit="video") as progress:
+            found = probe_all(
+                clip_set.source,
+                videos,
+                store=clip_set.facts_folder,
+                workers=clip_set.recipe.workers,
+                progress=progress.advance,
+            )
+        whole = pack_parts(clip_set, parts, found, params, report)
+        if not whole:
+            raise InputError(f"no video can be read; the first: {next(iter(report.unusable.items()))}")
+        lock.check()
+        report.size_bytes = put_together(out, whole, params)
+        report.videos = len(whole)
+    with storage_errors(parts):
+        shutil.rmtree(parts)
+    return report
+
+
+def pack_parts(
+    clip_set: ClipSet,
+    parts: Path,
+    found: Mapping[str, VideoFacts | VideoError],
+    params: PackParams,
+    report: PackReport,
+) -> dict[str, Path]:
+    """Write the part of every video that has none yet; return video -> part of those that are whole."""
+    jobs: list[PackJob] = []
+    whole: dict[str, Path] = {}
+    for video, facts in found.items():
+        if isinstance(facts, VideoError):
+            report.unusable[video] = str(facts)
+            continue
+        part = parts / f"{part_name(video, facts)}.h5"
+        whole[video] = part
+        if not part.exists():
+            jobs.append(PackJob(clip_set.source, video, facts, part, params))
+    limit_seconds = clip_set.recipe.max_duration_seconds
+    results = run_tasks(pack_video, jobs, workers=clip_set.recipe.workers, timeout_seconds=limit_seconds)
+    total, done = len(whole), len(whole) - len(jobs)
+    with stop_on_signals() as stop, Progress("packing", total=total, done=done, unit="video") as progress:
+        for job, result in _checked(jobs, results, stop):
+            if isinstance(result, VideoError):
+                report.unusable[job.video] = str(result)
+                del whole[job.video]
+            else:
+                report.packed += 1
+            progress.advance()
+    return whole
+
+
+def _checked(jobs: list[PackJob], results: Any, stop: StopRequest) -> Iterator[tuple[PackJob, int | VideoError]]:
+    try:
+        for position, result in results:
+            stop.check(KEPT)
+            if isinstance(result, StorageError):
+                raise result
+            yield jobs[position], result
+    finally:
+        results.close()
+
+
+def part_name(video: str, facts: VideoFacts) -> str:
+    """Return the name of a video's part: of its path and its content, so that an exchanged video is packed anew."""
+    return hashlib.blake2b(
+        f"{video}\n{facts.identity}".encode("utf-8", "surrogatepass"), digest_size=16
+    ).hexdigest()
+
+
+def check_parameters(parts: Path, params: PackParams) -> None:
+    """Write the parameters beside the parts; InputError where parts of other ones are there."""
+    path = parts / PARAMETERS
+    if not path.exists():
+        write_atomically(path, (json.dumps(seal(params.identity())) + "\n").encode())
+        return
+    with storage_errors(path, verb="read"):
+        stored = unsealed(read_regular(path), str(path), advice=f"delete {parts} and run again")
+    if changed := [key for key, value in params.identity().items() if stored.get(key) != value]:
+        texts = ", ".join(f"{key} {stored.get(key)!r}" for key in changed)
+        raise InputError(f"{parts} was begun with {texts}; give the same, name another file, or delete it")
+
+
+def put_together(out: Path, whole: Mapping[str, Path], params: PackParams) -> int:
+    """Write the file of all parts in one step and return its size in bytes."""
+    with (
+        stop_on_signals() as stop,
+        Progress("writing", total=len(whole), unit="video") as progress,
+        atomic_path(out) as temporary,
+        writing_hdf5(temporary) as output,
+    ):
+        output.file.attrs["schema"] = FRAMES_SCHEMA
+        output.file.attrs["parameters"] = json.dumps(params.identity())
+        for video, part in whole.items():
+            stop.check(KEPT)
+            with _opened(part) as file:
+                output.file.copy(file[GROUP], video)
+            output.check()
+            progress.advance()
+    return out.stat().st_size
+
+
+def _opened(part: Path) -> h5py.File:
+    try:
+        return h5py.File(part, "r", locking=False)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise StorageError(f"{part} is damaged and deleted ({error}); run again to pack it anew") from error
