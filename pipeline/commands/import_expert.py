@@ -58,8 +58,9 @@ def source_options(function: Any) -> Any:
     "import-expert",
     cls=WholeHelp,
     epilog=example(
-        "mmkd-cache import-expert swin_tiny_ssv2.pth --modality rgb --network swin3d_t \\\n"
-        "    --classes label_map.txt -c teacher.yaml --manifest manifest.jsonl --videos videos -o experts/rgb"
+        "mmkd-cache import-expert swin.pth --modality rgb --network swin3d_t \\\n"
+        "    --classes label_map.txt -c teacher.yaml --manifest manifest.jsonl \\\n"
+        "    --videos videos -o experts/rgb"
     ),
 )
 @click.argument("file", type=FILE)
