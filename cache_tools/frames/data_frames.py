@@ -19,14 +19,11 @@ from mmkd.cache_tools.frames.packets import Limits
 from mmkd.cache_tools.frames.records import ClipFrames, Float64Array, IntArray, UInt8Array, VideoFacts
 from mmkd.cache_tools.frames.source import DECODER_RULES, DEFAULT_LIMITS, VideoFiles, check_indices
 from mmkd.cache_tools.frames.still_files import TAR_SUFFIX, FolderFrames, TarFrames
-from mmkd.cache_tools.frames.still_hdf5 import Hdf5Frames
-from mmkd.cache_tools.frames.stills import RATE_ADVICE, STILL_RULES, StillFrames, still_size
+from mmkd.cache_tools.frames.stills import RATE_ADVICE, STILL_RULES, STILLS, StillFrames, still_size
 from mmkd.cache_tools.frames.video_paths import ADVICE, Links, reading, video_path
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.data_manifests.manifest import FrameRate
 
-STILLS = frozenset(kind.kind for kind in (FolderFrames, TarFrames, Hdf5Frames))
-"""Decoders, as facts name them, of frames that are pictures."""
 KEPT_INDICES = 16
 """Folders and archives whose list of frames is kept in a process: clips of a long video follow each other."""
 _KEPT: "OrderedDict[tuple[object, ...], StillFrames]" = OrderedDict()
@@ -147,6 +144,8 @@ class DataFrames:
     def _open(self, path: Path, video: str) -> StillFrames:
         """Open a video's pictures; the lists of frames of a few are kept."""
         if path == self.root:
+            from mmkd.cache_tools.frames.still_hdf5 import Hdf5Frames  # not at the top: recipes import this module
+
             return Hdf5Frames.open(path, video)
         found = path.stat()
         key = (path, found.st_size, found.st_mtime_ns, found.st_ino)

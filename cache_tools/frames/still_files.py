@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mmkd.cache_tools.frames.stills import StillFrames
+from mmkd.cache_tools.frames.stills import FOLDER, TAR, StillFrames
 from mmkd.data_manifests.errors import VideoError
 from mmkd.data_manifests.regular_file import open_regular, read_regular
 
@@ -64,7 +64,7 @@ class FolderFrames(StillFrames):
     """Where they lie."""
     names: list[str]
     """(frames,) their names, in order."""
-    kind = "stills folder"
+    kind = FOLDER
 
     @classmethod
     def open(cls, folder: Path) -> "FolderFrames":
@@ -100,7 +100,7 @@ class TarFrames(StillFrames):
     """(frames,) their names, in order."""
     places: list[tuple[int, int]]
     """(frames,) where each begins in the archive, and how long it is, in bytes."""
-    kind = "stills tar"
+    kind = TAR
 
     @classmethod
     def open(cls, path: Path) -> "TarFrames":

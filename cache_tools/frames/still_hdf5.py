@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from mmkd.cache_tools.frames.records import Float64Array
-from mmkd.cache_tools.frames.stills import StillFrames
+from mmkd.cache_tools.frames.stills import HDF5, StillFrames
 from mmkd.data_manifests.errors import VideoError
 from mmkd.data_manifests.regular_file import open_regular
 
@@ -59,7 +59,7 @@ class Hdf5Frames(StillFrames):
     """(frames,) names of a group's frames, in order; empty for a dataset."""
     stored: dict[str, Any]
     """`times_seconds` and `crc32` (frames,), where they are stored."""
-    kind = "stills hdf5"
+    kind = HDF5
 
     @classmethod
     def open(cls, path: Path, video: str) -> "Hdf5Frames":

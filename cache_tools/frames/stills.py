@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 from mmkd.cache_tools.frames.packets import Limits
@@ -26,6 +25,9 @@ SIZE_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 """Markers of JPEG segments that begin with a frame's size (SOF0 to SOF15)."""
 SAMPLED_FRAMES = 64
 """Frames whose sizes tell a folder from one that was encoded again."""
+FOLDER, TAR, HDF5 = "stills folder", "stills tar", "stills hdf5"
+STILLS = frozenset((FOLDER, TAR, HDF5))
+"""Decoders, as facts name them, of frames that are pictures: what holds them."""
 RATE_ADVICE = (
     "its frames are pictures without times; state their rate in the manifest: `mmkd-cache manifest epic-kitchens "
     "--layout frames`, or --frames-per-second of `mmkd-cache manifest csv`"
@@ -107,6 +109,8 @@ def decode_still(data: bytes, limits: Limits) -> UInt8Array:
     end = PNG_END if data.startswith(PNG_START) else JPEG_END
     if not data.rstrip(b"\0").endswith(end):
         raise VideoError("it is cut short")
+    import cv2  # here, for recipes import this module, and help is to come without a decoder
+
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if picture is None or picture.shape[:2] != (size.height, size.width):
