@@ -19,7 +19,7 @@ FORM = "epic-hand-objects"
 
 @click.command(
     cls=WholeHelp,
-    epilog=example("mmkd-cache boxes P01_01.pkl P01_101.pkl --form epic-hand-objects -o detections.h5"),
+    epilog=example("mmkd-cache boxes P01_01.pkl P01_101.pkl --form epic-hand-objects \\\n    -o detections.h5"),
 )
 @click.argument("sources", nargs=-1, required=True, type=FILE)
 @click.option("--form", required=True, type=click.Choice([FORM]), help="Whose form the files have.")
