@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,9 +11,10 @@ from mmkd.cache_tools.process.command import FILE, as_json, print_result
 from mmkd.cache_tools.process.help_text import WholeHelp, example
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.data_manifests.counted import counted
-from mmkd.pipeline.detections.epic_hand_objects import Thresholds, read_epic_video
-from mmkd.pipeline.detections.records import VideoDetections
-from mmkd.pipeline.detections.table import DetectionTable, write_table
+
+if TYPE_CHECKING:
+    from mmkd.pipeline.detections.epic_hand_objects import Thresholds
+    from mmkd.pipeline.detections.records import VideoDetections
 
 FORM = "epic-hand-objects"
 
@@ -45,6 +47,9 @@ def boxes(
     as_json: bool,
 ) -> None:
     """Make one table of detections from published files, one a video."""
+    from mmkd.pipeline.detections.epic_hand_objects import Thresholds
+    from mmkd.pipeline.detections.table import DetectionTable, write_table
+
     if out.exists():
         DetectionTable(out)  # refuses to write over anything else
     thresholds = Thresholds(hand_threshold, object_threshold)
@@ -63,8 +68,10 @@ def boxes(
 
 
 def _videos(
-    sources: Sequence[Path], fps: float | None, thresholds: Thresholds, progress: Progress
-) -> Iterator[VideoDetections]:
+    sources: Sequence[Path], fps: float | None, thresholds: "Thresholds", progress: Progress
+) -> Iterator["VideoDetections"]:
+    from mmkd.pipeline.detections.epic_hand_objects import read_epic_video
+
     for path in sources:
         yield read_epic_video(path, fps=fps, thresholds=thresholds)
         progress.advance(1)
