@@ -20,6 +20,7 @@ from mmkd.cache_tools.process.command import (
     print_result,
     recipe_options,
     run_command,
+    trust_option,
 )
 from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
 from mmkd.cache_tools.recipes.recipe import load_recipe, resolved_with_origins
@@ -102,6 +103,7 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
 @cache_option
 @click.argument("run", type=FOLDER)
 @click.option("--per-class", type=FILE, help="Write how each class fared, as CSV.")
+@trust_option
 @device_option
 @as_json
 def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
@@ -115,7 +117,8 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
     from mmkd.student.training.devices import choose_device
 
     device = choose_device(options["device"])
-    metrics = evaluate_run(recipe, options["cache"], options["run"], device=device, per_class=options["per_class"])
+    chosen = {name: options[name] for name in ("per_class", "trusted")}
+    metrics = evaluate_run(recipe, options["cache"], options["run"], device=device, **chosen)
     print_result(metrics, as_json=options["as_json"], lines=metric_lines(metrics))
 
 
@@ -142,6 +145,7 @@ def _recipe_of_run(files: tuple[Path, ...], overrides: tuple[str, ...], options:
     metavar="PT TL TD",
     help="The challenge's levels of pretraining, training labels and training data.",
 )
+@trust_option
 @device_option
 @as_json
 def submission(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
@@ -153,7 +157,7 @@ def submission(files: tuple[Path, ...], overrides: tuple[str, ...], **options: A
     from mmkd.student.evaluation.run_evaluation import submit_run
     from mmkd.student.training.devices import choose_device
 
-    chosen = {name: options[name] for name in ("split", "out")} | {"levels": options["supervision"]}
+    chosen = {name: options[name] for name in ("split", "out", "trusted")} | {"levels": options["supervision"]}
     device = choose_device(options["device"])
     clips, unread = submit_run(recipe, options["cache"], options["run"], device=device, **chosen)
     line = f"{options['out']}: {counted(clips, 'clip')}" + (f", {unread} of them unreadable" if unread else "")

@@ -23,7 +23,7 @@ from mmkd.student.evaluation.own_folder import refuse_other_contents
 from mmkd.student.evaluation.run_evaluation import chosen_mixtures, evaluate_run, new_network
 from mmkd.student.evaluation.run_files import RUN_FILE, RunRecord, StudentInput, read_run, write_model, write_run
 from mmkd.student.evaluation.trained import without_weights
-from mmkd.student.networks.networks import RGB_MEAN, RGB_STD
+from mmkd.student.network_table import before_it_was_stated, check_input
 from mmkd.student.recipe import Mode, StudentRecipe, TrainRecipe
 from mmkd.student.teacher.cached_targets import CachedTargets, copies_folder, shared_targets
 from mmkd.student.teacher.mixing import HeadMixtures
@@ -55,10 +55,12 @@ def train_in_folder(
     """Train and evaluate in a folder that this process holds; raises as `train_student`."""
     reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
     check_manifest(reader, clip_set.manifest)
+    policy = reader.init.policy
+    check_input(recipe.train.network, frames=policy.frames, size_px=policy.size_px)
     split, targets, mixtures = training_data(recipe, reader, clip_set, cache=cache, mode=mode)
     record = begin_or_continue(out, describe_student(recipe, reader, mode=mode, mixtures=mixtures), lock)
     start = starting_point(recipe.train, latest_checkpoint(out))
-    network = new_network(start, reader)
+    network = new_network(start, reader, record.input)
     report = fit(
         network,
         split.data,
@@ -77,7 +79,7 @@ def train_in_folder(
     )
     lock.check()
     write_model(out, record, encode_network(network))
-    evaluate_run(recipe, cache, out, device=device, may_be_empty=True)
+    evaluate_run(recipe, cache, out, device=device, may_be_empty=True, trusted=[recipe.train.network])
     return report
 
 
@@ -87,8 +89,16 @@ def begin_or_continue(out: Path, record: RunRecord, lock: FolderLock) -> RunReco
         lock.check()
         write_run(out, record)
     elif (out / RUN_FILE).exists():
-        return replace(read_run(out), input=record.input)  # an earlier version did not say what a student sees
+        stored = read_run(out)
+        return replace(stored, input=stored.input or as_before(record.input))
     return record
+
+
+def as_before(seen: StudentInput | None) -> StudentInput | None:
+    """Return what the student of an earlier version sees, which did not say so: every network saw the same
+    numbers."""
+    numbers = before_it_was_stated("rgb")
+    return seen and replace(seen, mean=list(numbers.mean), std=list(numbers.std))
 
 
 def starting_point(train: TrainRecipe, checkpoint: Path | None) -> TrainRecipe:
@@ -178,7 +188,7 @@ def describe_student(
     recipe: StudentRecipe, reader: CacheReader, *, mode: Mode, mixtures: HeadMixtures | None
 ) -> RunRecord:
     """Return what run.json says of a run and of its student."""
-    base = reader.init.base
+    base, numbers = reader.init.base, recipe.train.normalised("rgb")
     return RunRecord(
         recipe=recipe.model_dump(mode="json"),
         cache=reader.fingerprint,
@@ -192,7 +202,7 @@ def describe_student(
             view_rules=str(base["view_rules"]),
             canonical=str(base["canonical"]),
             decoder=str(base["decoder"]),
-            mean=list(RGB_MEAN),
-            std=list(RGB_STD),
+            mean=list(numbers.mean),
+            std=list(numbers.std),
         ),
     )

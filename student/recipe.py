@@ -6,20 +6,23 @@ demo's recipes state what they change.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from mmkd.cache_tools.frames.clip_set import DataRecipe
 from mmkd.cache_tools.recipes.recipe import Recipe
 from mmkd.data_manifests.errors import InputError
+from mmkd.student.network_table import Normalisation, is_own, known_network, own_normalisation
 
 Missing = Literal["renormalise", "drop", "label-only"]
 """What becomes of a view that lacks an expert: the others are weighed, it is left out, or its label is used."""
-NetworkName = Literal["small3d", "swin3d_t", "r3d_18"]
 
 WITHOUT_EFFECT = frozenset({"loader_threads", "prefetch_batches", "decoded_clips_gib"})
 """Fields that change no number: a stopped run may be resumed with other values."""
+
+NEWER = frozenset({"normalisation", "network_options"})
+"""Fields of a training's recipe that files of an earlier version lack: written only where they are set."""
 
 WARMUP_SHARE = 0.1
 """The authors' 3 of 30 epochs."""
@@ -47,6 +50,17 @@ class JitterRecipe(Recipe):
     contrast: float = Field(0.25, ge=0, le=1, description="factor drawn from [1 - c, 1 + c]")
     saturation: float = Field(0.25, ge=0, le=1, description="factor drawn from [1 - s, 1 + s]")
     hue: float = Field(0.1, ge=0, le=0.5, description="turn of the colour wheel from [-h, h]; 0.5 is half a turn")
+
+
+class NormalisationRecipe(Recipe):
+    """What is subtracted from each channel, and what it is divided by then; one number is for all channels."""
+
+    mean: tuple[float, ...] = Field(min_length=1, description="of values in 0..1 (rgb) or -1..1 (flow)")
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1, description="as mean")
+
+    def numbers(self) -> Normalisation:
+        """Return the numbers alone."""
+        return Normalisation(self.mean, self.std)
 
 
 class LossRecipe(Recipe):
@@ -109,7 +123,10 @@ class LoopRecipe(Recipe):
 class TrainRecipe(LoopRecipe):
     """One training run of a network: student, baseline or expert."""
 
-    network: NetworkName = Field("swin3d_t", description="swin3d_t for real footage, small3d for the demo")
+    network: str = Field(
+        "swin3d_t",
+        description="a name of student/README.md's table: swin3d_t for real footage, small3d for the demo",
+    )
     weights: Path | None = Field(
         None, description="local file of Kinetics weights (safetensors, torch state dict); never downloaded"
     )
@@ -117,7 +134,13 @@ class TrainRecipe(LoopRecipe):
         None,
         ge=0,
         lt=1,
-        description="stochastic depth of swin3d_t's last block; null: the network's own, 0.2",
+        description="stochastic depth of the last block of swin3d and mvit; null: the network's own",
+    )
+    network_options: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of a network that is named as module:factory"
+    )
+    normalisation: NormalisationRecipe | None = Field(
+        None, description="mean and std of the input's channels, {mean: [...], std: [...]}; null: the network's own"
     )
     flow_scale_px: float = Field(
         20.0, gt=0, description="flow in pixels per step that maps to 1, clipped beyond (I3D: 20); flow only"
@@ -126,6 +149,36 @@ class TrainRecipe(LoopRecipe):
     decoded_clips_gib: float = Field(
         2.0, ge=0, description="memory in GiB for clips kept decoded between epochs; changes no number"
     )
+
+    @field_validator("network")
+    @classmethod
+    def _network_exists(cls, name: str) -> str:
+        try:
+            if not is_own(name):
+                known_network(name)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    @model_validator(mode="after")
+    def _options_are_of_own_networks(self) -> Self:
+        if self.network_options and not is_own(self.network):
+            raise ValueError(f"network_options: {self.network} takes none; they are for networks of your own")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what was not there before it could be set: old files and checkpoints stay as they were."""
+        fields: dict[str, Any] = handler(self)
+        return {key: value for key, value in fields.items() if key not in NEWER or value}
+
+    def normalised(self, modality: str) -> Normalisation:
+        """Return what a new network's input is normalised with."""
+        return (
+            own_normalisation(self.network, modality)
+            if self.normalisation is None
+            else self.normalisation.numbers()
+        )
 
 
 class TeacherMix(Recipe):

@@ -17,7 +17,7 @@ TORCH_FREE = ("data_manifests", "cache_tools")
 ORDER = (
     "data_manifests pipeline/tvl1",
     "data_manifests/demo data_manifests/published cache_tools/layout",
-    "cache_tools/process cache_tools/recipes cache_tools/storage",
+    "cache_tools/process cache_tools/recipes cache_tools/storage student/network_table",
     "cache_tools/frames student/checkpoints",
     "cache_tools/views student/recipe student/key_maps",
     "cache_tools/cache student/networks pipeline/recipe",

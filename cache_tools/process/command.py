@@ -41,6 +41,13 @@ FOLDER = LocalPath(path_type=Path, file_okay=False)
 FILE = LocalPath(path_type=Path, dir_okay=False)
 PLACE = LocalPath(path_type=Path)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+trust_option = click.option(
+    "--trust-network",
+    "trusted",
+    multiple=True,
+    metavar="MODULE:FACTORY",
+    help="Run this code, which an expert or a run names as its network; repeatable.",
+)
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 RECIPE_FILES = files("mmkd.data_manifests") / "recipe-files"
 TEACHER = "-teacher.yaml"

@@ -57,7 +57,7 @@ def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
     from mmkd.pipeline.experts.teacher import load_teacher
     from mmkd.student.training.devices import choose_device
 
-    teacher = load_teacher(options["experts"], choose_device(options["device"]))
+    teacher = load_teacher(options["experts"], choose_device(options["device"]), options["trusted"])
     task = options["task"], options["tasks"]
     chosen = {"replace": options["replace"], "retry": options["retry_unusable"]}
     report = build_cache(recipe, teacher, options["out"], task=task, **chosen)
@@ -110,7 +110,10 @@ def plan(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) ->
 
     chosen = {name: options[name] for name in ("sample_clips", "hours_per_task", "replace")}
     report = plan_cache(
-        recipe, load_teacher(options["experts"], choose_device(options["device"])), options["out"], **chosen
+        recipe,
+        load_teacher(options["experts"], choose_device(options["device"]), options["trusted"]),
+        options["out"],
+        **chosen,
     )
     print_result(report.to_json(), as_json=options["as_json"], lines=report.lines())
     report.check()
@@ -144,7 +147,7 @@ def drift(cache: Path | str, files: tuple[Path, ...], overrides: tuple[str, ...]
     from mmkd.pipeline.experts.teacher import load_teacher
     from mmkd.student.training.devices import choose_device
 
-    teacher = load_teacher(options["experts"], choose_device(options["device"]))
+    teacher = load_teacher(options["experts"], choose_device(options["device"]), options["trusted"])
     max_kl_nats = MAX_KL_NATS if options["max_kl"] is None else options["max_kl"]
     report = measure_drift(
         recipe, teacher, cache, sample=options["sample"], seed=options["seed"], max_kl_nats=max_kl_nats

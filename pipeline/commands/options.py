@@ -15,6 +15,7 @@ from mmkd.cache_tools.process.command import (
     device_option,
     named_data,
     recipe_options,
+    trust_option,
 )
 from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.pipeline.recipe import Precision, TeacherRecipe
@@ -46,7 +47,8 @@ def teacher_options(function: Any) -> Any:
         type=FOLDER,
         help="Folder of an expert that `teach` made; repeatable.",
     )
-    for option in reversed((recipe_options, data_options, boxes_option, scratch_option, expert, device_option)):
+    own = (boxes_option, scratch_option, expert, trust_option, device_option)
+    for option in reversed((recipe_options, data_options, *own)):
         function = option(function)
     return function
 

@@ -7,7 +7,7 @@ hash and runs no stored code.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mmkd.cache_tools.cache.fingerprints import file_sha256
 from mmkd.cache_tools.cache.sealed import SEAL, seal, unsealed
 from mmkd.cache_tools.frames.records import Float32Array
+from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.cache_tools.views.look import LOOK_RULE, Look
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
@@ -31,7 +32,9 @@ from mmkd.data_manifests.typed_json import STRICT, typed
 from mmkd.pipeline.experts.stlt import STLT
 from mmkd.pipeline.experts.trained_on import load_trained_on
 from mmkd.pipeline.recipe import ExpertRecipe, LayoutRecipe
+from mmkd.student.network_table import Normalisation, before_it_was_stated
 from mmkd.student.networks.networks import build_network
+from mmkd.student.networks.own_networks import require_trust
 from mmkd.student.training.devices import reproducible
 
 SCHEMA = "mmkd-expert-2"
@@ -69,6 +72,9 @@ class ExpertCard:
     """Hash of weights.safetensors."""
     training: dict[str, Any]
     """What training reported: steps, clips, skipped clips, accuracy on the held-out part."""
+    normalisation: dict[str, list[float]] | None = None
+    """`mean` and `std` of a video network's input; None in older cards (then Video Swin's numbers), and for
+    boxes."""
     schema: str = SCHEMA
     """Version of this form."""
 
@@ -83,12 +89,20 @@ class ExpertCard:
             "boxes": boxes if self.boxes else None,
             "weights": self.weights_sha256,
             **self._look_fields(),
+            **self._network_fields(),
         }
 
     @property
     def look(self) -> Look:
         """What it sees of each view."""
         return look_of(ExpertRecipe.model_validate(self.recipe))
+
+    def _network_fields(self) -> dict[str, Any]:
+        # As below: what every expert had before there was a choice is not named.
+        options = self.recipe["train"].get("network_options")
+        fields = {"network_options": options} if options else {}
+        usual = numbers_of(before_it_was_stated(self.recipe["modality"]))
+        return fields | ({"normalisation": self.normalisation} if self.normalisation not in (None, usual) else {})
 
     def _look_fields(self) -> dict[str, Any]:
         # only what is not the canonical view's, so that older fingerprints stay as they are
@@ -137,11 +151,43 @@ class Expert:
         return {head: value.float().cpu().numpy() for head, value in outputs.items()}
 
 
-def make_network(recipe: ExpertRecipe, heads: Mapping[str, int]) -> nn.Module:
-    """Return the network of a recipe, freshly initialised (or from the weights file that it names)."""
+def make_network(
+    recipe: ExpertRecipe,
+    heads: Mapping[str, int],
+    views: ViewPolicy | None = None,
+    normalisation: Mapping[str, list[float]] | None = None,
+) -> nn.Module:
+    """Return the network of a recipe, freshly initialised (or from the weights file that it names).
+
+    It sees `views` with the recipe's look (by default what it usually sees), normalised as the recipe says or,
+    where given, with other numbers. Raises InputError where it cannot see them.
+    """
     if recipe.modality == "boxes":
         return STLT(heads, **recipe.layout.model_dump())
-    return build_network(recipe.train, heads=heads, modality=recipe.modality, flow_stack=recipe.flow_stack)
+    frames, size_px = (None, None) if views is None else seen_shape(recipe, views)
+    return build_network(
+        recipe.train,
+        heads=heads,
+        modality=recipe.modality,
+        frames=frames,
+        size_px=size_px,
+        flow_stack=recipe.flow_stack,
+        normalisation=None if normalisation is None else Normalisation(*map(tuple, _two(normalisation))),
+    )
+
+
+def seen_shape(recipe: ExpertRecipe, views: ViewPolicy) -> tuple[int, int]:
+    """Return T and S of what an expert sees."""
+    return recipe.look.frames or views.frames, recipe.look.size_px or views.size_px
+
+
+def numbers_of(normalisation: Normalisation) -> dict[str, list[float]]:
+    """Return a normalisation as a card states it."""
+    return {"mean": list(normalisation.mean), "std": list(normalisation.std)}
+
+
+def _two(numbers: Mapping[str, list[float]]) -> tuple[list[float], list[float]]:
+    return numbers["mean"], numbers["std"]
 
 
 def save_expert(directory: Path, card: ExpertCard, state: bytes) -> None:
@@ -189,6 +235,8 @@ def read_card(directory: Path) -> ExpertCard:
         recipe = ExpertRecipe.model_validate(card.recipe).model_dump(mode="json")  # with fields newer than the file
     except ValueError as error:
         raise InputError(f"{path} does not describe an expert: {_short(error)}") from error
+    if card.normalisation is None and card.recipe["modality"] != "boxes":  # all networks had the same numbers then
+        card = replace(card, normalisation=numbers_of(before_it_was_stated(card.recipe["modality"])))
     return replace(card, recipe=recipe)
 
 
@@ -208,12 +256,13 @@ def has_weights(directory: Path, card: ExpertCard) -> bool:
     return weights.is_file() and file_sha256(weights) == card.weights_sha256
 
 
-def load_expert(directory: Path, device: torch.device) -> Expert:
-    """Load an expert.
+def load_expert(directory: Path, device: torch.device, trusted: Collection[str] = ()) -> Expert:
+    """Load an expert; a network that is not mmkd's is run only when it is among the `trusted` ones.
 
     Raises as `read_card`, and VerificationError when its weights are not those that its card names.
     """
     card = read_card(directory)
+    require_trust(card.recipe["train"]["network"], trusted, f"expert {directory}")
     weights = directory / WEIGHTS_FILE
     if not has_weights(directory, card):
         raise VerificationError(
@@ -224,7 +273,8 @@ def load_expert(directory: Path, device: torch.device) -> Expert:
         recipe = ExpertRecipe.model_validate(card.recipe)
         # The file of initial weights may be gone; all weights come from the expert's own.
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"weights": None})})
-        network = make_network(recipe, {head: len(classes) for head, classes in card.heads.items()})
+        heads = {head: len(classes) for head, classes in card.heads.items()}
+        network = make_network(recipe, heads, ViewPolicy.model_validate(card.views), card.normalisation)
         network.load_state_dict(load_file(weights))
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{directory}: {CARD_FILE} does not describe its weights: {_short(error)}") from error

@@ -27,8 +27,10 @@ from mmkd.pipeline.experts.expert import (
     ExpertCard,
     has_weights,
     make_network,
+    numbers_of,
     read_card,
     save_expert,
+    seen_shape,
     write_card,
 )
 from mmkd.pipeline.experts.trained_on import write_trained_on
@@ -38,11 +40,12 @@ from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile, boxes_at, ope
 from mmkd.pipeline.inputs.expert_views import LookStream
 from mmkd.pipeline.inputs.modalities import MODALITIES, TaughtClips
 from mmkd.pipeline.inputs.prepare import FlowFill, FlowJob, fill_flow
-from mmkd.pipeline.recipe import ExpertRecipe, TeacherRecipe
+from mmkd.pipeline.recipe import ExpertRecipe, LayoutRecipe, TeacherRecipe
 from mmkd.student.data.batches import ViewDataset
 from mmkd.student.data.view_streams import DrawnViews
 from mmkd.student.evaluation.metrics import average_views, evaluate
 from mmkd.student.evaluation.run_files import RUN_FILE
+from mmkd.student.network_table import before_it_was_stated, check_input
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.training.loop import fit
 from mmkd.student.training.one_process import refuse_several_processes
@@ -71,7 +74,10 @@ def teach_expert(recipe: TeacherRecipe, name: str, out: Path, device: torch.devi
     thing lies, VerificationError when its card is damaged.
     """
     refuse_several_processes("mmkd-cache teach")
-    clip_set = ClipSet(recipe.data)
+    clip_set, expert = ClipSet(recipe.data), recipe.experts[name]
+    if expert.modality != "boxes":  # before a video is probed
+        frames, size_px = seen_shape(expert, recipe.views)
+        check_input(expert.train.network, frames=frames, size_px=size_px)
     seen = expert_identity(recipe, recipe.experts[name], clip_set)
     if (card := whole_expert(out, name, seen)) is not None:
         return TeachReport(card, trained=False)
@@ -135,7 +141,8 @@ def train_expert(
         log.warning("%d of %s have no label, and teach nothing", unlabelled, counted(len(clips), "training clip"))
     training = expert_data(recipe, expert, clip_set, items=seen_items, device=device)
     torch.manual_seed(expert.train.seed)
-    network = make_network(expert, {head.name: len(head.classes) for head in clip_set.manifest.heads})
+    heads = {head.name: len(head.classes) for head in clip_set.manifest.heads}
+    network = make_network(expert, heads, recipe.views)
     run_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows now, not later
     fitted = fit(
         network,
@@ -163,19 +170,26 @@ def expert_identity(recipe: TeacherRecipe, expert: ExpertRecipe, clip_set: ClipS
         "heads": {head.name: list(head.classes) for head in manifest.heads},
         "manifest": manifest.fingerprint(),
         "views": recipe.views.identity(),
+        "normalisation": None
+        if expert.modality == "boxes"
+        else numbers_of(expert.train.normalised(expert.modality)),
         **MODALITIES[expert.modality].identity(recipe),
         "held_out": recipe.held_out.model_dump(mode="json"),
     }
 
 
 def run_identity(seen: dict[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint is checked against: without a look that is the canonical one.
+    """Return what a checkpoint is checked against: without what an earlier version could not have stated.
 
-    So training that an earlier version left unfinished goes on.
+    So training that it left unfinished goes on.
     """
     unset = {"look": {"frames": None, "size_px": None}, "flow_stack": 1}
     recipe = {key: value for key, value in seen["recipe"].items() if key not in unset or unset[key] != value}
-    return seen | {"recipe": recipe}
+    layout = LayoutRecipe.model_validate(recipe["layout"]).identity()
+    found = seen | {"recipe": recipe | {"layout": layout}}
+    if found["normalisation"] in (None, numbers_of(before_it_was_stated(recipe["modality"]))):
+        del found["normalisation"]
+    return found
 
 
 def same_expert(out: Path, name: str, seen: dict[str, Any]) -> ExpertCard:

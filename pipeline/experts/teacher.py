@@ -1,6 +1,6 @@
 """The teacher: experts that may be mixed, because they saw the same classes, views and data."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +14,11 @@ from mmkd.pipeline.inputs.boxes import boxes_form
 from mmkd.pipeline.recipe import TeacherRecipe
 
 
-def load_teacher(directories: Sequence[Path], device: torch.device) -> tuple[Expert, ...]:
-    """Load the experts; raise InputError when two share a name."""
-    experts = tuple(load_expert(directory, device) for directory in directories)
+def load_teacher(
+    directories: Sequence[Path], device: torch.device, trusted: Collection[str] = ()
+) -> tuple[Expert, ...]:
+    """Load the experts; raise InputError when two share a name. `trusted` are networks that are not mmkd's."""
+    experts = tuple(load_expert(directory, device, trusted) for directory in directories)
     names = [expert.name for expert in experts]
     if len(set(names)) != len(names):
         raise InputError(f"two experts have the same name: {', '.join(sorted(names))}; give each its own")

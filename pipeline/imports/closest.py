@@ -3,16 +3,17 @@
 import torch
 from torch import Tensor
 
-from mmkd.student.networks.networks import NETWORKS
+from mmkd.student.network_table import NETWORKS
+from mmkd.student.networks.networks import build_backbone
 
 
 def closest_network(state: dict[str, Tensor], channels: int) -> tuple[str, int, int]:
     """Return (network, how many of its parameters are in a file by name and size, how many it has)."""
     shapes = {name: value.shape for name, value in state.items()}
     found: list[tuple[float, str, int, int]] = []
-    for name, backbone in NETWORKS.items():
+    for name in NETWORKS:
         with torch.device("meta"):  # sizes alone: no memory, no draws
-            own = backbone(channels, None).state_dict()
+            own = build_backbone(name, channels=channels).state_dict()
         agreeing = sum(shapes.get(key) == value.shape for key, value in own.items())
         found.append((agreeing / len(own), name, agreeing, len(own)))
     _, name, agreeing, count = max(found)

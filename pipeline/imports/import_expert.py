@@ -104,7 +104,7 @@ def import_expert(recipe: TeacherRecipe, name: str, request: ImportRequest, out:
     sources = head_sources(request.heads, [head.name for head in heads], list(mapped.classifiers))
     lists = class_files(request.classes, [head.name for head in heads])
     layers, reports = matched_heads(mapped, sources, heads, lists)
-    network = make_network(expert, {head.name: len(head.classes) for head in heads})
+    network = make_network(expert, {head.name: len(head.classes) for head in heads}, recipe.views)
     computed = fill(network, expert, mapped, layers, request.file)
     imported = provenance(request, weights, mapped, lists)
     seen = expert_identity(recipe, expert, clip_set)

@@ -1,7 +1,7 @@
 """Evaluating a finished run: its student on a cache's evaluation splits, and how far it agrees with its teacher."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +30,19 @@ from mmkd.student.evaluation.evaluate import (
 from mmkd.student.evaluation.evaluation_file import write_evaluation
 from mmkd.student.evaluation.metrics import average_views
 from mmkd.student.evaluation.per_class import per_class_csv
-from mmkd.student.evaluation.run_files import MODEL_FILE, RunRecord, evaluation_path, read_run, run_mixtures
+from mmkd.student.evaluation.run_files import (
+    MODEL_FILE,
+    RunRecord,
+    StudentInput,
+    evaluation_path,
+    read_run,
+    run_mixtures,
+)
 from mmkd.student.evaluation.submission import check_epic_heads, submission, write_submission
 from mmkd.student.evaluation.trained import model_state, without_weights
+from mmkd.student.network_table import Normalisation, before_it_was_stated
 from mmkd.student.networks.networks import VideoClassifier, build_network
+from mmkd.student.networks.own_networks import require_trust
 from mmkd.student.recipe import Missing, StudentRecipe, TrainRecipe
 from mmkd.student.teacher.cached_teacher import choose_mixtures, mix_split
 from mmkd.student.teacher.mixing import HeadMixtures
@@ -51,6 +60,7 @@ def evaluate_run(
     device: torch.device,
     may_be_empty: bool = False,
     per_class: Path | None = None,
+    trusted: Collection[str] = (),
 ) -> SplitMetrics:
     """Evaluate a finished run on every evaluation split of a cache, and write `evaluation_path`.
 
@@ -69,7 +79,7 @@ def evaluate_run(
     if record.input and (lines := list(differences(record.input.views, reader.init.base["views"]))):
         lines = [line.replace(": cache ", ": run ").replace(", now ", ", cache ") for line in lines]
         log.warning("the student learned from other views than this cache's: %s", "; ".join(lines))
-    network = finished_network(recipe, reader, run, record)
+    network = finished_network(recipe, reader, run, record, trusted)
     mixtures = teacher_of_run(recipe, reader, run)
     scores, metrics = [], SplitMetrics()
     for name in names:
@@ -92,6 +102,7 @@ def submit_run(
     out: Path,
     levels: tuple[int, int, int],
     device: torch.device,
+    trusted: Collection[str] = (),
 ) -> tuple[int, int]:
     """Write the EPIC-KITCHENS-100 submission of a finished run for one split of a cache.
 
@@ -107,7 +118,7 @@ def submit_run(
             f"{', '.join(reader.layouts)}. `mmkd-cache build --set build.splits=[{split}]` caches another"
         )
     record = same_classes(run, reader)
-    found = predict_split(finished_network(recipe, reader, run, record), reader, clip_set, split, device)
+    found = predict_split(finished_network(recipe, reader, run, record, trusted), reader, clip_set, split, device)
     averaged = {head: average_views(value) for head, value in found.logits.items()}
     write_submission(out, submission(found.split.table.clip_ids, averaged, levels))
     return len(found.usable), int((~found.usable).sum())
@@ -121,9 +132,15 @@ def same_classes(run: Path, reader: CacheReader) -> RunRecord:
     return record
 
 
-def finished_network(recipe: StudentRecipe, reader: CacheReader, run: Path, record: RunRecord) -> VideoClassifier:
-    """Return a finished run's network with its weights; raises as `load_model`."""
-    network = new_network(without_weights(recipe.train), reader)
+def finished_network(
+    recipe: StudentRecipe, reader: CacheReader, run: Path, record: RunRecord, trusted: Collection[str]
+) -> VideoClassifier:
+    """Return a finished run's network with its weights; raises as `load_model`, and for code that is not
+    `trusted`."""
+    require_trust(recipe.train.network, trusted, f"run {run}")
+    network = new_network(without_weights(recipe.train), reader, record.input)
+    if record.input is None:
+        network.set_normalisation(before_it_was_stated("rgb"))
     load_model(network, run, record)
     return network
 
@@ -252,11 +269,21 @@ def agreement(
     return result
 
 
-def new_network(recipe: TrainRecipe, reader: CacheReader) -> VideoClassifier:
-    """Return the RGB network, initialised from the seed alone (and from a weights file, if there is one)."""
+def new_network(recipe: TrainRecipe, reader: CacheReader, seen: StudentInput | None = None) -> VideoClassifier:
+    """Return the RGB network, initialised from the seed alone (and from a weights file, if there is one).
+
+    It sees the cache's views, normalised as `seen` says of a run, and else as the recipe does.
+    """
     torch.manual_seed(recipe.seed)
-    heads = {head.name: len(head.classes) for head in reader.heads}
-    return build_network(recipe, heads=heads, modality="rgb")
+    policy = reader.init.policy
+    return build_network(
+        recipe,
+        heads={head.name: len(head.classes) for head in reader.heads},
+        modality="rgb",
+        frames=policy.frames,
+        size_px=policy.size_px,
+        normalisation=None if seen is None else Normalisation(tuple(seen.mean), tuple(seen.std)),
+    )
 
 
 def chosen_mixtures(recipe: StudentRecipe, reader: CacheReader) -> tuple[HeadMixtures, str | None]:

@@ -9,9 +9,9 @@
 Neither cache nor manifest nor weights to start from are needed, and no stored code runs.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from pydantic import ValidationError
@@ -33,7 +33,9 @@ from mmkd.student.evaluation.run_files import (
     read_model,
     read_run,
 )
+from mmkd.student.network_table import Normalisation
 from mmkd.student.networks.networks import VideoClassifier, build_network
+from mmkd.student.networks.own_networks import require_trust
 from mmkd.student.recipe import TrainRecipe
 from mmkd.student.training.devices import reproducible
 
@@ -70,8 +72,8 @@ class TrainedStudent:
         return {head: value.float().cpu().numpy() for head, value in outputs.items()}
 
 
-def load_student(run: Path, device: torch.device | str = "cpu") -> TrainedStudent:
-    """Read the student of a finished run.
+def load_student(run: Path, device: torch.device | str = "cpu", trusted: Collection[str] = ()) -> TrainedStudent:
+    """Read the student of a finished run; a network that is not mmkd's is run only when it is among the `trusted`.
 
     Raises InputError for a folder without a finished run, and for a run of an earlier version, which does not say
     what its student sees; VerificationError for one that is not what was written.
@@ -83,15 +85,21 @@ def load_student(run: Path, device: torch.device | str = "cpu") -> TrainedStuden
         recipe = TrainRecipe.model_validate(record.recipe["train"])
     except (ValidationError, KeyError) as error:
         raise InputError(f"{run / RUN_FILE} does not describe a student: {str(error).splitlines()[0]}") from error
+    require_trust(recipe.network, trusted, f"run {run}")
     heads = {head: len(classes) for head, classes in record.heads.items()}
-    network = build_network(without_weights(recipe), heads=heads, modality="rgb")
+    network = build_network(
+        without_weights(recipe),
+        heads=heads,
+        modality="rgb",
+        frames=policy.frames,
+        size_px=policy.size_px,
+        normalisation=Normalisation(tuple(seen.mean), tuple(seen.std)),
+    )
     state = model_state(run, record)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise InputError(f"{run}: {RUN_FILE} does not describe the model: {str(error).splitlines()[0]}") from error
-    for buffer, values in ((network.mean, seen.mean), (network.std, seen.std)):
-        cast(Tensor, buffer).copy_(torch.tensor(values).view(1, 3, 1, 1, 1))
     device = torch.device(device)
     return TrainedStudent(network.to(device).eval(), policy, record.heads, device)
 

@@ -2,151 +2,29 @@
 
 A network is a backbone that pools a clip to one feature vector, and one linear head per label space. The
 loop and the losses see `VideoClassifier` alone: a dict of arrays in, a dict of float32 logits out. Nothing
-here downloads weights: a user hands over a file, from which everything but the classifier must be used.
-torchvision takes two seconds and 160 MiB to import: only its own networks do so.
+here downloads weights: a user hands over a file, from which everything but the classifier must be used. Which
+networks there are is a table, mmkd.student.network_table.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mmkd.data_manifests.errors import InputError
+from mmkd.student.network_table import AS_IT_IS, IMAGENET, Normalisation, check_input, is_own, known_network
 from mmkd.student.networks.jitter import NO_JITTER, Jitter, jitter_clips
+from mmkd.student.networks.own_networks import DictNetwork, build_own, check_logits
 from mmkd.student.networks.pretrained import load_backbone
 from mmkd.student.recipe import TrainRecipe
 
+USUAL_FRAMES, USUAL_SIZE_PX = 16, 224
+"""What a network of one's own is built for where no view says so."""
 CHANNELS = {"rgb": 3, "flow": 2}
 """Input channels of a network by modality; flow has the horizontal component first, positive to the right."""
-
-RGB_MEAN = (0.485, 0.456, 0.406)
-"""ImageNet mean per channel, of values in 0..1; what the authors' code uses for RGB."""
-RGB_STD = (0.229, 0.224, 0.225)
-"""ImageNet standard deviation per channel."""
-SWIN_DROP_PATH = 0.2
-"""Stochastic depth of the last block in the authors' recipe; earlier blocks less, linearly."""
-SMALL3D_DROPOUT = 0.2
-
-
-class Small3D(nn.Module):
-    """A small 3D convolutional backbone for clips of about 8 frames of 48 x 48: the demo's network.
-
-    Its first two layers see five frames at a stride of one, so that motion of a few pixels per frame is
-    visible before time is subsampled. It gives up accuracy on real footage: use swin3d_t there.
-    """
-
-    feature_count = 128
-
-    def __init__(self, channels: int, *, dropout: float = SMALL3D_DROPOUT) -> None:
-        """Take clips of `channels` channels; `dropout` is the share of pooled features zeroed in training."""
-        super().__init__()
-        self.layers = nn.Sequential(
-            conv_norm_relu(channels, 16, kernel=(3, 5, 5), stride=(1, 2, 2)),
-            conv_norm_relu(16, 32, kernel=(3, 3, 3), stride=(2, 2, 2)),
-            conv_norm_relu(32, 64, kernel=(3, 3, 3), stride=(1, 2, 2)),
-            Residual(64, kernel=(3, 3, 3)),
-            conv_norm_relu(64, 128, kernel=(3, 3, 3), stride=(2, 2, 2)),
-            Residual(128, kernel=(1, 3, 3)),
-        )
-        self.dropout = nn.Dropout(dropout)
-        self.to(memory_format=torch.channels_last_3d)  # a fifth faster on CPU than channels first
-
-    def forward(self, clips: Tensor) -> Tensor:
-        """Map clips (B, C, T, S, S) to features (B, 128)."""
-        maps = self.layers(clips.contiguous(memory_format=torch.channels_last_3d))
-        return cast(Tensor, self.dropout(maps.mean((2, 3, 4))))
-
-
-class Residual(nn.Module):
-    """ReLU(x + norm(conv(x))) at constant width and resolution."""
-
-    def __init__(self, width: int, *, kernel: tuple[int, int, int]) -> None:
-        """Use one convolution with an odd `kernel` (time, height, width)."""
-        super().__init__()
-        self.conv = nn.Conv3d(width, width, kernel, padding=half(kernel), bias=False)
-        self.norm = nn.BatchNorm3d(width)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Map (B, W, T, H, W) to the same shape."""
-        return torch.relu(maps + self.norm(self.conv(maps)))
-
-
-def conv_norm_relu(
-    inputs: int, outputs: int, *, kernel: tuple[int, int, int], stride: tuple[int, int, int]
-) -> nn.Sequential:
-    """Return convolution without bias, batch norm, ReLU."""
-    conv = nn.Conv3d(inputs, outputs, kernel, stride=stride, padding=half(kernel), bias=False)
-    return nn.Sequential(conv, nn.BatchNorm3d(outputs), nn.ReLU(inplace=True))
-
-
-def half(kernel: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Return the padding that keeps the size at stride 1 for an odd kernel."""
-    return kernel[0] // 2, kernel[1] // 2, kernel[2] // 2
-
-
-def small3d(channels: int, drop_path: float | None) -> Small3D:
-    """Build `Small3D`; it has no stochastic depth."""
-    refuse_drop_path("small3d", drop_path)
-    return Small3D(channels)
-
-
-def swin3d_tiny(channels: int, drop_path: float | None) -> nn.Module:
-    """Build Video Swin-T (patch 2 x 4 x 4, window 8 x 7 x 7) of torchvision, pooled to 768 features."""
-    from torchvision.models.video.swin_transformer import SwinTransformer3d
-
-    network = SwinTransformer3d(
-        patch_size=[2, 4, 4],
-        embed_dim=96,
-        depths=[2, 2, 6, 2],
-        num_heads=[3, 6, 12, 24],
-        window_size=[8, 7, 7],
-        stochastic_depth_prob=SWIN_DROP_PATH if drop_path is None else drop_path,
-    )
-    network.feature_count = network.head.in_features
-    network.head = nn.Identity()
-    network.patch_embed.proj = with_channels(network.patch_embed.proj, channels)
-    return cast(nn.Module, network)
-
-
-def resnet3d_18(channels: int, drop_path: float | None) -> nn.Module:
-    """Build the 18-layer 3D ResNet of torchvision, pooled to 512 features; it has no stochastic depth."""
-    refuse_drop_path("r3d_18", drop_path)
-    from torchvision.models.video import r3d_18
-
-    network = r3d_18(weights=None)
-    network.feature_count = network.fc.in_features
-    network.fc = nn.Identity()
-    network.stem[0] = with_channels(network.stem[0], channels)
-    return cast(nn.Module, network)
-
-
-def refuse_drop_path(name: str, drop_path: float | None) -> None:
-    """Raise InputError when stochastic depth is asked of a network that has none."""
-    if drop_path:
-        raise InputError(f"network {name!r} has no stochastic depth: leave drop_path out (it is {drop_path})")
-
-
-def with_channels(conv: nn.Conv3d, channels: int) -> nn.Conv3d:
-    """Return `conv`, or a fresh one like it for another number of input channels."""
-    if conv.in_channels == channels:
-        return conv
-    kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
-    return nn.Conv3d(channels, conv.out_channels, kernel, stride, padding, bias=conv.bias is not None)  # type: ignore[arg-type]  # torch types these as int tuples of any length
-
-
-Backbone = Callable[[int, float | None], nn.Module]
-
-NETWORKS: dict[str, Backbone] = {"small3d": small3d, "swin3d_t": swin3d_tiny, "r3d_18": resnet3d_18}
-"""(input channels, drop path or None for the network's own) -> a backbone with `feature_count` features."""
-
-FIRST_CONV = {
-    "small3d": "layers.0.0.weight",
-    "swin3d_t": "patch_embed.proj.weight",
-    "r3d_18": "stem.0.weight",
-}
-"""The parameter that is averaged over RGB when weights are loaded for two-channel flow."""
 
 
 class HeadedNetwork(nn.Module):
@@ -171,18 +49,67 @@ def headed_network(
     *,
     heads: Mapping[str, int],
     channels: int,
+    frames: int | None = None,
+    size_px: int | None = None,
     weights: Path | None = None,
     drop_path: float | None = None,
 ) -> HeadedNetwork:
-    """Build a network by name; with `weights`, start its backbone from that file (see `load_backbone`)."""
-    if name not in NETWORKS:
-        raise InputError(f"there is no network {name!r}; choose among {', '.join(NETWORKS)}")
+    """Build a network of the table for clips (B, channels, frames, size_px, size_px), by default its usual ones.
+
+    With `weights`, its backbone starts from that file (see `load_backbone`). Raises InputError for clips that it
+    cannot see.
+    """
+    entry = known_network(name)
     if not heads:
         raise InputError("a network needs at least one head")
-    backbone = NETWORKS[name](channels, drop_path)
+    if drop_path and entry.drop_path is None:
+        raise InputError(f"network {name!r} has no stochastic depth: leave drop_path out (it is {drop_path})")
+    backbone = build_backbone(name, channels=channels, frames=frames, size_px=size_px)
+    if entry.drop_path is not None:
+        set_drop_path(backbone, entry.drop_path if drop_path is None else drop_path)
     if weights is not None:
-        load_backbone(backbone, weights, first_conv=FIRST_CONV[name])
+        load_backbone(backbone, weights, first_conv=entry.first_conv)
     return HeadedNetwork(backbone, heads)
+
+
+def build_backbone(name: str, *, channels: int, frames: int | None = None, size_px: int | None = None) -> nn.Module:
+    """Build the backbone of a network of the table; raises as `headed_network`."""
+    entry = known_network(name)
+    frames, size_px = frames or entry.frames, size_px or entry.size_px
+    check_input(name, frames=frames, size_px=size_px)
+    module, _, function = entry.factory.partition(":")
+    factory = getattr(import_module(module), function)
+    return cast(nn.Module, factory(name, channels=channels, frames=frames, size_px=size_px))
+
+
+def own_network(
+    recipe: TrainRecipe, *, heads: Mapping[str, int], channels: int, frames: int | None, size_px: int | None
+) -> nn.Module:
+    """Build a network that is not in the table, tried once on a clip of zeros."""
+    name, frames, size_px = recipe.network, frames or USUAL_FRAMES, size_px or USUAL_SIZE_PX
+    if recipe.drop_path:
+        raise InputError(f"network {name}: drop_path is for networks of the table; give it in network_options")
+    built = build_own(
+        name,
+        heads=heads,
+        channels=channels,
+        frames=frames,
+        size_px=size_px,
+        options=recipe.network_options,
+        weights=recipe.weights,
+    )
+    network = HeadedNetwork(built, heads) if hasattr(built, "feature_count") else DictNetwork(built)
+    check_logits(name, network, torch.zeros(1, channels, frames, size_px, size_px), heads)
+    return network
+
+
+def set_drop_path(network: nn.Module, rate: float) -> None:
+    """Give the last block stochastic depth `rate`, and those before it less, linearly, the first none."""
+    from torchvision.ops import StochasticDepth
+
+    blocks = [module for module in network.modules() if isinstance(module, StochasticDepth)]
+    for number, block in enumerate(blocks):
+        block.p = rate * number / (len(blocks) - 1)
 
 
 class VideoClassifier(nn.Module):
@@ -190,16 +117,18 @@ class VideoClassifier(nn.Module):
 
     def __init__(
         self,
-        network: HeadedNetwork,
+        network: nn.Module,
         modality: str,
         *,
+        normalisation: Normalisation | None = None,
         flow_scale_px: float = 20.0,
         jitter: Jitter = NO_JITTER,
     ) -> None:
         """Wrap a network for a modality.
 
-        `flow_scale_px` is the flow in pixels per step that maps to 1; larger keeps fast motion and loses
-        resolution of slow motion (I3D: 20). `jitter` is applied to RGB in training mode only.
+        `normalisation` is by default ImageNet's for RGB, and none for flow. `flow_scale_px` is the flow in pixels
+        per step that maps to 1; larger keeps fast motion and loses resolution of slow motion (I3D: 20). `jitter` is
+        applied to RGB in training mode only.
         """
         super().__init__()
         if modality not in CHANNELS:
@@ -210,8 +139,18 @@ class VideoClassifier(nn.Module):
         self.modality = modality
         self.flow_scale_px = flow_scale_px
         self.jitter = jitter
-        self.register_buffer("mean", torch.tensor(RGB_MEAN).view(1, 3, 1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(RGB_STD).view(1, 3, 1, 1, 1), persistent=False)
+        self.set_normalisation(normalisation or (AS_IT_IS if modality == "flow" else IMAGENET))
+
+    def set_normalisation(self, normalisation: Normalisation) -> None:
+        """Take other numbers; InputError unless there is one for each channel, or one for all."""
+        self.normalisation = normalisation
+        for name, values in (("mean", normalisation.mean), ("std", normalisation.std)):
+            if len(values) not in (1, CHANNELS[self.modality]):
+                raise InputError(
+                    f"normalisation.{name} has {len(values)} numbers; {self.modality} has "
+                    f"{CHANNELS[self.modality]} channels: give one for each, or one for all"
+                )
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1, 1), persistent=False)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Map {"rgb": uint8 (B, T, S, S, 3)} or {"flow": float32 (B, T, 2, S, S)} to logits per head."""
@@ -223,28 +162,47 @@ class VideoClassifier(nn.Module):
         clips = frames.permute(0, 4, 1, 2, 3).float() / 255
         if self.training:
             clips = jitter_clips(clips, self.jitter)
-        return (clips - cast(Tensor, self.mean)) / cast(Tensor, self.std)
+        return self.normalised(clips)
 
     def prepare_flow(self, flow_px: Tensor) -> Tensor:
-        """Scale and clip flow (B, T, 2k, S, S) in pixels per step to [-1, 1] as (B, 2k, T, S, S)."""
-        return (flow_px.transpose(1, 2) / self.flow_scale_px).clamp(-1, 1)
+        """Scale and clip flow (B, T, 2k, S, S) in pixels per step to [-1, 1], and normalise it, as (B, 2k, T, S,
+        S)."""
+        return self.normalised((flow_px.transpose(1, 2) / self.flow_scale_px).clamp(-1, 1))
+
+    def normalised(self, clips: Tensor) -> Tensor:
+        """Subtract the mean from clips (B, C, T, S, S), and divide them by the standard deviation."""
+        return (clips - cast(Tensor, self.mean)) / cast(Tensor, self.std)
 
 
 def build_network(
-    recipe: TrainRecipe, *, heads: Mapping[str, int], modality: str, flow_stack: int = 1
+    recipe: TrainRecipe,
+    *,
+    heads: Mapping[str, int],
+    modality: str,
+    frames: int | None = None,
+    size_px: int | None = None,
+    flow_stack: int = 1,
+    normalisation: Normalisation | None = None,
 ) -> VideoClassifier:
     """Build the recipe's network for rgb or flow, with initial weights from `recipe.seed` (or its file).
 
-    The same recipe, heads and modality give the same weights, whatever was drawn before.
+    It sees views of `frames` frames of `size_px` x `size_px` (by default the network's usual ones), normalised as
+    the recipe or else the network says; one that is trained already hands over the `normalisation` that it was
+    trained with. The same recipe, heads and modality give the same weights, whatever was drawn before.
     """
+    channels = CHANNELS.get(modality, 3) * (flow_stack if modality == "flow" else 1)
+    shape: dict[str, Any] = {"channels": channels, "frames": frames, "size_px": size_px}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        network = headed_network(
-            recipe.network,
-            heads=heads,
-            channels=CHANNELS.get(modality, 3) * (flow_stack if modality == "flow" else 1),
-            weights=recipe.weights,
-            drop_path=recipe.drop_path,
-        )
-    jitter = Jitter(**recipe.jitter.model_dump())
-    return VideoClassifier(network, modality, flow_scale_px=recipe.flow_scale_px, jitter=jitter)
+        if is_own(recipe.network):
+            network = own_network(recipe, heads=heads, **shape)
+        else:
+            drop_path, weights = recipe.drop_path, recipe.weights
+            network = headed_network(recipe.network, heads=heads, **shape, weights=weights, drop_path=drop_path)
+    return VideoClassifier(
+        network,
+        modality,
+        normalisation=normalisation or recipe.normalised(modality),
+        flow_scale_px=recipe.flow_scale_px,
+        jitter=Jitter(**recipe.jitter.model_dump()),
+    )

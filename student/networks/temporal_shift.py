@@ -35,6 +35,11 @@ def shifted(maps: Tensor, frames: int) -> Tensor:
     return torch.cat((from_next, from_last, clips[:, :, 2 * fold :]), dim=2).flatten(0, 1)
 
 
+def tsm_resnet50(name: str, *, channels: int, frames: int, size_px: int) -> "TemporalShiftResNet":
+    """Build the network, which takes any number of frames of any size."""
+    return TemporalShiftResNet(channels)
+
+
 class TemporalShiftResNet(ResNet):  # type: ignore[misc]  # torchvision has no types
     """ResNet-50 with shifts; its parameters have the names of torchvision's ResNet-50."""
 

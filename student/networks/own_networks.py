@@ -1,0 +1,112 @@
+"""Networks of one's own: any `module:factory` that is installed, held to a contract before anything is trained.
+
+    factory(*, channels, frames, size_px, heads, **options) -> nn.Module
+
+The module maps clips (B, channels, T, S, S) either to a dict of logits {head: (B, classes)}, or, with an attribute
+`feature_count`, to features (B, feature_count), on which linear heads are put. Its RGB input is normalised with
+ImageNet's numbers, or those of `train.normalisation`. Its code cannot be fingerprinted: what a cache keeps is its
+name, its options and its weights. So a recipe that names it is consent, and a file of somebody else that does is
+not.
+"""
+
+from collections.abc import Collection, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkd.data_manifests.errors import InputError
+from mmkd.student.checkpoints.checkpoint_file import read_state
+from mmkd.student.network_table import is_own
+from mmkd.student.networks.pretrained import fit_of
+
+
+class DictNetwork(nn.Module):
+    """A network that gives logits of each head itself, behind the interface of `HeadedNetwork`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        """Wrap a network that maps clips to a dict of logits."""
+        super().__init__()
+        self.network = network
+
+    def forward(self, clips: Tensor) -> dict[str, Tensor]:
+        """Map clips (B, C, T, S, S) to float32 logits (B, classes) per head."""
+        return {head: value.float() for head, value in self.network(clips).items()}
+
+
+def build_own(
+    name: str,
+    *,
+    heads: Mapping[str, int],
+    channels: int,
+    frames: int,
+    size_px: int,
+    options: Mapping[str, Any],
+    weights: Path | None,
+) -> nn.Module:
+    """Call a factory and load its weights; InputError for what is not there, or fails, and for weights that do not
+    fit.
+
+    The factory's module keeps its own parameters' names in a weights file.
+    """
+    factory = find_factory(name)
+    try:
+        network = factory(channels=channels, frames=frames, size_px=size_px, heads=dict(heads), **options)
+    except Exception as error:  # somebody's code: whatever it raises is told in one line
+        raise InputError(f"network {name} cannot be built: {type(error).__name__}: {one_line(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise InputError(f"network {name} gave {type(network).__name__} where a torch.nn.Module is expected")
+    if weights is not None:
+        state = read_state(weights)
+        if problems := fit_of(state, network.state_dict()).problems:
+            raise InputError(f"the weights {weights} are not those of {name}: {problems}")
+        network.load_state_dict(state, strict=False)
+    return network
+
+
+def find_factory(name: str) -> Any:
+    """Return the factory that `module:factory` names; InputError where there is none."""
+    module_name, _, function = name.partition(":")
+    try:
+        module = import_module(module_name)
+    except Exception as error:  # somebody's code: a syntax error, or anything that it raises
+        told = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"network {name}: module {module_name!r} cannot be imported: {told}") from error
+    factory = getattr(module, function, None)
+    if not callable(factory):
+        raise InputError(f"network {name}: module {module_name!r} has no function {function!r}")
+    return factory
+
+
+def check_logits(name: str, network: nn.Module, clips: Tensor, heads: Mapping[str, int]) -> None:
+    """Run a network once on clips (1, C, T, S, S); InputError unless it gives logits of each head."""
+    was_training = network.training
+    try:
+        with torch.no_grad():  # not inference mode: what a network keeps of its first pass is trained with later
+            logits = network.eval()(clips)
+    except Exception as error:  # somebody's code
+        shape = tuple(clips.shape)
+        raise InputError(
+            f"network {name} fails on clips {shape}: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    finally:
+        network.train(was_training)
+    found = {head: tuple(value.shape) for head, value in logits.items()} if isinstance(logits, dict) else logits
+    wanted = {head: (1, classes) for head, classes in heads.items()}
+    if found != wanted:
+        raise InputError(f"network {name} gives logits of shapes {found}; the heads need {wanted}")
+
+
+def require_trust(name: str, trusted: Collection[str], what: str) -> None:
+    """Raise InputError where a file names code of somebody's that the user did not allow."""
+    if is_own(name) and name not in trusted:
+        raise InputError(
+            f"{what} runs code that is not mmkd's, {name}: allow it with --trust-network {name}, if you know it"
+        )
+
+
+def one_line(error: Exception) -> str:
+    """Return an exception's text in one line."""
+    return " ".join(str(error).split())[:300]
