@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 
 OWN_NETWORK = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -164,9 +165,9 @@ def check_input(name: str, *, frames: int, size_px: int) -> None:
     network = known_network(name)
     wants = None
     if network.exact_frames and frames != network.frames:
-        wants = f"exactly {network.frames} frames, the views have {frames}; set views.frames={network.frames}"
+        wants = f"exactly {counted(network.frames, 'frame')}, the views have {frames}; set views.frames={network.frames}"
     elif frames < network.least_frames:
-        wants = f"at least {network.least_frames} frames, the views have {frames}; set views.frames"
+        wants = f"at least {counted(network.least_frames, 'frame')}, the views have {frames}; set views.frames"
     elif size_px < network.least_size_px:
         wants = f"views of at least {network.least_size_px} px, they have {size_px}; set views.size_px"
     elif network.exact_size and size_px != network.size_px:

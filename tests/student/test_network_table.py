@@ -235,7 +235,9 @@ def test_a_file_that_names_code_runs_it_only_when_it_is_trusted(own, tiny, tmp_p
     short = ("--set", "experts.rgb.train.epochs=1", "--set", "experts.rgb.train.warmup_epochs=0")
     taught = ("mmkd-cache", "teach", "rgb", *tiny.stage_one, *short, "--set", f"experts.rgb.train.network={name}")
     call_ok(*taught, "-o", tmp_path / "rgb")
-    with pytest.raises(InputError, match=rf"runs code that is not mmkd's, {name}: allow it with --trust-network"):
+    with pytest.raises(
+        InputError, match=rf"is a network whose code is not mmkd's, {name}: allow it with --trust-network"
+    ):
         load_expert(tmp_path / "rgb", torch.device("cpu"))
     build = ("mmkd-cache", "build", *tiny.stage_one, "--expert", tmp_path / "rgb", "-o", tmp_path / "cache")
     assert f"--trust-network {name}" in refused(*build)
