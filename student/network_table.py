@@ -165,7 +165,8 @@ def check_input(name: str, *, frames: int, size_px: int) -> None:
     network = known_network(name)
     wants = None
     if network.exact_frames and frames != network.frames:
-        wants = f"exactly {counted(network.frames, 'frame')}, the views have {frames}; set views.frames={network.frames}"
+        wanted = network.frames
+        wants = f"exactly {counted(wanted, 'frame')}, the views have {frames}; set views.frames={wanted}"
     elif frames < network.least_frames:
         wants = f"at least {counted(network.least_frames, 'frame')}, the views have {frames}; set views.frames"
     elif size_px < network.least_size_px:

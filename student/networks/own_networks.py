@@ -103,7 +103,8 @@ def require_trust(name: str, trusted: Collection[str], what: str) -> None:
     """Raise InputError where a file names code of somebody's that the user did not allow."""
     if is_own(name) and name not in trusted:
         raise InputError(
-            f"{what} is a network whose code is not mmkd's, {name}: allow it with --trust-network {name}, if you know it"
+            f"{what} is a network whose code is not mmkd's, {name}: allow it with --trust-network {name}, if you "
+            "know it"
         )
 
 
