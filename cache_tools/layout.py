@@ -69,6 +69,7 @@ class Status(IntEnum):
     BOXES_MISSING = 2
     FLOW_FAILED = 3
     NON_FINITE = 4
+    SOUND_MISSING = 5
     NOT_COMPUTED = 255
 
 

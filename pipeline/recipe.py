@@ -11,7 +11,7 @@ from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.pipeline.tvl1.params import PresetName
 from mmkd.student.recipe import TrainRecipe
 
-ModalityName = Literal["rgb", "flow", "boxes"]
+ModalityName = Literal["rgb", "flow", "boxes", "audio"]
 Precision = Literal["fp16", "12-bit", "9-bit", "8-bit"]
 """Formats of mmkd.cache_tools.cache.logit_formats, the most exact first."""
 
@@ -42,6 +42,27 @@ class BoxesRecipe(Recipe):
     )
     fps: float = Field(12.0, gt=0, description="frame rate that the annotation's frame numbers count")
     max_boxes: int = Field(14, ge=1, le=64, description="boxes kept in a frame (STLT: 14)")
+
+
+class AudioRecipe(Recipe):
+    """How sound becomes spectrograms; the defaults are the authors' (see mmkd.pipeline.audio.spectrogram)."""
+
+    rate_hz: int = Field(16_000, ge=1000, le=192_000, description="samples a second")
+    window_seconds: float = Field(1.116, gt=0, le=60, description="sound around each sampled frame")
+    fft_samples: int = Field(1024, ge=16, le=65536, description="length of the transform")
+    frame_samples: int = Field(160, ge=2, le=65536, description="length of the Hann window, at most fft_samples")
+    hop_samples: int = Field(80, ge=1, le=65536, description="between two columns")
+    mels: int = Field(128, ge=2, le=1024, description="mel filters, the rows")
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> Self:
+        if self.frame_samples > self.fft_samples:
+            raise ValueError(f"frame_samples {self.frame_samples} is above fft_samples {self.fft_samples}")
+        if int(self.window_seconds * self.rate_hz) <= self.fft_samples // 2:
+            raise ValueError(
+                "window_seconds is shorter than half a transform: make it longer, or fft_samples smaller"
+            )
+        return self
 
 
 class LayoutRecipe(Recipe):
@@ -153,6 +174,7 @@ class TeacherRecipe(Recipe):
         None, description="folder for flow computed once; see mmkd.pipeline.flow.scratch"
     )
     boxes: BoxesRecipe = Field(default_factory=BoxesRecipe)
+    audio: AudioRecipe = Field(default_factory=AudioRecipe)
     experts: dict[str, ExpertRecipe] = Field(default_factory=dict, description="name -> expert")
     build: BuildRecipe = Field(default_factory=BuildRecipe)
 

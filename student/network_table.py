@@ -31,6 +31,8 @@ KINETICS = Normalisation((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.2169
 """torchvision's convolutional video networks."""
 GREY = Normalisation((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
 """MViT, as all networks of the SlowFast code."""
+DECIBELS = Normalisation((-28.1125,), (16.5627,))
+"""Log-mel spectrograms, as the authors' code has it."""
 AS_IT_IS = Normalisation((0.0,), (1.0,))
 """Flow, scaled and clipped to -1..1."""
 
@@ -182,9 +184,10 @@ def own_normalisation(name: str, modality: str) -> Normalisation:
     if is_own(name):
         return before_it_was_stated(modality)
     network = known_network(name)
-    return network.flow_normalisation if modality == "flow" else network.normalisation
+    own = {"rgb": network.normalisation, "flow": network.flow_normalisation}
+    return own.get(modality) or before_it_was_stated(modality)
 
 
 def before_it_was_stated(modality: str) -> Normalisation:
     """Return what an expert or a run was normalised with whose files do not say."""
-    return AS_IT_IS if modality == "flow" else IMAGENET
+    return {"flow": AS_IT_IS, "audio": DECIBELS}.get(modality, IMAGENET)

@@ -201,7 +201,7 @@ class StudentRecipe(Recipe):
 
     command = "mmkd-student"
     of_other_commands = frozenset(
-        {"views", "view_seed", "held_out", "flow", "flow_scratch", "boxes", "experts", "build"}
+        {"views", "view_seed", "held_out", "flow", "flow_scratch", "boxes", "audio", "experts", "build"}
     )
 
     data: DataRecipe

@@ -155,7 +155,8 @@ def test_example_recipes_are_complete_and_valid(data_set, tmp_path):
                 assert (train.learning_rate, train.weight_decay, train.clip_norm) == (1e-4, 0.02, 5)
                 assert train.network == "swin3d_t"
             if isinstance(recipe, TeacherRecipe):
-                assert [e.modality for e in recipe.experts.values()] == ["rgb", "flow", "boxes"]
+                heard = ["audio"] if data_set == "epic-kitchens" else []
+                assert [e.modality for e in recipe.experts.values()] == ["rgb", "flow", "boxes", *heard]
                 views = recipe.views
                 dense = (8, 224, "dense", pytest.approx(8 / 60, abs=1e-5))
                 uniform = (16, 224, "uniform", None)

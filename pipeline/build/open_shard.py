@@ -9,8 +9,8 @@ from mmkd.data_manifests.errors import StorageError, VideoError
 from mmkd.pipeline.build.shard_block import NodeResult, ShardBlock
 from mmkd.pipeline.build.work import BuildPlan, ShardWork
 from mmkd.pipeline.flow.scratch import FlowStore
-from mmkd.pipeline.inputs.modalities import looks_at, needs_flow
-from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, PreparedClip, with_flow
+from mmkd.pipeline.inputs.modalities import looks_at, mel_params, needs_flow
+from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, PreparedClip, SoundJob, with_flow
 
 
 class OpenShard:
@@ -85,4 +85,6 @@ def clip_job(plan: BuildPlan, work: ShardWork, row: int) -> ClipJob | VideoError
         flow = FlowJob(recipe.flow, FlowStore(recipe.scratch, recipe.flow, str(device)), device.type)
         flow = replace(flow, looks=looks_at("flow", experts))
     further = looks_at("rgb", experts, beyond_canonical=True)
-    return ClipJob(plan.clip_set.source, item, work.views(row), recipe.views.size_px, flow, further)
+    heard = looks_at("audio", experts)
+    sound = SoundJob(mel_params(recipe.audio), heard) if heard else None
+    return ClipJob(plan.clip_set.source, item, work.views(row), recipe.views.size_px, flow, further, sound)

@@ -23,10 +23,11 @@ from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip
 from mmkd.pipeline.experts.expert import Expert
-from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile
+from mmkd.pipeline.inputs.boxes import BoxFile
 from mmkd.pipeline.inputs.expert_views import Inputs
-from mmkd.pipeline.inputs.modalities import MODALITIES, InputShapes, ViewedClip
+from mmkd.pipeline.inputs.modalities import MODALITIES, InputShapes, ViewedClip, mel_params
 from mmkd.pipeline.inputs.prepare import PreparedClip
+from mmkd.pipeline.missing import InputMissingError
 from mmkd.pipeline.recipe import TeacherRecipe
 
 
@@ -130,7 +131,7 @@ class ShardBlock:
         self._thumbprints = thumbprints
         self._recipe = recipe
         self._boxes = boxes
-        shapes = InputShapes(recipe.views, recipe.boxes.max_boxes)
+        shapes = InputShapes(recipe.views, recipe.boxes.max_boxes, mel_params(recipe.audio))
         self._batchers = [
             ExpertBatcher(expert, shard, shapes, batch_views=recipe.build.batch_views) for expert in experts
         ]
@@ -139,15 +140,15 @@ class ShardBlock:
         self._thumbnails = np.zeros((*grid, THUMBNAIL_SIZE), np.uint8)
 
     def add(self, row: int, item: ClipVideo, views: Sequence[View], clip: PreparedClip) -> None:
-        """Give one prepared clip to every expert; boxes that are missing fail that expert alone."""
+        """Give one prepared clip to every expert; what one of them lacks fails that one alone."""
         position = row - self.shard.rows.start
         self._hashes[position], self._thumbnails[position] = clip.pixel_hashes, clip.thumbnails
         seen = ViewedClip(item, views, clip, self._boxes)
         for batcher in self._batchers:
             try:
                 inputs = MODALITIES[batcher.expert.modality].inputs(replace(seen, look=batcher.expert.card.look))
-            except BoxesMissingError as error:
-                self._fail(batcher, position, Status.BOXES_MISSING, str(error))
+            except InputMissingError as error:
+                self._fail(batcher, position, error.status, str(error))
                 continue
             for number, value in enumerate(inputs):
                 batcher.add((position, number), value)

@@ -39,7 +39,7 @@ from mmkd.pipeline.recipe import TeacherRecipe
 @device_option
 @as_json
 def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
-    """Train the recipe's expert NAME on labels: rgb, flow or boxes."""
+    """Train the recipe's expert NAME on labels: it sees rgb, flow or boxes, or hears audio."""
     named = named_options(options)
     known = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named).experts
     if name not in known:  # --seed would begin a new expert, and the error be about its missing modality

@@ -35,10 +35,11 @@ from mmkd.pipeline.build.work import base_fields, expert_node
 from mmkd.pipeline.drift.report import DriftReport, HeadDrift, PixelDrift
 from mmkd.pipeline.drift.sample import Sampled, draw_sample, stored_logits
 from mmkd.pipeline.experts.expert import Expert
-from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile, boxes_fields, open_boxes
+from mmkd.pipeline.inputs.boxes import BoxFile, boxes_fields, open_boxes
 from mmkd.pipeline.inputs.expert_views import Inputs
 from mmkd.pipeline.inputs.modalities import MODALITIES, ViewedClip, looks_at, needs_boxes, needs_flow
 from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, PreparedClip, prepare_clip, with_flow
+from mmkd.pipeline.missing import InputMissingError
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.data.thumbprints import MEAN_DIFFERENCE_LIMIT
 
@@ -185,7 +186,7 @@ class Comparison:
         for expert in self._experts:
             try:
                 inputs = MODALITIES[expert.modality].inputs(replace(seen, look=expert.card.look))
-            except BoxesMissingError:
+            except InputMissingError:
                 continue  # the cache may hold no logits either; if it does, NaN tells
             queue = self._queues[expert.name]
             queue += zip(positions, inputs, strict=True)

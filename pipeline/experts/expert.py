@@ -72,6 +72,8 @@ class ExpertCard:
     """Hash of weights.safetensors."""
     training: dict[str, Any]
     """What training reported: steps, clips, skipped clips, accuracy on the held-out part."""
+    audio: dict[str, Any] | None = None
+    """Everything that could change what it hears; None for other modalities."""
     normalisation: dict[str, list[float]] | None = None
     """`mean` and `std` of a video network's input; None in older cards (then Video Swin's numbers), and for
     boxes."""
@@ -88,6 +90,7 @@ class ExpertCard:
             "flow": self.flow,
             "boxes": boxes if self.boxes else None,
             "weights": self.weights_sha256,
+            **({"audio": self.audio} if self.audio else {}),
             **self._look_fields(),
             **self._network_fields(),
         }

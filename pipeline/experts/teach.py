@@ -21,6 +21,7 @@ from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.data_manifests.leaks import TrainedOn, trained_on
 from mmkd.data_manifests.manifest import Head
+from mmkd.pipeline.audio.sound_views import check_sound
 from mmkd.pipeline.experts.expert import (
     CARD_FILE,
     WEIGHTS_FILE,
@@ -36,10 +37,11 @@ from mmkd.pipeline.experts.expert import (
 from mmkd.pipeline.experts.trained_on import write_trained_on
 from mmkd.pipeline.flow.clip_flow import all_pairs, clip_flow
 from mmkd.pipeline.flow.scratch import FlowStore
-from mmkd.pipeline.inputs.boxes import BoxesMissingError, BoxFile, boxes_at, open_boxes
+from mmkd.pipeline.inputs.boxes import BoxFile, boxes_at, open_boxes
 from mmkd.pipeline.inputs.expert_views import LookStream
-from mmkd.pipeline.inputs.modalities import MODALITIES, TaughtClips
+from mmkd.pipeline.inputs.modalities import MODALITIES, TaughtClips, mel_params
 from mmkd.pipeline.inputs.prepare import FlowFill, FlowJob, fill_flow
+from mmkd.pipeline.missing import BoxesMissingError, SoundMissingError
 from mmkd.pipeline.recipe import ExpertRecipe, LayoutRecipe, TeacherRecipe
 from mmkd.student.data.batches import ViewDataset
 from mmkd.student.data.view_streams import DrawnViews
@@ -230,6 +232,9 @@ def expert_data(
         boxes = open_boxes(recipe.boxes, {item.clip.video for item in clips})
         clips, missing = with_boxes(clips, boxes)
         reasons += missing
+    if modality.needs_sound:
+        clips, silent = with_sound(clips, clip_set)
+        reasons += silent
     if modality.needs_flow:
         clips, failed = fill_store(recipe, clip_set, clips, device=device)
         reasons += failed
@@ -274,6 +279,7 @@ def view_dataset(
         flow=FlowStore(recipe.scratch, recipe.flow, str(device)) if modality.needs_flow else None,
         boxes=boxes,
         flow_stack=expert.flow_stack,
+        mel=mel_params(recipe.audio),
     )
     return modality.data_set(taught)
 
@@ -289,6 +295,26 @@ def with_boxes(clips: Sequence[ClipVideo], boxes: BoxFile) -> tuple[list[ClipVid
             kept.append(item)
         except BoxesMissingError as error:
             reasons.append(f"clip {item.clip.clip_id!r}: {error}")
+    return kept, reasons
+
+
+def with_sound(clips: Sequence[ClipVideo], clip_set: ClipSet) -> tuple[list[ClipVideo], list[str]]:
+    """Return the clips whose videos have a sound track, and the reasons of the others; each video is looked at
+    once."""
+    faults: dict[str, str | None] = {}
+    kept, reasons = [], []
+    for item in clips:
+        video = item.clip.video
+        if video not in faults:
+            try:
+                check_sound(clip_set.source, item)
+                faults[video] = None
+            except SoundMissingError as error:
+                faults[video] = str(error)
+        if (fault := faults[video]) is None:
+            kept.append(item)
+        else:
+            reasons.append(f"clip {item.clip.clip_id!r}: {fault}")
     return kept, reasons
 
 

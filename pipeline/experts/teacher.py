@@ -11,6 +11,7 @@ from mmkd.data_manifests.manifest import Manifest
 from mmkd.pipeline.experts.expert import Expert, ExpertCard, load_expert
 from mmkd.pipeline.flow.clip_flow import flow_identity, stated_flow
 from mmkd.pipeline.inputs.boxes import boxes_form
+from mmkd.pipeline.inputs.modalities import audio_identity
 from mmkd.pipeline.recipe import TeacherRecipe
 
 
@@ -39,10 +40,13 @@ def check_teacher(cards: Sequence[ExpertCard], manifest: Manifest, recipe: Teach
             "views": recipe.views.identity(),
             "flow": stated_flow(flow_identity(recipe.flow)) if card.flow else None,
             "boxes": boxes_form(recipe.boxes) if card.boxes else None,
+            "audio": audio_identity(recipe) if card.audio else None,
         }
         boxes = {key: value for key, value in card.boxes.items() if key != "sha256"} if card.boxes else None
         flow = stated_flow(card.flow) if card.flow else None
-        changed = list(differences({"views": card.views, "flow": flow, "boxes": boxes}, expected))
+        changed = list(
+            differences({"views": card.views, "flow": flow, "boxes": boxes, "audio": card.audio}, expected)
+        )
         if changed:
             lines = "; ".join(line.replace("cache", "expert") for line in changed)
             raise InputError(

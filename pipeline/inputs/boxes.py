@@ -17,11 +17,12 @@ import numpy.typing as npt
 
 from mmkd.cache_tools.cache.fingerprints import file_sha256
 from mmkd.cache_tools.frames.records import Float32Array, Float64Array, IntArray, UInt8Array
-from mmkd.data_manifests.errors import InputError, VideoError
+from mmkd.data_manifests.errors import InputError
 from mmkd.pipeline.detections.table import DetectionTable, is_table
 from mmkd.pipeline.inputs.box_labels import EMPTY, parse_video
 from mmkd.pipeline.inputs.json_members import iterate_members
 from mmkd.pipeline.inputs.stored_track import StoredTrack
+from mmkd.pipeline.missing import BoxesMissingError
 from mmkd.pipeline.recipe import BoxesRecipe
 
 ANNOTATED_FPS = 12.0
@@ -31,10 +32,6 @@ MAX_BOXES = 14
 OUTSIDE_TOLERANCE = 0.05
 """Part of the frame's side by which a box may reach past the frame and still be clipped to it."""
 TIME_TOLERANCE_SECONDS = 1e-6
-
-
-class BoxesMissingError(VideoError):
-    """The video has no usable boxes; the text is the reason stored with the status `boxes missing`."""
 
 
 @dataclass(frozen=True)

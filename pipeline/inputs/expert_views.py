@@ -7,9 +7,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.frames.source import FrameSource
 from mmkd.cache_tools.views.look import look_view
 from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.manifest import Head
+from mmkd.pipeline.audio.sound_views import clip_sound, view_sounds
+from mmkd.pipeline.audio.spectrogram import MelParams
 from mmkd.pipeline.flow.clip_flow import FlowFields, stack_starts, view_flow
 from mmkd.pipeline.flow.scratch import FlowStore
 from mmkd.pipeline.inputs.boxes import Track, boxes_at
@@ -79,6 +82,29 @@ class FlowViews(ClipViews):
         fields = FlowFields(starts, self._store.read(item, starts))
         flow = view_flow(fields, wanted, item.facts, step=self._step, size_px=self._size_px, stack=self._stack)
         return {"flow": flow}
+
+
+class SoundViews(ClipViews):
+    """Spectrograms around a view's frames."""
+
+    def __init__(
+        self,
+        source: FrameSource,
+        clips: Sequence[ClipVideo],
+        stream: ViewStream,
+        *,
+        heads: Sequence[Head],
+        params: MelParams,
+    ) -> None:
+        """Serve views of clips whose videos have sound."""
+        super().__init__(clips, stream, heads)
+        self._source, self._params = source, params
+
+    def item(self, row: int, view: int) -> Inputs:
+        """Return {"audio": float32 (T, mels, columns)} of one view."""
+        item = self._clips[row]
+        sound = clip_sound(self._source, item, self._params)
+        return {"audio": view_sounds(sound, item, [self._stream.view(row, view)], self._params)[0]}
 
 
 class BoxViews(ClipViews):

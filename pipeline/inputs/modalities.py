@@ -16,12 +16,15 @@ from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.cache_tools.views.look import CANONICAL_LOOK, Look, look_view
 from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.manifest import Head
+from mmkd.pipeline.audio.sound import SOUND_RULES
+from mmkd.pipeline.audio.spectrogram import AUTHORS, MelParams
 from mmkd.pipeline.flow.clip_flow import flow_identity
 from mmkd.pipeline.flow.scratch import FlowStore
 from mmkd.pipeline.inputs.boxes import BoxFile, boxes_fields
-from mmkd.pipeline.inputs.expert_views import BoxViews, FlowViews, Inputs, boxes_input
+from mmkd.pipeline.inputs.expert_views import BoxViews, FlowViews, Inputs, SoundViews, boxes_input
 from mmkd.pipeline.inputs.prepare import PreparedClip
-from mmkd.pipeline.recipe import ModalityName, TeacherRecipe
+from mmkd.pipeline.missing import SoundMissingError
+from mmkd.pipeline.recipe import AudioRecipe, ModalityName, TeacherRecipe
 from mmkd.student.data.batches import ViewDataset
 from mmkd.student.data.rgb_views import RGBViews
 from mmkd.student.data.view_streams import ViewStream
@@ -35,6 +38,8 @@ class InputShapes:
     """T and S."""
     max_boxes: int
     """N, box slots in a frame."""
+    mel: MelParams = AUTHORS
+    """Rows and columns of a spectrogram."""
     look: Look = CANONICAL_LOOK
     """What the expert sees of a view."""
 
@@ -87,6 +92,8 @@ class TaughtClips:
     """Object annotations, where it needs them."""
     flow_stack: int = 1
     """Consecutive fields around each frame."""
+    mel: MelParams = AUTHORS
+    """How sound becomes a spectrogram."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +104,12 @@ class Modality:
     """Whether clips are prepared with their flow."""
     needs_boxes: bool = False
     """Whether object annotations are read."""
+    needs_sound: bool = False
+    """Whether clips are prepared with their sound."""
     empty: Callable[[InputShapes], Inputs]
     """The all-zero input, for slots without a usable clip."""
     inputs: Callable[[ViewedClip], list[Inputs]]
-    """(V,) what an expert sees of each view; raises BoxesMissingError where the annotation does not fit."""
+    """(V,) what an expert sees of each view; raises InputMissingError for a clip that lacks it."""
     data_set: Callable[[TaughtClips], ViewDataset]
     """What teaches an expert."""
 
@@ -109,7 +118,18 @@ class Modality:
         return {
             "flow": flow_identity(recipe.flow) if self.needs_flow else None,
             "boxes": boxes_fields(recipe.boxes) if self.needs_boxes else None,
+            **({"audio": audio_identity(recipe)} if self.needs_sound else {}),
         }
+
+
+def audio_identity(recipe: TeacherRecipe) -> dict[str, Any]:
+    """Return all that could change what an audio expert hears."""
+    return {"rules": SOUND_RULES, "spectrogram": mel_params(recipe.audio).identity()}
+
+
+def mel_params(recipe: AudioRecipe) -> MelParams:
+    """Return how the recipe makes spectrograms."""
+    return MelParams(**recipe.model_dump())
 
 
 def needs_flow(modalities: Iterable[str]) -> bool:
@@ -203,8 +223,27 @@ def _boxes_data(taught: TaughtClips) -> ViewDataset:
     return BoxViews(tracks, taught.clips, taught.stream, heads=taught.heads)
 
 
+def _audio_empty(shapes: InputShapes) -> Inputs:
+    return {"audio": np.zeros((shapes.frames, shapes.mel.mels, shapes.mel.columns), np.float32)}
+
+
+def _audio_inputs(clip: ViewedClip) -> list[Inputs]:
+    """Return {"audio": float32 (T, mels, columns)} of each view."""
+    sound = clip.prepared.sound
+    if sound is None:
+        raise ValueError("an expert wants sound, which was not prepared")
+    if isinstance(sound, str):
+        raise SoundMissingError(sound)
+    return [{"audio": spectrograms} for spectrograms in sound[clip.look]]
+
+
+def _audio_data(taught: TaughtClips) -> ViewDataset:
+    return SoundViews(taught.source, taught.clips, taught.stream, heads=taught.heads, params=taught.mel)
+
+
 RGB = Modality(empty=_rgb_empty, inputs=_rgb_inputs, data_set=_rgb_data)
 FLOW = Modality(needs_flow=True, empty=_flow_empty, inputs=_flow_inputs, data_set=_flow_data)
 BOXES = Modality(needs_boxes=True, empty=_boxes_empty, inputs=_boxes_inputs, data_set=_boxes_data)
-MODALITIES: Mapping[str, Modality] = dict[ModalityName, Modality](rgb=RGB, flow=FLOW, boxes=BOXES)
+AUDIO = Modality(needs_sound=True, empty=_audio_empty, inputs=_audio_inputs, data_set=_audio_data)
+MODALITIES: Mapping[str, Modality] = dict[ModalityName, Modality](rgb=RGB, flow=FLOW, boxes=BOXES, audio=AUDIO)
 """Name in recipes -> modality."""

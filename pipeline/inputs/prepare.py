@@ -19,8 +19,11 @@ from mmkd.cache_tools.views.canonical import canonical_view, pixel_hash, thumbna
 from mmkd.cache_tools.views.look import CANONICAL_LOOK, Look, look_view
 from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.errors import VideoError
+from mmkd.pipeline.audio.sound_views import clip_sound, view_sounds
+from mmkd.pipeline.audio.spectrogram import MelParams
 from mmkd.pipeline.flow.clip_flow import FlowFields, all_pairs, clip_flow, pair_ends, stack_starts, view_flow
 from mmkd.pipeline.flow.scratch import DamagedFlowError, FlowStore
+from mmkd.pipeline.missing import SoundMissingError
 from mmkd.pipeline.recipe import FlowRecipe
 
 
@@ -39,6 +42,16 @@ class FlowJob:
 
 
 @dataclass(frozen=True)
+class SoundJob:
+    """What of a clip's sound is wanted."""
+
+    params: MelParams
+    """How sound becomes a spectrogram."""
+    looks: tuple[Look, ...]
+    """What audio experts see of each view."""
+
+
+@dataclass(frozen=True)
 class ClipJob:
     """One clip to prepare."""
 
@@ -54,6 +67,8 @@ class ClipJob:
     """None when no expert needs flow."""
     looks: tuple[Look, ...] = ()
     """Looks of rgb experts beyond the canonical view; each adds V · T' · S'² · 3 bytes to what is prepared."""
+    sound: SoundJob | None = None
+    """None when no expert needs sound."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,8 @@ class PreparedClip:
     """Look -> (V, T', S', S', 3) pixels, of the looks beyond the canonical one."""
     flow_looks: tuple[Look, ...] = ()
     """The looks at flow that are left to the build's device."""
+    sound: Mapping[Look, Float32Array] | str | None = None
+    """Look -> (V, T', mels, columns) spectrograms in decibels; why there are none; or None when not wanted."""
 
 
 def needed_pairs(views: tuple[View, ...], item: ClipVideo, step: int, looks: tuple[Look, ...]) -> IntArray:
@@ -121,7 +138,22 @@ def prepare_clip(job: ClipJob) -> PreparedClip:
     seconds = {"decode": decoded - looked_up, "flow": looked_up - began + time.perf_counter() - decoded}
     left = frames if job.flow and flow is None else None
     flow_looks = job.flow.looks if job.flow else ()
-    return PreparedClip(pixels, hashes, thumbnails, flow, left, seconds, seen, flow_looks)
+    sound = prepared_sound(job) if job.sound else None
+    return PreparedClip(pixels, hashes, thumbnails, flow, left, seconds, seen, flow_looks, sound)
+
+
+def prepared_sound(job: ClipJob) -> Mapping[Look, Float32Array] | str:
+    """Return the spectrograms of each look, or why the clip has none."""
+    if job.sound is None:
+        raise ValueError("no sound is wanted")
+    torch.set_num_threads(1)  # as many processes as cores do this at the same time
+    params = job.sound.params
+    try:
+        sound = clip_sound(job.source, job.item, params)
+    except SoundMissingError as error:
+        return str(error)
+    looked = {look: [look_view(view, look.frames) for view in job.views] for look in job.sound.looks}
+    return {look: view_sounds(sound, job.item, views, params) for look, views in looked.items()}
 
 
 def look_pixels(frames: ClipFrames, job: ClipJob, look: Look) -> UInt8Array:

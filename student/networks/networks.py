@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.network_table import AS_IT_IS, IMAGENET, Normalisation, check_input, is_own, known_network
+from mmkd.student.network_table import Normalisation, before_it_was_stated, check_input, is_own, known_network
 from mmkd.student.networks.jitter import NO_JITTER, Jitter, jitter_clips
 from mmkd.student.networks.own_networks import DictNetwork, build_own, check_logits
 from mmkd.student.networks.pretrained import load_backbone
@@ -23,7 +23,7 @@ from mmkd.student.recipe import TrainRecipe
 
 USUAL_FRAMES, USUAL_SIZE_PX = 16, 224
 """What a network of one's own is built for where no view says so."""
-CHANNELS = {"rgb": 3, "flow": 2}
+CHANNELS = {"rgb": 3, "flow": 2, "audio": 3}
 """Input channels of a network by modality; flow has the horizontal component first, positive to the right."""
 
 
@@ -123,6 +123,7 @@ class VideoClassifier(nn.Module):
         normalisation: Normalisation | None = None,
         flow_scale_px: float = 20.0,
         jitter: Jitter = NO_JITTER,
+        size_px: int = USUAL_SIZE_PX,
     ) -> None:
         """Wrap a network for a modality.
 
@@ -132,14 +133,15 @@ class VideoClassifier(nn.Module):
         """
         super().__init__()
         if modality not in CHANNELS:
-            raise InputError(f"modality {modality!r} has no video network; it must be rgb or flow")
+            raise InputError(f"modality {modality!r} has no video network; it must be rgb, flow or audio")
         if flow_scale_px <= 0:
             raise InputError(f"flow_scale_px must be positive, got {flow_scale_px}")
         self.network = network
         self.modality = modality
         self.flow_scale_px = flow_scale_px
         self.jitter = jitter
-        self.set_normalisation(normalisation or (AS_IT_IS if modality == "flow" else IMAGENET))
+        self.size_px = size_px
+        self.set_normalisation(normalisation or before_it_was_stated(modality))
 
     def set_normalisation(self, normalisation: Normalisation) -> None:
         """Take other numbers; InputError unless there is one for each channel, or one for all."""
@@ -154,8 +156,8 @@ class VideoClassifier(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Map {"rgb": uint8 (B, T, S, S, 3)} or {"flow": float32 (B, T, 2, S, S)} to logits per head."""
-        clips = self.prepare_rgb(inputs["rgb"]) if self.modality == "rgb" else self.prepare_flow(inputs["flow"])
-        return cast(dict[str, Tensor], self.network(clips))
+        prepare = {"rgb": self.prepare_rgb, "flow": self.prepare_flow, "audio": self.prepare_audio}[self.modality]
+        return cast(dict[str, Tensor], self.network(prepare(inputs[self.modality])))
 
     def prepare_rgb(self, frames: Tensor) -> Tensor:
         """Jitter (in training) and normalise uint8 frames (B, T, S, S, 3) to (B, 3, T, S, S)."""
@@ -168,6 +170,16 @@ class VideoClassifier(nn.Module):
         """Scale and clip flow (B, T, 2k, S, S) in pixels per step to [-1, 1], and normalise it, as (B, 2k, T, S,
         S)."""
         return self.normalised((flow_px.transpose(1, 2) / self.flow_scale_px).clamp(-1, 1))
+
+    def prepare_audio(self, decibels: Tensor) -> Tensor:
+        """Normalise spectrograms (B, T, mels, columns) and stretch them to pictures (B, 3, T, S, S) of equal
+        channels.
+
+        Rows and columns are repeated or left out, as the authors' code does.
+        """
+        size = (self.size_px, self.size_px)
+        pictures = nn.functional.interpolate(decibels, size=size)
+        return self.normalised(pictures[:, None].expand(-1, CHANNELS["audio"], -1, -1, -1))
 
     def normalised(self, clips: Tensor) -> Tensor:
         """Subtract the mean from clips (B, C, T, S, S), and divide them by the standard deviation."""
@@ -205,4 +217,5 @@ def build_network(
         normalisation=normalisation or recipe.normalised(modality),
         flow_scale_px=recipe.flow_scale_px,
         jitter=Jitter(**recipe.jitter.model_dump()),
+        size_px=size_px or (USUAL_SIZE_PX if is_own(recipe.network) else known_network(recipe.network).size_px),
     )

@@ -1,0 +1,1 @@
+"""Sound: the track of a video decoded, and log-mel spectrograms around the sampled frames."""
