@@ -97,7 +97,7 @@ def _resampled(box: Any, stream: Any, segment: Segment, rate_hz: int) -> Iterato
         if place is None and frame is not None:  # where the stretch begins; from here on samples follow each other
             place = round((frame.time - origin - segment.start_seconds) * rate_hz)
         for piece in resampler.resample(frame):
-            samples = piece.to_ndarray().reshape(-1)
+            samples = np.asarray(piece.to_ndarray().reshape(-1), np.float32)
             yield place or 0, samples
             place = (place or 0) + len(samples)
 

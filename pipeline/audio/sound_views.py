@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from mmkd.cache_tools.frames.clip_set import ClipVideo
-from mmkd.cache_tools.frames.data_frames import STILLS, DataFrames
+from mmkd.cache_tools.frames.data_frames import DataFrames
 from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.cache_tools.frames.source import FrameSource
+from mmkd.cache_tools.frames.stills import STILLS
 from mmkd.cache_tools.views.view import View
 from mmkd.pipeline.audio.sound import Segment, has_sound, read_sound
 from mmkd.pipeline.audio.spectrogram import MelParams, log_mel, windows_at
