@@ -14,6 +14,7 @@ def test_every_modality_of_the_recipe_has_its_entry():
         ["rgb"],
         ["flow"],
         ["boxes", "categories", "scores", "sides", "states"],
+        ["audio"],
     ]
 
 
