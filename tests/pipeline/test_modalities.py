@@ -19,7 +19,7 @@ def test_every_modality_of_the_recipe_has_its_entry():
 
 
 def test_what_is_read_is_what_some_expert_needs():
-    assert [needs_flow([name]) for name in MODALITIES] == [False, True, False]
-    assert [needs_boxes([name]) for name in MODALITIES] == [False, False, True]
+    assert [needs_flow([name]) for name in MODALITIES] == [False, True, False, False]
+    assert [needs_boxes([name]) for name in MODALITIES] == [False, False, True, False]
     assert needs_flow(["boxes", "flow"])
     assert not needs_boxes([])
