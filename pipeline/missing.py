@@ -19,6 +19,12 @@ class BoxesMissingError(InputMissingError):
     status = Status.BOXES_MISSING
 
 
+class FlowMissingError(InputMissingError):
+    """The video has no usable flow among the files that were given."""
+
+    status = Status.FLOW_FAILED
+
+
 class SoundMissingError(InputMissingError):
     """The video has no usable sound."""
 

@@ -16,6 +16,19 @@ Precision = Literal["fp16", "12-bit", "9-bit", "8-bit"]
 """Formats of mmkd.cache_tools.cache.logit_formats, the most exact first."""
 
 
+class FlowFilesRecipe(Recipe):
+    """Flow that is there already, read in place of being computed (see mmkd.pipeline.flow.flow_files)."""
+
+    path: Path = Field(description="folder with the flow of each video, or an HDF5 file of all")
+    layout: Literal["denseflow", "epic", "mmaction", "hdf5", "interleaved"] = Field(
+        description="how files are named and numbered; interleaved: the authors' HDF5 of u and v in turn"
+    )
+    bound_px: float = Field(
+        gt=0, description="what its 8-bit codes mean: denseflow 20 or 32, EPIC-100 8, EPIC-55 25"
+    )
+    stride: int = Field(1, ge=1, le=64, description="native frames for each field (EPIC-55: 2)")
+
+
 class FlowRecipe(Recipe):
     """How optical flow is computed and stored; the same for `teach` and `build`."""
 
@@ -32,6 +45,7 @@ class FlowRecipe(Recipe):
         "float16", description="how fields are rounded before any expert sees them"
     )
     bound_px: float = Field(20.0, gt=0, description="uint8 only: values beyond +-bound are clipped")
+    files: FlowFilesRecipe | None = Field(None, description="flow that is there already; null: it is computed")
 
 
 class BoxesRecipe(Recipe):

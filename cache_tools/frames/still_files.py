@@ -105,7 +105,7 @@ class TarFrames(StillFrames):
     @classmethod
     def open(cls, path: Path) -> "TarFrames":
         """Read the headers of an archive; VideoError where it is none, compressed, cut short or not in order."""
-        members = _members(path)
+        members = tar_members(path)
         names = in_order(members)
         return cls(path, names, [members[name] for name in names])
 
@@ -133,7 +133,7 @@ class TarFrames(StillFrames):
         return self.places[frame][1]
 
 
-def _members(path: Path) -> dict[str, tuple[int, int]]:
+def tar_members(path: Path) -> dict[str, tuple[int, int]]:
     """Return name -> (place, size) of the regular files of an archive: links, devices and folders are passed
     over."""
     with open_regular(path) as file:

@@ -64,7 +64,9 @@ class Hdf5Frames(StillFrames):
     @classmethod
     def open(cls, path: Path, video: str) -> "Hdf5Frames":
         """Find a video; VideoError where it is not there, or is of another form."""
-        node = _find(open_frames_file(path), video)
+        node = find_node(open_frames_file(path), video)
+        if node is None:
+            raise VideoError(f"video not found: {video}")
         try:
             if isinstance(node, h5py.Group) and PICTURES in node:
                 parts = {name: _inside(node, name) for name in (PICTURES, TIMES, CHECKSUMS) if name in node}
@@ -85,7 +87,7 @@ class Hdf5Frames(StillFrames):
         """Return a frame's bytes; VideoError where they are not what their checksum says."""
         try:
             value = self.node[self.names[frame]][()] if self.names else self.node[frame]
-            data = _bytes_of(value)
+            data = picture_bytes(value)
         except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
             raise VideoError(f"frame {self.name(frame)} cannot be read: {error}") from error
         checksums = self.stored.get(CHECKSUMS)
@@ -116,22 +118,22 @@ class Hdf5Frames(StillFrames):
         return times
 
 
-def _find(file: h5py.File, video: str) -> Any:
-    """Return the node of a video's path, with the ending of a video file or without; never through an outer
-    link."""
+def find_node(file: h5py.File, video: str) -> Any:
+    """Return the node of a video's path, with the ending of a video file or without; None where there is none.
+
+    Raises VideoError for a link that leads elsewhere.
+    """
     parts = [part for part in video.split("/") if part not in ("", ".")]
     for last in dict.fromkeys((parts[-1], PurePosixPath(parts[-1]).stem)):
         node: Any = file
         for part in [*parts[:-1], last]:
-            if not isinstance(node, h5py.Group) or part not in node or node is None:
+            if not isinstance(node, h5py.Group) or part not in node:
                 node = None
                 break
-            if not isinstance(node.get(part, getlink=True), h5py.HardLink):
-                raise VideoError(f"{video!r} is a link; only what lies in the file itself is read")
-            node = node[part]
+            node = _inside(node, part)
         if isinstance(node, h5py.Group | h5py.Dataset):
             return node
-    raise VideoError(f"video not found: {video}")
+    return None
 
 
 def _inside(group: h5py.Group, name: str) -> Any:
@@ -160,7 +162,7 @@ def _frame_names(group: h5py.Group) -> tuple[str, ...]:
     return tuple(names[number] for number in numbers)
 
 
-def _bytes_of(value: Any) -> bytes:
+def picture_bytes(value: Any) -> bytes:
     """Return a picture's bytes from what h5py gives: an array of uint8, bytes, or an opaque value."""
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 1:
         return value.tobytes()

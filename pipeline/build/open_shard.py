@@ -8,8 +8,7 @@ from mmkd.cache_tools.process.stages import Stages
 from mmkd.data_manifests.errors import StorageError, VideoError
 from mmkd.pipeline.build.shard_block import NodeResult, ShardBlock
 from mmkd.pipeline.build.work import BuildPlan, ShardWork
-from mmkd.pipeline.flow.scratch import FlowStore
-from mmkd.pipeline.inputs.modalities import looks_at, mel_params, needs_flow
+from mmkd.pipeline.inputs.modalities import looks_at, mel_params, needs_flow, open_flow
 from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, PreparedClip, SoundJob, with_flow
 
 
@@ -82,7 +81,7 @@ def clip_job(plan: BuildPlan, work: ShardWork, row: int) -> ClipJob | VideoError
     flow, experts = None, [(expert.modality, expert.card.look) for expert in plan.experts_of(work.nodes)]
     if needs_flow(modality for modality, _ in experts):
         device = plan.experts[0].device
-        flow = FlowJob(recipe.flow, FlowStore(recipe.scratch, recipe.flow, str(device)), device.type)
+        flow = FlowJob(recipe.flow, open_flow(recipe, str(device)), device.type)
         flow = replace(flow, looks=looks_at("flow", experts))
     further = looks_at("rgb", experts, beyond_canonical=True)
     heard = looks_at("audio", experts)

@@ -36,8 +36,9 @@ from mmkd.data_manifests.leaks import leak_lines
 from mmkd.data_manifests.manifest import Clip, Manifest
 from mmkd.pipeline.experts.expert import Expert
 from mmkd.pipeline.experts.teacher import check_teacher
+from mmkd.pipeline.flow.flow_files import FlowFiles, flow_digest
 from mmkd.pipeline.inputs.boxes import BoxFile, boxes_fields, open_boxes
-from mmkd.pipeline.inputs.modalities import needs_boxes
+from mmkd.pipeline.inputs.modalities import needs_boxes, needs_flow
 from mmkd.pipeline.recipe import BuildRecipe, TeacherRecipe
 
 
@@ -194,7 +195,8 @@ def plan_build(
         view_seed=recipe.view_seed,
         decoder=decoder_of(items),
     )
-    nodes = {expert.name: expert_node(expert, box_identity, recipe) for expert in experts}
+    flow = digest_of_flow(recipe, experts, items)
+    nodes = {expert.name: expert_node(expert, box_identity, recipe, flow) for expert in experts}
     return BuildPlan(recipe, clip_set, splits, experts, boxes, base, nodes)
 
 
@@ -208,10 +210,23 @@ def warn_of_leaks(experts: Sequence[Expert], manifest: Manifest, splits: Sequenc
             log.warning(line)
 
 
-def expert_node(expert: Expert, boxes: dict[str, Any] | None, recipe: TeacherRecipe) -> ExpertNode:
-    """Return what the cache keeps of an expert."""
+def digest_of_flow(
+    recipe: TeacherRecipe, experts: Sequence[Expert], splits: Sequence[ClipVideos]
+) -> dict[str, str] | None:
+    """Return a hash of the flow files of all clips, where an expert sees such; None where flow is computed."""
+    if recipe.flow.files is None or not needs_flow(expert.modality for expert in experts):
+        return None
+    clips = (item for items in splits for item in items if not isinstance(item, VideoError))
+    return {"flow_files": flow_digest(FlowFiles(recipe.flow.files, recipe.flow), clips)}
+
+
+def expert_node(
+    expert: Expert, boxes: dict[str, Any] | None, recipe: TeacherRecipe, flow: dict[str, str] | None = None
+) -> ExpertNode:
+    """Return what the cache keeps of an expert; `flow` is a hash of the files that its flow is read from."""
+    own = flow if flow and needs_flow([expert.modality]) else {}
     form = {"batch_views": recipe.build.batch_views, "precision": FORMATS[recipe.build.precision].name}
-    return ExpertNode(expert.card.fingerprint_fields(boxes) | form, expert.card.held_out)
+    return ExpertNode(expert.card.fingerprint_fields(boxes) | form | own, expert.card.held_out)
 
 
 def cached_splits(manifest: Manifest, recipe: TeacherRecipe) -> tuple[str, ...]:

@@ -85,6 +85,9 @@ def check_node_fields(
     )
     boxes = boxes_fields(recipe.boxes) if needs_boxes(expert.modality for expert in experts) else None
     fields = {expert.name: dict(expert_node(expert, boxes, recipe).fields) for expert in experts}
+    for name, own in fields.items():  # that of all videos is not asked again for a sample: each clip's flow is read
+        if digest := reader.init.experts.get(name, {}).get("flow_files"):
+            own["flow_files"] = digest
     stored = {name: reader.init.experts[name] for name in fields if name in reader.experts}
     lines = [
         *base_differences(reader.store, reader.init, base, manifest),

@@ -36,12 +36,13 @@ from mmkd.pipeline.experts.expert import (
 )
 from mmkd.pipeline.experts.trained_on import write_trained_on
 from mmkd.pipeline.flow.clip_flow import all_pairs, clip_flow
+from mmkd.pipeline.flow.flow_files import FlowFiles
 from mmkd.pipeline.flow.scratch import FlowStore
 from mmkd.pipeline.inputs.boxes import BoxFile, boxes_at, open_boxes
 from mmkd.pipeline.inputs.expert_views import LookStream
-from mmkd.pipeline.inputs.modalities import MODALITIES, TaughtClips, mel_params
+from mmkd.pipeline.inputs.modalities import MODALITIES, TaughtClips, mel_params, open_flow
 from mmkd.pipeline.inputs.prepare import FlowFill, FlowJob, fill_flow
-from mmkd.pipeline.missing import BoxesMissingError, SoundMissingError
+from mmkd.pipeline.missing import BoxesMissingError, FlowMissingError, SoundMissingError
 from mmkd.pipeline.recipe import ExpertRecipe, LayoutRecipe, TeacherRecipe
 from mmkd.student.data.batches import ViewDataset
 from mmkd.student.data.view_streams import DrawnViews
@@ -236,7 +237,9 @@ def expert_data(
         clips, silent = with_sound(clips, clip_set)
         reasons += silent
     if modality.needs_flow:
-        clips, failed = fill_store(recipe, clip_set, clips, device=device)
+        files = recipe.flow.files
+        filled = with_flow_files(recipe, clips) if files else fill_store(recipe, clip_set, clips, device=device)
+        clips, failed = filled
         reasons += failed
     if not clips:
         reason = f"the first reason: {reasons[0]}" if reasons else "all are held out; lower held_out.fraction"
@@ -276,7 +279,7 @@ def view_dataset(
         size_px=expert.look.size_px or recipe.views.size_px,
         source=clip_set.source,
         memory_bytes=int(expert.train.decoded_clips_gib * 2**30),
-        flow=FlowStore(recipe.scratch, recipe.flow, str(device)) if modality.needs_flow else None,
+        flow=open_flow(recipe, str(device)) if modality.needs_flow else None,
         boxes=boxes,
         flow_stack=expert.flow_stack,
         mel=mel_params(recipe.audio),
@@ -315,6 +318,19 @@ def with_sound(clips: Sequence[ClipVideo], clip_set: ClipSet) -> tuple[list[Clip
             kept.append(item)
         else:
             reasons.append(f"clip {item.clip.clip_id!r}: {fault}")
+    return kept, reasons
+
+
+def with_flow_files(recipe: TeacherRecipe, clips: Sequence[ClipVideo]) -> tuple[list[ClipVideo], list[str]]:
+    """Return the clips whose flow is among a user's files and fits, and the reasons of the others."""
+    store, kept, reasons = open_flow(recipe, "cpu"), [], []
+    for item in clips:
+        try:
+            if isinstance(store, FlowFiles):
+                store.check(item)
+            kept.append(item)
+        except FlowMissingError as error:
+            reasons.append(f"clip {item.clip.clip_id!r}: {error}")
     return kept, reasons
 
 

@@ -14,6 +14,7 @@ from mmkd.data_manifests.manifest import Head
 from mmkd.pipeline.audio.sound_views import clip_sound, view_sounds
 from mmkd.pipeline.audio.spectrogram import MelParams
 from mmkd.pipeline.flow.clip_flow import FlowFields, stack_starts, view_flow
+from mmkd.pipeline.flow.flow_files import FlowFiles
 from mmkd.pipeline.flow.scratch import FlowStore
 from mmkd.pipeline.inputs.boxes import Track, boxes_at
 from mmkd.student.data.rgb_views import label_arrays
@@ -63,7 +64,7 @@ class FlowViews(ClipViews):
 
     def __init__(
         self,
-        store: FlowStore,
+        store: FlowStore | FlowFiles,
         clips: Sequence[ClipVideo],
         stream: ViewStream,
         *,

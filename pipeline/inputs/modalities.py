@@ -19,11 +19,12 @@ from mmkd.data_manifests.manifest import Head
 from mmkd.pipeline.audio.sound import SOUND_RULES
 from mmkd.pipeline.audio.spectrogram import AUTHORS, MelParams
 from mmkd.pipeline.flow.clip_flow import flow_identity
+from mmkd.pipeline.flow.flow_files import FlowFiles
 from mmkd.pipeline.flow.scratch import FlowStore
 from mmkd.pipeline.inputs.boxes import BoxFile, boxes_fields
 from mmkd.pipeline.inputs.expert_views import BoxViews, FlowViews, Inputs, SoundViews, boxes_input
 from mmkd.pipeline.inputs.prepare import PreparedClip
-from mmkd.pipeline.missing import SoundMissingError
+from mmkd.pipeline.missing import FlowMissingError, SoundMissingError
 from mmkd.pipeline.recipe import AudioRecipe, ModalityName, TeacherRecipe
 from mmkd.student.data.batches import ViewDataset
 from mmkd.student.data.rgb_views import RGBViews
@@ -86,8 +87,8 @@ class TaughtClips:
     """Where frames come from."""
     memory_bytes: int
     """How much decoded video may be kept."""
-    flow: FlowStore | None
-    """The store with every pair's flow, where the modality needs it."""
+    flow: FlowStore | FlowFiles | None
+    """What has every pair's flow, where the modality needs it."""
     boxes: BoxFile | None
     """Object annotations, where it needs them."""
     flow_stack: int = 1
@@ -130,6 +131,13 @@ def audio_identity(recipe: TeacherRecipe) -> dict[str, Any]:
 def mel_params(recipe: AudioRecipe) -> MelParams:
     """Return how the recipe makes spectrograms."""
     return MelParams(**recipe.model_dump())
+
+
+def open_flow(recipe: TeacherRecipe, device: str) -> FlowStore | FlowFiles:
+    """Return where flow comes from: the files that a user has, or the scratch store of what is computed."""
+    if recipe.flow.files is not None:
+        return FlowFiles(recipe.flow.files, recipe.flow)
+    return FlowStore(recipe.scratch, recipe.flow, device)
 
 
 def needs_flow(modalities: Iterable[str]) -> bool:
@@ -182,6 +190,8 @@ def _flow_inputs(clip: ViewedClip) -> list[Inputs]:
     """Return {"flow": float32 (T, 2k, S, S)} of each view."""
     if clip.prepared.flow is None:
         raise ValueError("an expert wants flow, which was not prepared")
+    if isinstance(clip.prepared.flow, str):
+        raise FlowMissingError(clip.prepared.flow)
     return [{"flow": flow} for flow in clip.prepared.flow[clip.look]]
 
 

@@ -22,8 +22,9 @@ from mmkd.data_manifests.errors import VideoError
 from mmkd.pipeline.audio.sound_views import clip_sound, view_sounds
 from mmkd.pipeline.audio.spectrogram import MelParams
 from mmkd.pipeline.flow.clip_flow import FlowFields, all_pairs, clip_flow, pair_ends, stack_starts, view_flow
+from mmkd.pipeline.flow.flow_files import FlowFiles
 from mmkd.pipeline.flow.scratch import DamagedFlowError, FlowStore
-from mmkd.pipeline.missing import SoundMissingError
+from mmkd.pipeline.missing import FlowMissingError, SoundMissingError
 from mmkd.pipeline.recipe import FlowRecipe
 
 
@@ -33,8 +34,8 @@ class FlowJob:
 
     recipe: FlowRecipe
     """What is computed."""
-    store: FlowStore | None
-    """Scratch store that is read where it has the clip; opened by the caller, who knows the device."""
+    store: FlowStore | FlowFiles | None
+    """Scratch store that is read where it has the clip, or files that are read and nothing else."""
     device: str
     """Type of device: on `cpu` the worker computes, on any other the caller does."""
     looks: tuple[Look, ...] = (CANONICAL_LOOK,)
@@ -81,8 +82,8 @@ class PreparedClip:
     """(V,) their hashes."""
     thumbnails: UInt8Array
     """(V, 144) their thumbnails."""
-    flow: Mapping[Look, Float32Array] | None
-    """Look -> (V, T', 2k, S', S') flow in pixels per step; None when not wanted or not computed here."""
+    flow: Mapping[Look, Float32Array] | str | None
+    """Look -> (V, T', 2k, S', S') flow in pixels per step; why there is none; or None: unwanted, or not here."""
     frames: ClipFrames | None
     """The frames of those pairs, when flow is left to the build's device."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -125,8 +126,8 @@ def prepare_clip(job: ClipJob) -> PreparedClip:
     hashes = np.array([pixel_hash(view) for view in pixels], np.uint64)
     thumbnails = np.stack([thumbnail(view) for view in pixels])
     decoded = time.perf_counter()
-    flow = None
-    if job.flow and starts is not None:
+    flow: Mapping[Look, Float32Array] | str | None = fields if isinstance(fields, str) else None
+    if job.flow and starts is not None and not isinstance(fields, str):
         if fields is None and job.flow.device == "cpu":
             fields = _flow(frames, job.item, starts, job.flow)
         if fields is not None:
@@ -162,8 +163,16 @@ def look_pixels(frames: ClipFrames, job: ClipJob, look: Look) -> UInt8Array:
     return np.stack([canonical_view(frames, look_view(view, look.frames), size_px) for view in job.views])
 
 
-def stored_flow(flow: FlowJob, item: ClipVideo, starts: IntArray) -> FlowFields | None:
-    """Return the fields that the scratch store has; None when they are to be computed, as damaged ones are."""
+def stored_flow(flow: FlowJob, item: ClipVideo, starts: IntArray) -> FlowFields | str | None:
+    """Return the fields that the scratch store has; None when they are to be computed, as damaged ones are.
+
+    Of a user's files the fields, or why there are none.
+    """
+    if isinstance(flow.store, FlowFiles):
+        try:
+            return FlowFields(starts, flow.store.read(item, starts))
+        except FlowMissingError as error:
+            return str(error)
     if flow.store is None or not flow.store.has(item):
         return None
     try:
@@ -233,8 +242,8 @@ def fill_flow(job: FlowFill) -> ClipFrames | None:
     check_size(frames, job.item)
     if job.flow.device != "cpu":
         return frames
-    if job.flow.store is None:
-        raise ValueError("filling needs a store")
+    if not isinstance(job.flow.store, FlowStore):
+        raise ValueError("filling needs the scratch store")
     starts = all_pairs(facts, job.flow.recipe.step)
     job.flow.store.write(job.item, _flow(frames, job.item, starts, job.flow))
     return None

@@ -1,0 +1,322 @@
+"""Flow that a user has: read from files, in place of being computed, behind the same two calls as the scratch
+store.
+
+    layout       a video's files                                         field of native frame i, at t seconds
+    denseflow    flow_x_00000.jpg, flow_y_00000.jpg                      i
+    mmaction     x_00001.jpg, y_00001.jpg                                i
+    epic         u/frame_0000000001.jpg, v/..., in a folder or a tar     t times the nominal rate (60 a second; 50
+    of
+                                                                         PXX_1YY), whatever rate the video has
+    hdf5         flow_x, flow_y: pictures, of `mmkd-cache flow`          i
+    interleaved  h5[video][narration][2 k], [2 k + 1], the authors'      k = i counted from the segment's first
+    frame
+
+Where only every `stride`-th frame has a field (EPIC-55: 2), it is that of the frame before. Codes are 8 bits of
+values within ±bound: v = code / 255 * 2 b - b, so that 128, the code of rest, is b / 255. Vectors stay in pixels of
+the grid that they were computed on. What cannot be known from files: the bound, which the user states.
+"""
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.frames.records import Float32Array, IntArray
+from mmkd.cache_tools.frames.still_files import tar_members
+from mmkd.cache_tools.frames.still_hdf5 import find_node, open_frames_file, picture_bytes
+from mmkd.data_manifests.counted import counted
+from mmkd.data_manifests.errors import StorageError, VideoError
+from mmkd.data_manifests.regular_file import open_regular, read_regular
+from mmkd.pipeline.flow.conventions import codes_of_jpeg, flow_of_codes
+from mmkd.pipeline.flow.file_names import NAMES, FlowName, pair_number
+from mmkd.pipeline.missing import FlowMissingError
+from mmkd.pipeline.recipe import FlowFilesRecipe, FlowRecipe
+
+KEPT_VIDEOS = 16
+"""Videos whose files' list is kept in a process: clips of a long video follow each other."""
+NOMINAL_TOLERANCE = 0.02
+"""Share by which the number of official frames may miss duration times nominal rate."""
+
+
+class VideoFlow(ABC):
+    """The fields of one video, opened."""
+
+    count: int
+    """How many there are."""
+
+    @abstractmethod
+    def planes(self, field: int) -> tuple[bytes, bytes]:
+        """Return the pictures of u and v of a field; KeyError, ValueError or OSError where it is not there."""
+
+    def identity(self) -> str:
+        """Return a hash of how many fields there are, and of the sizes of the first, middle and last ones."""
+        sizes = [[len(part) for part in self.planes(field)] for field in (0, self.count // 2, self.count - 1)]
+        return hashlib.blake2b(f"{self.count} {sizes}".encode(), digest_size=16).hexdigest()
+
+
+class FolderFlow(VideoFlow):
+    """Files in a folder."""
+
+    def __init__(self, folder: Path, layout: str, step: int) -> None:
+        """Count the fields of a folder; ValueError where they have a gap."""
+        self._folder, self._layout, self._step = folder, layout, step
+        parse = NAMES[layout][1]
+        found: dict[str, set[int]] = {"x": set(), "y": set()}
+        for path in folder.rglob("*.jpg"):
+            name = parse(path.relative_to(folder).as_posix())
+            if name is not None and (name.step == step or layout != "denseflow"):
+                found[name.axis].add(name.number)
+        self.count = count_fields(found, pair_number(layout, 0, step))
+
+    def planes(self, field: int) -> tuple[bytes, bytes]:
+        """Return the pictures of u and v of a field."""
+        number, make = pair_number(self._layout, field, self._step), NAMES[self._layout][0]
+        x, y = (read_regular(self._folder / make(FlowName(axis, number, self._step))) for axis in ("x", "y"))
+        return x, y
+
+
+class TarFlow(VideoFlow):
+    """Files in a tar archive, in EPIC's layout."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the archive's headers; VideoError where it is damaged, ValueError where fields have a gap."""
+        self._path, self._places = path, dict[tuple[str, int], tuple[int, int]]()
+        found: dict[str, set[int]] = {"x": set(), "y": set()}
+        for member, place in tar_members(path).items():
+            name = NAMES["epic"][1]("/".join(PurePosixPath(member).parts[-2:]))
+            if name is not None:
+                found[name.axis].add(name.number)
+                self._places[name.axis, name.number] = place
+        self.count = count_fields(found, 1)
+
+    def planes(self, field: int) -> tuple[bytes, bytes]:
+        """Return the pictures of u and v of a field."""
+        with open_regular(self._path) as file:
+            parts = []
+            for axis in ("x", "y"):
+                begin, size = self._places[axis, field + 1]
+                file.seek(begin)
+                parts.append(file.read(size))
+        return parts[0], parts[1]
+
+
+class Hdf5Flow(VideoFlow):
+    """Two lists of pictures in an HDF5 file, or the authors' group with u and v in turn."""
+
+    def __init__(self, node: Any) -> None:
+        """Take a video's group; ValueError where it is of no known form."""
+        self._u = self._v = None
+        if "flow_x" in node and "flow_y" in node:
+            self._u, self._v = node["flow_x"], node["flow_y"]
+            self.count = int(self._u.shape[0])
+            if self._v.shape != self._u.shape:
+                raise ValueError("flow_x and flow_y have different lengths")
+        else:
+            numbers = sorted(int(name) for name in node if name.isdigit())
+            if not numbers or numbers != list(range(len(numbers))) or len(numbers) % 2:
+                raise ValueError(
+                    "its group holds neither flow_x and flow_y nor pictures named 0, 1, 2, ... in pairs"
+                )
+            self.count = len(numbers) // 2
+        self._node = node
+
+    def planes(self, field: int) -> tuple[bytes, bytes]:
+        """Return the pictures of u and v of a field."""
+        if self._u is not None and self._v is not None:
+            return picture_bytes(self._u[field]), picture_bytes(self._v[field])
+        return picture_bytes(self._node[str(2 * field)][()]), picture_bytes(self._node[str(2 * field + 1)][()])
+
+
+def count_fields(found: dict[str, set[int]], first: int) -> int:
+    """Return how many fields have both planes; ValueError where there is none, or a number is missing."""
+    both = sorted(found["x"] & found["y"])
+    if not both or len(both) != len(found["x"] | found["y"]):
+        raise ValueError("no field of it has both planes" if not both else "a field lacks one of its planes")
+    if both != list(range(first, first + len(both))):
+        raise ValueError(f"its fields are not numbered from {first} without a gap")
+    return len(both)
+
+
+_KEPT: "OrderedDict[tuple[object, ...], VideoFlow]" = OrderedDict()
+
+
+@dataclass(frozen=True)
+class FlowFiles:
+    """Flow of a data set's videos, as a user has it. Nothing is held open, so it can be sent to workers."""
+
+    files: FlowFilesRecipe
+    """Where it lies, and what its codes mean."""
+    recipe: FlowRecipe
+    """The recipe that it stands in."""
+
+    def has(self, item: ClipVideo) -> bool:
+        """Return whether the clip's flow is there and fits its video."""
+        try:
+            self.check(item)
+        except FlowMissingError:
+            return False
+        return True
+
+    def check(self, item: ClipVideo) -> str:
+        """Return the identity of the flow of a clip's video; FlowMissingError says what is missing or does not
+        fit."""
+        flow = self._open(item)
+        check_count(flow.count, item, self.files, self.recipe.step)
+        with self._faults(item):
+            return flow.identity()
+
+    def read(self, item: ClipVideo, starts: IntArray) -> Float32Array:
+        """Return the fields (T, 2, h, w) of the pairs that begin at `starts`, which may repeat, in pixels.
+
+        Raises FlowMissingError where one is missing, damaged or of another size, StorageError for the machine's
+        faults.
+        """
+        flow = self._open(item)
+        check_count(flow.count, item, self.files, self.recipe.step)
+        fields = field_numbers(starts, item, self.files).clip(0, flow.count - 1)
+        read: dict[int, np.ndarray[Any, Any]] = {}
+        with self._faults(item):
+            for field in np.unique(fields).tolist():
+                read[field] = np.stack([codes_of_jpeg(part) for part in flow.planes(field)])
+            codes = np.stack([read[field] for field in fields.tolist()])
+        values: Float32Array = flow_of_codes(torch.from_numpy(codes), bound_px=self.files.bound_px).numpy()
+        return values
+
+    def _open(self, item: ClipVideo) -> VideoFlow:
+        video, clip = item.clip.video, item.clip.clip_id
+        with self._faults(item):
+            if self.files.path.is_file():
+                names = hdf5_names(video, clip) if self.files.layout == "interleaved" else places_of(video)
+                return Hdf5Flow(first_node(self.files.path, names))
+            path = first_path(self.files.path, video, self.files.layout)
+            found = path.stat()
+            key = (path, self.files.layout, self.recipe.step, found.st_size, found.st_mtime_ns, found.st_ino)
+            if key not in _KEPT:
+                _KEPT[key] = open_path(path, video, self.files.layout, self.recipe.step)
+                while len(_KEPT) > KEPT_VIDEOS:
+                    _KEPT.popitem(last=False)
+            return _KEPT[key]
+
+    def _faults(self, item: ClipVideo) -> "_Faults":
+        return _Faults(item.clip.video, self.files.path)
+
+
+class _Faults:
+    """Tell the machine's faults from the flow's while it is read."""
+
+    def __init__(self, video: str, path: Path) -> None:
+        self._video, self._path = video, path
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Raise what the error amounts to."""
+        if isinstance(error, FlowMissingError | StorageError):
+            return
+        if isinstance(error, FileNotFoundError | NotADirectoryError | KeyError | ValueError | VideoError):
+            raise FlowMissingError(f"no flow that can be read: {error}") from error
+        if isinstance(error, OSError):
+            raise StorageError(f"cannot read the flow of {self._video} in {self._path}: {error.strerror or error}")
+
+
+def places_of(video: str) -> list[str]:
+    """Return under which names a video's flow is looked for: its path without ending, EPIC's folder, its name."""
+    path = PurePosixPath(video).with_suffix("")
+    return list(dict.fromkeys((str(path), f"{path.parts[0]}/flow_frames/{path.name}", path.name, video)))
+
+
+def hdf5_names(video: str, clip: str) -> list[str]:
+    """Return under which names the authors' file has a segment: video and narration, or the video alone."""
+    path = PurePosixPath(video).with_suffix("")
+    return list(dict.fromkeys((f"{path.name}/{clip}", f"{path.parent.name}/{clip}", str(path), path.name)))
+
+
+def first_node(path: Path, names: Iterable[str]) -> Any:
+    """Return the group of the first name that an HDF5 file has; VideoError where it has none."""
+    file = open_frames_file(path)
+    for name in names:
+        node = find_node(file, name)
+        if isinstance(node, h5py.Group):
+            return node
+    raise VideoError(f"{path.name} holds none of {', '.join(names)}")
+
+
+def first_path(root: Path, video: str, layout: str) -> Path:
+    """Return the folder, archive or HDF5 file of a video's flow; VideoError where there is none."""
+    endings = {"epic": ("", ".tar"), "hdf5": (".h5",), "interleaved": (".h5",)}.get(layout, ("",))
+    for place in places_of(video):
+        for ending in endings:
+            path = root / f"{place}{ending}"
+            if path.is_file() if ending else path.is_dir():
+                return path
+    raise VideoError(f"{root} holds none of {', '.join(f'{place}{endings[0]}' for place in places_of(video)[:3])}")
+
+
+def open_path(path: Path, video: str, layout: str, step: int) -> VideoFlow:
+    """Open one video's flow."""
+    if path.suffix == ".tar":
+        return TarFlow(path)
+    if path.suffix == ".h5":
+        return Hdf5Flow(first_node(path, [*places_of(video), PurePosixPath(video).stem]))
+    return FolderFlow(path, layout, step)
+
+
+def nominal_rate(video: str) -> float:
+    """Return the rate that official numbers of an EPIC video count: 60 of P01_01, 50 of P01_101."""
+    return 50.0 if re.search(r"P\d\d_1\d\d(?!\d)", PurePosixPath(video).name) else 60.0
+
+
+def field_numbers(starts: IntArray, item: ClipVideo, files: FlowFilesRecipe) -> IntArray:
+    """Return which field of a video each native frame has."""
+    if files.layout == "epic":
+        frames = np.floor(item.video.times_seconds[starts] * nominal_rate(item.clip.video) + 0.5).astype(np.int64)
+    elif files.layout == "interleaved":
+        frames = starts - item.facts.first_frame
+    else:
+        frames = starts
+    return np.asarray(frames // files.stride, np.int64)
+
+
+def check_count(count: int, item: ClipVideo, files: FlowFilesRecipe, step: int) -> None:
+    """Raise FlowMissingError, which says which and why, unless there are as many fields as the frames need."""
+    if files.layout == "epic":
+        rate = nominal_rate(item.clip.video)
+        frames = (float(item.video.times_seconds[-1]) + 1 / rate) * rate
+        slack, said = frames * NOMINAL_TOLERANCE + 2 + step, f"{frames:.0f} frames at the nominal {rate:g} a second"
+    else:
+        frames = float(item.facts.frame_count if files.layout == "interleaved" else item.video.frame_count)
+        slack, said = 1.0 * step, counted(int(frames), "frame")
+    wanted = (frames - step) / files.stride
+    if abs(count - wanted) <= slack / files.stride + (1 if files.stride > 1 else 0):
+        return
+    other = {1: 2, 2: 1}.get(files.stride, 1)
+    fits = abs(count - (frames - step) / other) <= slack / other + 1
+    hint = f": is it flow.files.stride={other}?" if fits else ""
+    raise FlowMissingError(
+        f"{counted(count, 'field')} of flow, where {said} at step {step} and stride {files.stride} need "
+        f"{wanted:.0f}{hint}"
+    )
+
+
+def flow_digest(files: FlowFiles, items: Iterable[ClipVideo]) -> str:
+    """Return a hash over the flow of all videos that a build reads: of its content, never of its path."""
+    found: dict[str, str] = {}
+    for item in items:
+        key = f"{item.clip.video} {item.clip.clip_id if files.files.layout == 'interleaved' else ''}"
+        if key not in found:
+            try:
+                found[key] = files.check(item)
+            except FlowMissingError:
+                found[key] = ""
+    text = "\n".join(f"{key} {value}" for key, value in sorted(found.items()))
+    return hashlib.sha256(text.encode()).hexdigest()

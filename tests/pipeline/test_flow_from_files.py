@@ -1,0 +1,266 @@
+"""Flow that a user has: each layout gives the fields that were put into it, whoever wrote it; what does not fit
+says so."""
+
+import io
+import shutil
+import tarfile
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.frames.records import ClipFacts, VideoFacts
+from mmkd.cache_tools.layout import Status
+from mmkd.data_manifests.manifest import Clip
+from mmkd.data_manifests.manifest_file import load_manifest
+from mmkd.pipeline.flow.flow_files import FlowFiles, field_numbers
+from mmkd.pipeline.missing import FlowMissingError
+from mmkd.pipeline.recipe import FlowFilesRecipe, FlowRecipe
+from tests.helpers.in_process import call, call_ok, refused
+
+FRAMES, BOUND = 20, 8.0
+HEIGHT, WIDTH = 24, 32
+
+
+def coded(value):
+    """A picture of one 8-bit code, as the tools round it: zero is 128."""
+    code = int(np.clip(np.floor((value + BOUND) * 255 / (2 * BOUND) + 0.5), 0, 255))
+    return cv2.imencode(".png", np.full((HEIGHT, WIDTH), code, np.uint8))[1].tobytes(), code
+
+
+def jpeg(value):
+    code = coded(value)[1]
+    return cv2.imencode(".jpg", np.full((HEIGHT, WIDTH), code, np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 95])[
+        1
+    ].tobytes()
+
+
+def shift(field):
+    """(u, v) of a field: rest at first, then integer motions of either sign."""
+    return (0, 0) if field == 0 else (field % 7 - 3, 3 - field % 5)
+
+
+def decoded(value):
+    code = coded(value)[1]
+    return code / 255 * 2 * BOUND - BOUND
+
+
+def denseflow(root, fields, step=1):
+    place = root / "P01" / "videos" / "P01_11"
+    place.mkdir(parents=True)
+    for field in range(fields):
+        for axis, value in zip("xy", shift(field), strict=True):
+            (place / f"flow_{axis}_{field:05d}.jpg").write_bytes(jpeg(value))
+
+
+def mmaction(root, fields):
+    place = root / "P01_11"
+    place.mkdir(parents=True)
+    for field in range(fields):
+        for axis, value in zip("xy", shift(field), strict=True):
+            (place / f"{axis}_{field + 1:05d}.jpg").write_bytes(jpeg(value))
+
+
+def epic(root, fields):
+    for axis in "uv":
+        (root / "P01" / "flow_frames" / "P01_11" / axis).mkdir(parents=True)
+    for field in range(fields):
+        for axis, value in zip("uv", shift(field), strict=True):
+            place = root / "P01" / "flow_frames" / "P01_11" / axis
+            (place / f"frame_{field + 1:010d}.jpg").write_bytes(jpeg(value))
+
+
+def epic_tar(root, fields):
+    path = root / "P01" / "flow_frames" / "P01_11.tar"
+    path.parent.mkdir(parents=True)
+    with tarfile.open(path, "w") as archive:
+        for field in range(fields):
+            for axis, value in zip("uv", shift(field), strict=True):
+                member = tarfile.TarInfo(f"./{axis}/frame_{field + 1:010d}.jpg")
+                member.size = len(jpeg(value))
+                archive.addfile(member, io.BytesIO(jpeg(value)))
+
+
+def ours_hdf5(root, fields):
+    with h5py.File(root / "flow.h5", "w") as file:
+        group = file.create_group("P01/videos/P01_11")
+        for number, axis in enumerate("xy"):
+            planes = group.create_dataset(f"flow_{axis}", (fields,), h5py.vlen_dtype(np.uint8))
+            for field in range(fields):
+                planes[field] = np.frombuffer(jpeg(shift(field)[number]), np.uint8)
+
+
+def interleaved(root, fields):
+    with h5py.File(root / "flow.h5", "w") as file:
+        for field in range(fields):
+            for number, value in enumerate(shift(field)):
+                file[f"P01_11/P01_11_0/{2 * field + number}"] = np.frombuffer(jpeg(value), np.uint8)
+
+
+LAYOUTS = {
+    "denseflow": denseflow, "mmaction": mmaction, "epic": epic, "epic in a tar": epic_tar, "hdf5": ours_hdf5,
+    "interleaved": interleaved,
+}  # fmt: skip
+
+
+def item(fps=60.0, first=0, count=FRAMES, frames=FRAMES, start=0.0):
+    video = VideoFacts(WIDTH, HEIGHT, np.arange(frames) / fps, "pyav", "x")
+    clip = Clip("P01_11_0", "P01/videos/P01_11.MP4", "train", {"verb": 0}, start_seconds=start)
+    return ClipVideo(clip, video, ClipFacts(WIDTH, HEIGHT, first, count))
+
+
+def files_of(root, layout, **more):
+    path = root / "flow.h5" if (root / "flow.h5").exists() else root
+    recipe = FlowFilesRecipe(path=path, layout=layout.split()[0], bound_px=BOUND, **more)
+    return FlowFiles(recipe, FlowRecipe(files=recipe))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rest_and_known_shifts_are_exact_in_the_quantised_form(tmp_path, layout):
+    LAYOUTS[layout](tmp_path, FRAMES - 1)
+    files = files_of(tmp_path, layout)
+    starts = np.array([0, 3, 4, 4, FRAMES - 2])
+    assert files.has(item())
+    fields = files.read(item(), starts)
+    assert fields.dtype == np.float32
+    assert fields.shape == (5, 2, HEIGHT, WIDTH)
+    for field, start in zip(fields, starts.tolist(), strict=True):
+        for plane, value in zip(field, shift(start), strict=True):
+            np.testing.assert_allclose(plane, decoded(value), atol=1e-6)
+    assert fields[0, 0, 0, 0] == pytest.approx(BOUND / 255)  # rest is 128, which is not quite 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_segment_in_the_middle_of_a_video_has_its_own_fields(tmp_path, layout):
+    LAYOUTS[layout](tmp_path, 9 if layout == "interleaved" else FRAMES - 1)
+    files, own = files_of(tmp_path, layout), item(first=6, count=10, start=0.1)
+    found = files.read(own, np.array([6, 8]))
+    expected = [0, 2] if layout == "interleaved" else [6, 8]  # the authors count from the segment's first frame
+    for field, number in zip(found, expected, strict=True):
+        np.testing.assert_allclose(field[0], decoded(shift(number)[0]), atol=1e-6)
+
+
+def test_official_flow_is_found_by_time_in_videos_of_other_rates():
+    files = FlowFilesRecipe(path="x", layout="epic", bound_px=8)
+    seen = item(fps=29.97, frames=90, count=90)
+    assert field_numbers(np.array([0, 15, 30]), seen, files).tolist() == [0, 30, 60]
+    own = item(fps=59.94, frames=60 * 120, count=60 * 120)
+    assert field_numbers(np.array([6000]), own, files).tolist() == [6006]  # 100.1 s at 60 a second
+    halved = FlowFilesRecipe(path="x", layout="epic", bound_px=25, stride=2)
+    assert field_numbers(np.array([0, 1, 2, 3]), item(), halved).tolist() == [0, 0, 1, 1]  # (i - 1) // 2 + 1 from 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields", "message"),
+    [
+        ("denseflow", FRAMES - 6, "14 fields of flow, where 20 frames at step 1 and stride 1 need 19"),
+        ("denseflow", FRAMES // 2 - 1, "is it flow.files.stride=2?"),
+        ("epic", FRAMES // 2, "is it flow.files.stride=2?"),
+        ("hdf5", FRAMES + 9, "29 fields of flow, where 20 frames"),
+        ("interleaved", 3, "3 fields of flow, where 20 frames"),
+    ],
+)
+def test_counts_that_do_not_fit_say_which_and_why(tmp_path, layout, fields, message):
+    LAYOUTS[layout](tmp_path, fields)
+    files = files_of(tmp_path, layout)
+    assert not files.has(item())
+    with pytest.raises(FlowMissingError) as caught:
+        files.read(item(), np.array([0]))
+    assert message in str(caught.value)
+
+
+def test_a_gap_a_missing_plane_and_a_damaged_picture_are_told(tmp_path):
+    denseflow(tmp_path, FRAMES - 1)
+    place = tmp_path / "P01" / "videos" / "P01_11"
+    files = files_of(tmp_path, "denseflow")
+    (place / "flow_x_00007.jpg").write_bytes(b"not a picture")
+    with pytest.raises(FlowMissingError, match="no flow that can be read"):
+        files.read(item(), np.array([7]))
+    files.read(item(), np.array([6]))
+    other = shutil.copytree(tmp_path, tmp_path / "other")
+    (other / "P01" / "videos" / "P01_11" / "flow_y_00005.jpg").unlink()
+    with pytest.raises(FlowMissingError, match="a field lacks one of its planes"):
+        files_of(other, "denseflow").check(item())
+    (other / "P01" / "videos" / "P01_11" / "flow_x_00005.jpg").unlink()
+    third = shutil.copytree(other, tmp_path / "third")
+    with pytest.raises(FlowMissingError, match="not numbered from 0 without a gap"):
+        files_of(third, "denseflow").check(item())
+    with pytest.raises(FlowMissingError, match="holds none of"):
+        files_of(tmp_path / "nowhere", "denseflow").check(item())
+
+
+def test_links_out_of_an_hdf5_file_are_refused(tmp_path):
+    interleaved(tmp_path, FRAMES - 1)
+    (tmp_path / "flow.h5").rename(tmp_path / "other.h5")
+    with h5py.File(tmp_path / "flow.h5", "w") as file:
+        file["P01_11"] = h5py.ExternalLink("other.h5", "/P01_11")
+    with pytest.raises(FlowMissingError, match="is a link"):
+        files_of(tmp_path, "interleaved").check(item())
+
+
+def test_the_identity_is_the_content_and_never_the_path(tmp_path):
+    for name in ("one", "two"):
+        denseflow(tmp_path / name, FRAMES - 1)
+    first, second = (files_of(tmp_path / name, "denseflow").check(item()) for name in ("one", "two"))
+    assert first == second
+    changed = shutil.copytree(tmp_path / "one", tmp_path / "three")
+    place = changed / "P01" / "videos" / "P01_11" / "flow_x_00000.jpg"
+    noise = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH), np.uint8)
+    place.write_bytes(cv2.imencode(".jpg", noise)[1].tobytes())
+    assert files_of(changed, "denseflow").check(item()) != first
+
+
+@pytest.mark.parametrize("layout", ["denseflow", "epic", "mmaction", "hdf5"])
+def test_what_the_flow_command_writes_teach_and_build_read(tiny, tmp_path, layout):
+    out = tmp_path / ("flow.h5" if layout == "hdf5" else "flow")
+    written = ("--layout", layout) if layout != "hdf5" else ()
+    bound = ("--bound", 8)
+    call_ok("mmkd-cache", "flow", tiny.root / "videos", "-o", out, *written, *bound, "--workers", 0)
+    files = (
+        "--set",
+        f"flow.files.path={out}",
+        "--set",
+        f"flow.files.layout={layout}",
+        "--set",
+        "flow.files.bound_px=8",
+    )
+    if layout == "epic":  # the demo's videos are not EPIC's, whose rate would be taken for nominal
+        said = refused("mmkd-cache", "teach", "flow", *tiny.stage_one, *files, "-o", tmp_path / "flow-expert")
+        assert "frames at the nominal 60 a second" in said
+        return
+    short = ("--set", "experts.flow.train.epochs=1", "--set", "experts.flow.train.warmup_epochs=0")
+    call_ok("mmkd-cache", "teach", "flow", *tiny.stage_one, *files, *short, "-o", tmp_path / "expert")
+    experts = ("--expert", tmp_path / "expert", "-o", tmp_path / "cache")
+    call_ok("mmkd-cache", "build", *tiny.stage_one, *files, *experts)
+    reader = CacheReader(tmp_path / "cache")
+    assert (reader.status("train", "flow") == Status.OK).all()
+    call_ok("mmkd-cache", "drift", tmp_path / "cache", *tiny.stage_one, *files, *experts[:2])
+    assert "flow" in refused("mmkd-cache", "build", *tiny.stage_one, *experts, code=2)  # computed flow is another
+
+
+def test_one_video_s_missing_flow_fails_the_flow_expert_alone(tiny, tmp_path):
+    out = tmp_path / "flow"
+    call_ok("mmkd-cache", "flow", tiny.root / "videos", "-o", out, "--bound", 8, "--workers", 0)
+    files = (
+        "--set",
+        f"flow.files.path={out}",
+        "--set",
+        "flow.files.layout=denseflow",
+        "--set",
+        "flow.files.bound_px=8",
+    )
+    short = ("--set", "experts.flow.train.epochs=1", "--set", "experts.flow.train.warmup_epochs=0")
+    call_ok("mmkd-cache", "teach", "flow", *tiny.stage_one, *files, *short, "-o", tmp_path / "expert")
+    lost = load_manifest(tiny.root / "manifest.jsonl").split("standard")[3]
+    shutil.rmtree(out / lost.video.removesuffix(".webm"))
+    experts = ("--expert", tmp_path / "expert", "--expert", tiny.root / "experts" / "rgb", "-o", tmp_path / "cache")
+    assert call("mmkd-cache", "build", *tiny.stage_one, *files, *experts).code == 3
+    reader = CacheReader(tmp_path / "cache")
+    assert reader.status("standard", "flow")[3, 0] == Status.FLOW_FAILED
+    assert (reader.status("standard", "flow")[:, 0] == Status.OK).sum() == len(
+        reader.status("standard", "flow")
+    ) - 1
+    assert (reader.status("standard", "rgb") == Status.OK).all()
