@@ -9,7 +9,7 @@ from tests.helpers.file_tree import FOLDERS, with_tree
 from tests.helpers.places import ROOT
 
 READMES = ("README.md", *(f"{folder}/README.md" for folder in FOLDERS))
-MOST_LINES = 150
+MOST_LINES = 160
 """Of the first README: a newcomer reads it whole."""
 
 
