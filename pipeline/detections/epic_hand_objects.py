@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.errors import InputError, VideoError
 from mmkd.pipeline.detections.pickled_bytes import read_pickled_bytes
 from mmkd.pipeline.detections.records import HAND, OBJECT, UNKNOWN, VideoDetections
 from mmkd.pipeline.detections.wire import Fields, float_field, int_field, message_fields, parse_message
@@ -43,7 +43,11 @@ def nominal_fps(video: str) -> float:
 
 
 def read_epic_video(path: Path, *, fps: float | None, thresholds: Thresholds) -> VideoDetections:
-    """Return the detections of one pickle; InputError names the file, the frame and the fault."""
+    """Return the detections of one pickle.
+
+    Raises VideoError, with the file's name, the message and the fault, for detections that are not of the form, and
+    InputError for a file that is no pickled list of byte strings.
+    """
     frames: dict[int, list[Row]] = {}
     videos: set[str] = set()
     for place, message in enumerate(read_pickled_bytes(path), 1):
@@ -55,10 +59,10 @@ def read_epic_video(path: Path, *, fps: float | None, thresholds: Thresholds) ->
                 raise ValueError(f"frame {number} stands there twice")
             frames[number] = list(_rows(fields, thresholds))
         except ValueError as error:
-            raise InputError(f"{path}: message {place}: {error}") from error
+            raise VideoError(f"{path.name}: message {place}: {error}") from error
     videos.discard("")
     if not frames or len(videos) > 1:
-        raise InputError(f"{path}: {'detections of several videos' if frames else 'no frame is in it'}")
+        raise VideoError(f"{path.name}: {'detections of several videos' if frames else 'no frame is in it'}")
     video = videos.pop() if videos else path.stem
     return _flat(video, frames, fps or nominal_fps(video))
 

@@ -33,6 +33,8 @@ class VideoDetections:
     """(B,) 0 unknown or no hand; touches 1 nothing, 2 oneself, 3 another person, 4 a portable object, 5 a fixed."""
     period_seconds: float
     """Time between frames at the rate that their numbers count."""
+    tracks: IntArray | None = None
+    """(B,) the slot of each box's track among the video's, from 0; None where boxes have no tracks."""
 
     def fault(self) -> str | None:
         """Return what is wrong with the values, None where they are what the fields say."""
@@ -46,6 +48,8 @@ class VideoDetections:
         columns = (self.categories, self.scores, self.sides, self.states)
         if self.boxes.shape != (boxes, 4) or any(column.shape != (boxes,) for column in columns):
             return "its columns differ in length"
+        if self.tracks is not None and (self.tracks.shape != (boxes,) or (self.tracks < 0).any()):
+            return "its boxes are not divided into tracks"
         finite = np.isfinite(self.times_seconds).all() and np.isfinite(self.boxes).all()
         if not (finite and 0 < self.period_seconds < np.inf):
             return "a box or a time is not finite"
@@ -54,3 +58,17 @@ class VideoDetections:
         if not np.isin(self.categories, (HAND, OBJECT)).all() or (self.sides > 2).any() or (self.states > 5).any():
             return "a category, side or state has no meaning"
         return None
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A video whose detections cannot be used."""
+
+    video: str
+    """Its id."""
+    reason: str
+    """Why; it names no folder."""
+
+    def fault(self) -> str:
+        """Return why, as `VideoDetections.fault` does."""
+        return self.reason

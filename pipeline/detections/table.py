@@ -7,15 +7,12 @@ a name and a few numbers per video. It gives up compression, and changing a tabl
 
 import json
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from mmkd.cache_tools.storage.hdf5_file import writing_hdf5
-from mmkd.data_manifests.atomic import atomic_path
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.regular_file import open_regular
 from mmkd.data_manifests.system_errors import cannot_read
@@ -23,9 +20,10 @@ from mmkd.pipeline.detections.records import VideoDetections
 
 SCHEMA = "mmkd-detections-1"
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
-CHUNK_ROWS = 1 << 14
 FRAME_COLUMNS = {"times_seconds": "<f8", "ends": "<i8"}
 BOX_COLUMNS = {"boxes": "<f4", "categories": "u1", "scores": "<f4", "sides": "u1", "states": "u1"}
+TRACKS = {"tracks": "<i4"}
+"""A column that older tables do not have; -1 where a box's track is not known."""
 VIDEO_COLUMNS = {"frame_ends": "<i8", "box_ends": "<i8", "periods_seconds": "<f8", "crc32": "<u4"}
 KEPT_VIDEOS = 4
 """Videos of a table whose boxes stay in memory (of EPIC's longest, 90 minutes, 60 MB each)."""
@@ -40,46 +38,18 @@ def is_table(path: Path) -> bool:
         raise cannot_read(path, error) from error
 
 
-def write_table(path: Path, videos: Iterable[VideoDetections], about: dict[str, Any]) -> dict[str, int]:
-    """Write a table, whole or not at all, and return how many videos, frames and boxes it has.
-
-    `about` is kept as JSON: where the detections are from. Raises InputError for a video that comes twice or whose
-    values are not what `VideoDetections` says, StorageError when the disk refuses.
-    """
-    with atomic_path(path) as temporary, writing_hdf5(temporary) as output:
-        file, names, index = output.file, dict[str, None](), {name: list[Any]() for name in VIDEO_COLUMNS}
-        file.attrs.update({"schema": SCHEMA, "about": json.dumps(about, sort_keys=True)})
-        for name, dtype in (FRAME_COLUMNS | BOX_COLUMNS).items():
-            width = (4,) if name == "boxes" else ()
-            file.create_dataset(name, (0, *width), dtype, maxshape=(None, *width), chunks=(CHUNK_ROWS, *width))
-        for video in videos:
-            if (fault := video.fault()) or video.video in names:
-                raise InputError(f"video {video.video!r}: {fault or 'it comes twice'}")
-            names[video.video] = None
-            columns = _columns(video)
-            for name, values in columns.items():
-                file[name].resize(len(file[name]) + len(values), axis=0)
-                file[name][len(file[name]) - len(values) :] = values
-            row = (len(file["ends"]), len(file["boxes"]), video.period_seconds, _crc(columns, video.period_seconds))
-            for column, value in zip(index.values(), row, strict=True):
-                column.append(value)
-            output.check()
-        for name, dtype in VIDEO_COLUMNS.items():
-            file[name] = np.array(index[name], dtype)
-        file["videos"] = np.frombuffer(json.dumps(list(names)).encode(), np.uint8)
-        return {"videos": len(names), "frames": len(file["ends"]), "boxes": len(file["boxes"])}
-
-
-def _columns(video: VideoDetections) -> dict[str, Any]:
+def columns_of(video: VideoDetections) -> dict[str, Any]:
     """Return the columns as they are stored; `ends` counts within the video."""
     values: dict[str, Any] = {"times_seconds": video.times_seconds, "ends": video.offsets[1:]}
     values |= {name: getattr(video, name) for name in BOX_COLUMNS}
-    return {name: np.asarray(values[name], dtype) for name, dtype in (FRAME_COLUMNS | BOX_COLUMNS).items()}
+    values["tracks"] = np.full(len(video.boxes), -1) if video.tracks is None else video.tracks
+    return {name: np.asarray(values[name], dtype) for name, dtype in (FRAME_COLUMNS | BOX_COLUMNS | TRACKS).items()}
 
 
-def _crc(columns: dict[str, Any], period_seconds: float) -> int:
+def checksum(columns: dict[str, Any], period_seconds: float) -> int:
+    """Return the CRC-32 of a video's values; a table from before there were tracks has none of them in it."""
     crc = zlib.crc32(np.float64(period_seconds).tobytes())
-    for name in (*FRAME_COLUMNS, *BOX_COLUMNS):
+    for name in (name for name in (*FRAME_COLUMNS, *BOX_COLUMNS, *TRACKS) if name in columns):
         crc = zlib.crc32(np.ascontiguousarray(columns[name]).tobytes(), crc)
     return crc
 
@@ -122,11 +92,15 @@ class DetectionTable:
         try:
             with open_regular(self.path) as raw, h5py.File(raw, "r") as file:
                 columns = {name: self._slice(file, name, row) for name in (*FRAME_COLUMNS, *BOX_COLUMNS)}
+                if "tracks" in file:
+                    columns["tracks"] = self._slice(file, "tracks", row)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise self._damaged(error) from error
         period_seconds = float(self._index["periods_seconds"][row])
-        if _crc(columns, period_seconds) != int(self._index["crc32"][row]):
+        if checksum(columns, period_seconds) != int(self._index["crc32"][row]):
             raise self._damaged(f"the detections of {video!r} are not what was written")
+        if "tracks" in columns and (columns["tracks"] < 0).any():
+            del columns["tracks"]
         offsets = np.concatenate([[0], columns.pop("ends")]).astype(np.int64)
         return VideoDetections(video=video, offsets=offsets, period_seconds=period_seconds, **columns)
 
@@ -141,7 +115,7 @@ class DetectionTable:
         found = file[name]
         if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
             raise ValueError(f"{name} holds no values of its own")
-        wanted = {**FRAME_COLUMNS, **BOX_COLUMNS, **VIDEO_COLUMNS}.get(name, "u1")
+        wanted = {**FRAME_COLUMNS, **BOX_COLUMNS, **TRACKS, **VIDEO_COLUMNS}.get(name, "u1")
         if found.dtype != np.dtype(wanted):
             raise ValueError(f"{name} has the type {found.dtype}")
         return found

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from mmkd.cache_tools.cache.fingerprints import file_sha256
 from mmkd.cache_tools.frames.records import Float32Array, Float64Array, IntArray, UInt8Array
 from mmkd.data_manifests.errors import InputError
+from mmkd.pipeline.detections.box_labels import EMPTY, parse_video
+from mmkd.pipeline.detections.json_members import iterate_members
 from mmkd.pipeline.detections.table import DetectionTable, is_table
-from mmkd.pipeline.inputs.box_labels import EMPTY, parse_video
-from mmkd.pipeline.inputs.json_members import iterate_members
 from mmkd.pipeline.inputs.stored_track import StoredTrack
 from mmkd.pipeline.missing import BoxesMissingError
 from mmkd.pipeline.recipe import BoxesRecipe

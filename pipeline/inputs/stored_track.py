@@ -1,6 +1,7 @@
 """Boxes of one video in a table of detections, near a clip's frame times, in slots.
 
-A detector's boxes have no tracks: each slot of a frame holds its next best box, hands before objects.
+Where boxes have tracks, a slot holds the same track in every frame. A detector's have none: each slot of a frame
+holds its next best box, hands before objects.
 """
 
 from dataclasses import dataclass
@@ -59,14 +60,24 @@ class StoredTrack:
             period_seconds=found.period_seconds,
         )
         for place, row in enumerate(rows.tolist()):
-            chosen = self._chosen(found, row)
+            chosen, slots = self._chosen(found, row)
             for name in ("boxes", "categories", "scores", "sides", "states"):
-                getattr(near, name)[place, : len(chosen)] = getattr(found, name)[chosen]
+                getattr(near, name)[place, slots] = getattr(found, name)[chosen]
         return near
 
-    def _chosen(self, found: VideoDetections, row: int) -> IntArray:
-        """Return the rows of a frame's boxes, best first."""
-        first, last = found.offsets[row : row + 2]
-        order = np.lexsort((-found.scores[first:last], found.categories[first:last]))
-        rows: IntArray = first + order[: self.max_boxes]
-        return rows
+    def _chosen(self, found: VideoDetections, row: int) -> tuple[IntArray, IntArray]:
+        """Return the rows of a frame's boxes and the slots that they go to."""
+        first, last = found.offsets[row : row + 2].tolist()
+        if found.tracks is not None:
+            kept = kept_tracks(found.tracks, self.max_boxes)
+            rows = first + np.flatnonzero(np.isin(found.tracks[first:last], kept))
+            return rows, np.searchsorted(kept, found.tracks[rows])
+        order = np.lexsort((-found.scores[first:last], found.categories[first:last]))[: self.max_boxes]
+        return first + order, np.arange(len(order))
+
+
+def kept_tracks(tracks: IntArray, max_boxes: int) -> IntArray:
+    """Return the (at most `max_boxes`) tracks that are in most frames, ascending; in a tie the earlier ones."""
+    present, counts = np.unique(tracks, return_counts=True)
+    kept: IntArray = np.sort(present[np.argsort(-counts, kind="stable")[:max_boxes]])
+    return kept

@@ -10,7 +10,7 @@ from mmkd.cache_tools.recipes.yaml_text import read_recipe_file
 from mmkd.data_manifests.errors import InputError, StorageError
 from mmkd.data_manifests.json_file import read_json
 from mmkd.data_manifests.manifest_file import load_manifest
-from mmkd.pipeline.inputs.json_members import iterate_members
+from mmkd.pipeline.detections.json_members import iterate_members
 
 READERS = [load_manifest, read_json, read_recipe_file, lambda path: list(iterate_members(path))]
 

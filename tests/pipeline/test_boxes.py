@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.pipeline.inputs import json_members as boxes_json
+from mmkd.pipeline.detections import json_members as boxes_json
+from mmkd.pipeline.detections.json_members import iterate_members
 from mmkd.pipeline.inputs.boxes import BoxesMissingError, boxes_at, load_boxes
-from mmkd.pipeline.inputs.json_members import iterate_members
 from tests.helpers.places import DATA, needs_data
 
 REAL = DATA / "something_something"
@@ -161,7 +161,7 @@ def test_boxes_of_a_resized_video_are_refused(track):
         ([frame(7, "x")], "frame 7 has a malformed box"),
         ([frame(7, label("hand", float("nan"), 0, 1, 1))], "frame 7 has a box that is not finite"),
         ([frame(7, label("hand", 0, 0, float("inf"), 1))], "frame 7 has a box that is not finite"),
-        ([frame(7, label(3, 0, 0, 1, 1))], "frame 7 has a box that is not finite"),
+        ([frame(7, label(3, 0, 0, 1, 1))], "frame 7 has a box whose standard_category is no text"),
         ([frame(7, label("hand", 0, 0, 1, 1, score=1.5))], "score outside 0..1"),
     ],
 )

@@ -1,20 +1,26 @@
 """Detections of others, their table, and what the boxes expert sees of it."""
 
+import json
 import os
 import pickle
+import signal
 import struct
+import zlib
 
 import h5py
 import numpy as np
 import pytest
 
-from mmkd.data_manifests.errors import InputError, VerificationError
+from mmkd.data_manifests.errors import InputError, InterruptedByUserError, VerificationError, VideoError
+from mmkd.pipeline.detections import table_writer
 from mmkd.pipeline.detections.epic_hand_objects import Thresholds, nominal_fps, read_epic_video
 from mmkd.pipeline.detections.pickled_bytes import read_pickled_bytes
+from mmkd.pipeline.detections.records import VideoDetections
 from mmkd.pipeline.detections.table import DetectionTable
+from mmkd.pipeline.detections.table_writer import write_table
 from mmkd.pipeline.detections.wire import parse_message
 from mmkd.pipeline.inputs.boxes import boxes_at, load_boxes
-from tests.helpers.in_process import call_ok, refused
+from tests.helpers.in_process import call, call_ok, refused
 
 BOXES = ("mmkd-cache", "boxes", "--form", "epic-hand-objects")
 # Bytes worked out by hand from the format's description: key = number * 8 + wire type, floats little-endian.
@@ -133,18 +139,18 @@ def test_the_rate_of_frame_numbers_is_the_nominal_one():
     ],
 )
 def test_a_bad_message_is_one_line_with_its_place(pickled, data, says):
-    with pytest.raises(InputError, match=r"P01_01\.pkl: message 1: ") as caught:
+    with pytest.raises(VideoError, match=r"^P01_01\.pkl: message 1: ") as caught:
         read(pickled([data]))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_frames_twice_of_several_videos_or_none_are_refused(pickled):
-    with pytest.raises(InputError, match="message 2: frame 1 stands there twice"):
+    with pytest.raises(VideoError, match="message 2: frame 1 stands there twice"):
         read(pickled([frame(1), frame(1)]))
-    with pytest.raises(InputError, match="several videos"):
+    with pytest.raises(VideoError, match="several videos"):
         read(pickled([frame(1), frame(2, video=b"P01_02")]))
-    with pytest.raises(InputError, match="no frame is in it"):
+    with pytest.raises(VideoError, match="no frame is in it"):
         read(pickled([]))
 
 
@@ -213,6 +219,7 @@ def test_a_table_gives_back_what_was_read(table, tmp_path):
         expected, stored = read(tmp_path / f"{video}.pkl"), found.read(video)
         for name, value in vars(expected).items():
             np.testing.assert_array_equal(getattr(stored, name), value)
+        assert stored.tracks is None
     assert found.about["object_threshold"] == 0.01
     assert len(found.about["sources_sha256"]) == 2
 
@@ -264,3 +271,89 @@ def test_another_file_is_refused_and_never_written_over(table, tmp_path):
     twice = (tmp_path / "P01_01.pkl",) * 2
     assert "'P01_01': it comes twice" in refused(*BOXES, *twice, "-o", table)
     assert table.read_bytes() == before
+
+
+def test_a_table_from_before_there_were_tracks_reads_as_it_did(table):
+    with h5py.File(table, "r+") as file:
+        del file["tracks"]
+        for row in range(2):
+            first, last = (int(file["box_ends"][row - 1]) if row else 0), int(file["box_ends"][row])
+            start, end = (int(file["frame_ends"][row - 1]) if row else 0), int(file["frame_ends"][row])
+            crc = zlib.crc32(file["periods_seconds"][row].tobytes())
+            for name in ("times_seconds", "ends"):
+                crc = zlib.crc32(file[name][start:end].tobytes(), crc)
+            for name in ("boxes", "categories", "scores", "sides", "states"):
+                crc = zlib.crc32(file[name][first:last].tobytes(), crc)
+            file["crc32"][row] = crc
+    found = DetectionTable(table)
+    assert found.read("P01_01").tracks is None
+    assert found.read("P02_101").scores.tolist() == [np.float32(0.8)]
+
+
+def test_a_bad_video_is_left_out_and_named_and_the_others_go_on(pickled, tmp_path):
+    good = pickled([frame(1, hand(0, 0, 1, 1, score=0.8))])
+    bad = pickled([frame(1, thing(0, 0, 9, 1, score=1), video=b"P02_01")], "P02_01.pkl")
+    out = tmp_path / "t.h5"
+    result = call(*BOXES, bad, good, "-o", out)
+    assert result.code == 3
+    assert "1 video left out, more than --max-unusable 0" in result.err
+    assert list(DetectionTable(out).rows) == ["P01_01"]
+    report = json.loads(call_ok(*BOXES, bad, good, "-o", out, "--max-unusable", "1", "--json"))
+    reason = "P02_01.pkl: message 1: a box lies outside the frame: [0.0, 0.0, 9.0, 1.0]"
+    assert report["unusable"] == {"P02_01": reason}
+    assert "no video can be used" in refused(*BOXES, bad, "-o", tmp_path / "none.h5")
+    assert not (tmp_path / "none.h5").exists()
+
+
+def detections(video, frames=2, each=3, **values):
+    total = frames * each
+    columns = {
+        "times_seconds": np.arange(frames) / 12,
+        "offsets": np.arange(frames + 1) * each,
+        "boxes": np.random.default_rng(total).random((total, 4), np.float32),
+        "categories": np.full(total, 2, np.uint8),
+        "scores": np.ones(total, np.float32),
+        "sides": np.zeros(total, np.uint8),
+        "states": np.zeros(total, np.uint8),
+        "period_seconds": 1 / 12,
+    }
+    return VideoDetections(video=video, **columns | values)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"times_seconds": np.array([0.5, 0.5])}, "not in order"),
+        ({"scores": np.full(6, np.nan, np.float32)}, "outside 0..1"),
+        ({"boxes": np.full((6, 4), np.inf, np.float32)}, "not finite"),
+        ({"tracks": np.arange(5)}, "not divided into tracks"),
+        ({"tracks": np.full(6, -1)}, "not divided into tracks"),
+    ],
+)
+def test_values_without_meaning_cost_their_video_alone(tmp_path, values, says):
+    report = write_table(tmp_path / "t.h5", [detections("bad", **values), detections("good")], {})
+    assert says in report.unusable["bad"]
+    assert (report.videos, report.frames, report.boxes) == (1, 2, 6)
+
+
+def test_gathered_writes_keep_every_video_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_writer, "GATHERED_ROWS", 20)
+    videos = [detections(str(n), frames=n + 1, each=n % 3) for n in range(9)]
+    report = write_table(tmp_path / "t.h5", iter(videos), {})
+    found = DetectionTable(tmp_path / "t.h5")
+    assert report.boxes == sum(len(video.boxes) for video in videos)
+    for video in videos:
+        for name, value in vars(video).items():
+            if name != "tracks":
+                np.testing.assert_array_equal(getattr(found.read(video.video), name), value)
+
+
+def test_a_stop_leaves_nothing_behind(tmp_path):
+    def videos():
+        yield detections("first")
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield detections("second")
+
+    with pytest.raises(InterruptedByUserError, match="nothing is written"):
+        write_table(tmp_path / "t.h5", videos(), {})
+    assert not list(tmp_path.iterdir())

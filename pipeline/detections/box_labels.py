@@ -76,15 +76,25 @@ def _frame_boxes(frame: Mapping[str, Any], number: int) -> dict[Slot, tuple[floa
     for label in labels:
         try:
             track, box = label["standard_category"], label["box2d"]
-            x1, y1, x2, y2 = (float(box[key]) for key in ("x1", "y1", "x2", "y2"))
-            score = float(label.get("score", 1.0))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"frame {number} has a malformed box ({error!r})") from error
-        if not isinstance(track, str) or not all(map(math.isfinite, (x1, y1, x2, y2))) or not 0 <= score <= 1:
-            raise ValueError(f"frame {number} has a box that is not finite, or a score outside 0..1")
-        boxes[track, seen[track]] = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2), score)
+        if not isinstance(track, str):
+            raise ValueError(f"frame {number} has a box whose standard_category is no text")
+        boxes[track, seen[track]] = corners_of(box, label, number)
         seen[track] += 1
     return boxes
+
+
+def corners_of(box: Any, label: Any, number: int) -> tuple[float, ...]:
+    """Return (x1, y1, x2, y2, score) in order of a box and of a label that may have a score; ValueError else."""
+    try:
+        x1, y1, x2, y2 = (float(box[key]) for key in ("x1", "y1", "x2", "y2"))
+        score = float(label.get("score", 1.0))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"frame {number} has a malformed box ({error!r})") from error
+    if not all(map(math.isfinite, (x1, y1, x2, y2))) or not 0 <= score <= 1:
+        raise ValueError(f"frame {number} has a box that is not finite, or a score outside 0..1")
+    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2), score
 
 
 def _slots(frames: Collection[Mapping[Slot, Any]], max_boxes: int) -> list[Slot]:

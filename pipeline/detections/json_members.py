@@ -1,4 +1,4 @@
-"""Members of one huge JSON object, one at a time: the published box file holds gigabytes in a single object.
+"""Members of one huge JSON object or list, one at a time: the published box file holds gigabytes in one object.
 
 As Python objects it would take several times its size on disk; here only one video's annotation exists at a
 time. What it gives up: random access, and line numbers in errors.
@@ -6,6 +6,7 @@ time. What it gives up: random access, and line numbers in errors.
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -69,9 +70,31 @@ class _Members:
 
 def iterate_members(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the (key, value) pairs of the JSON object in `path`; InputError names file and place."""
+    with _open(path) as file:
+        yield from _iterate(_Members(file, path))
+
+
+def iterate_items(path: Path) -> Iterator[Any]:
+    """Yield the items of the JSON list in `path`; InputError names file and place."""
+    with _open(path) as file:
+        members = _Members(file, path)
+        if members.symbol() != "[":
+            raise members.fault("expected one JSON list of videos")
+        if (separator := members.symbol()) != "]":
+            members.position -= len(separator)
+            separator = ","
+        while separator == ",":
+            yield members.value()
+            separator = members.symbol()
+        if separator != "]" or members.symbol():
+            raise members.fault("expected ',' or the list's end" if separator != "]" else "text after the list")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[TextIO]:
     try:
         with path.open(encoding="utf-8-sig") as file:
-            yield from _iterate(_Members(file, path))
+            yield file
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text") from error
     except OSError as error:
