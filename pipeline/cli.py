@@ -4,7 +4,19 @@ import click
 
 from mmkd.cache_tools.process.command import run_command
 from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
-from mmkd.pipeline.commands import boxes, build, cache, config, demo, flow, import_expert, manifest, pack, teach
+from mmkd.pipeline.commands import (
+    boxes,
+    build,
+    cache,
+    config,
+    demo,
+    detect,
+    flow,
+    import_expert,
+    manifest,
+    pack,
+    teach,
+)
 
 
 @click.group(
@@ -35,6 +47,7 @@ COMMANDS: tuple[click.Command, ...] = (
     cache.weigh,
     flow.flow,
     boxes.boxes,
+    detect.detect,
     config.config,
 )
 

@@ -26,7 +26,7 @@ ORDER = (
     "student/evaluation",
     "student/distil student/weighing pipeline/flow pipeline/audio pipeline/detections",
     "student/cli pipeline/flow_command pipeline/inputs pipeline/pack",
-    "pipeline/experts",
+    "pipeline/experts pipeline/detecting",
     "pipeline/build pipeline/imports",
     "pipeline/forecast pipeline/drift",
     "pipeline/commands",

@@ -81,14 +81,15 @@ def boxes(sources: tuple[Path, ...], form: str, out: Path, **options: Any) -> No
     }
     with Progress("reading boxes", total=len(sources), unit="file") as progress:
         report = write_table(out, _videos(sources, form, options, sizes, progress), about)
-    print_result({"table": str(out), **vars(report)}, as_json=options["as_json"], lines=_lines(out, report))
+    print_result({"table": str(out), **vars(report)}, as_json=options["as_json"], lines=report_lines(out, report))
     if len(report.unusable) > options["max_unusable"]:
         raise TooManyUnusableError(
             f"{counted(len(report.unusable), 'video')} left out, more than --max-unusable {options['max_unusable']}"
         )
 
 
-def _lines(out: Path, report: "TableReport") -> list[str]:
+def report_lines(out: Path, report: "TableReport") -> list[str]:
+    """Return what a table has and what was left out, for people."""
     counts = (report.videos, "video"), (report.frames, "frame"), (report.boxes, "box")
     left_out = [f"left out: {video}: {reason}" for video, reason in report.unusable.items()]
     return [f"{out}: {', '.join(counted(*count) for count in counts)}", *left_out]

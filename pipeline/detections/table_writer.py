@@ -5,6 +5,7 @@ A video that cannot be used is left out with its reason, and the others go on. A
 
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from mmkd.cache_tools.process.interrupt import stop_on_signals
+from mmkd.cache_tools.process.interrupt import StopRequest, stop_on_signals
 from mmkd.cache_tools.storage.hdf5_file import writing_hdf5
 from mmkd.data_manifests.atomic import atomic_path
 from mmkd.data_manifests.errors import InputError
@@ -52,19 +53,22 @@ def write_table(
     videos: Iterable[VideoDetections | Unusable],
     about: dict[str, Any],
     *,
+    stop: StopRequest | None = None,
     kept: str = "nothing is written",
 ) -> TableReport:
     """Write a table, whole or not at all; `about` is kept as JSON: where the detections are from.
 
+    `stop` is the caller's listener to signals, where it has one.
     Raises InputError for a video that comes twice and where none can be used, StorageError when the disk refuses,
     InterruptedByUserError, saying what is `kept`, after a stop.
     """
     report = TableReport()
-    with stop_on_signals() as stop, atomic_path(path) as temporary, writing_hdf5(temporary) as output:
+    listening = stop_on_signals() if stop is None else nullcontext(stop)
+    with listening as stopping, atomic_path(path) as temporary, writing_hdf5(temporary) as output:
         output.file.attrs.update({"schema": SCHEMA, "about": json.dumps(about, sort_keys=True)})
         columns = _Columns(output.file)
         for video in videos:
-            stop.check(kept)
+            stopping.check(kept)
             if video.video in columns.names or video.video in report.unusable:
                 raise InputError(f"video {video.video!r}: it comes twice")
             if (fault := video.fault()) is not None:

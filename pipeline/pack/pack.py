@@ -77,7 +77,7 @@ def pack_videos(clip_set: ClipSet, out: Path, params: PackParams) -> PackReport:
         parts.mkdir(parents=True, exist_ok=True)
     report = PackReport()
     with folder_lock(parts) as lock:
-        check_parameters(parts, params)
+        check_parameters(parts, params.identity())
         videos = list(dict.fromkeys(clip.video for clip in clip_set.manifest.clips))
         with Progress("probing videos", total=len(videos), unit="video") as progress:
             found = probe_all(
@@ -148,15 +148,15 @@ def part_name(video: str, facts: VideoFacts) -> str:
     ).hexdigest()
 
 
-def check_parameters(parts: Path, params: PackParams) -> None:
+def check_parameters(parts: Path, identity: Mapping[str, Any]) -> None:
     """Write the parameters beside the parts; InputError where parts of other ones are there."""
     path = parts / PARAMETERS
     if not path.exists():
-        write_atomically(path, (json.dumps(seal(params.identity())) + "\n").encode())
+        write_atomically(path, (json.dumps(seal(dict(identity))) + "\n").encode())
         return
     with storage_errors(path, verb="read"):
         stored = unsealed(read_regular(path), str(path), advice=f"delete {parts} and run again")
-    if changed := [key for key, value in params.identity().items() if stored.get(key) != value]:
+    if changed := [key for key, value in identity.items() if stored.get(key) != value]:
         texts = ", ".join(f"{key} {stored.get(key)!r}" for key in changed)
         raise InputError(f"{parts} was begun with {texts}; give the same, name another file, or delete it")
 

@@ -1,0 +1,1 @@
+"""Boxes of hands and objects, found with a detector of one's own."""
