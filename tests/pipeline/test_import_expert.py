@@ -22,8 +22,10 @@ from mmkd.pipeline.imports.import_expert import matched_heads
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.key_maps.key_maps import map_weights
 from mmkd.student.networks.networks import headed_network
+from tests.helpers.epic_world import write_epic
 from tests.helpers.in_process import call, call_ok, refused
 from tests.helpers.original_swin import draw_swin, original_swin
+from tests.helpers.original_tsm import draw_tsm, original_tsm
 
 EXTRA = "A class of the checkpoint alone"
 
@@ -283,3 +285,39 @@ def test_a_name_that_cannot_be_an_experts_is_refused(quick, original, tmp_path):
     result = call("mmkd-cache", "import-expert", *original.options(quick), "-o", tmp_path / "my-expert")
     assert result.code == 2
     assert "'my-expert' cannot be an expert's name; give one with --name" in result.err
+
+
+@pytest.mark.parametrize(("modality", "channels"), [("rgb", 3), ("flow", 10)])
+def test_epic_s_published_tsm_becomes_an_expert_with_its_own_look(modality, channels, tmp_path, one_thread):
+    """Its stack of 5 (u, v) pairs and its numbers: ImageNet's mean as both for RGB, .5 and .226 of codes for
+    flow."""
+    world = write_epic(tmp_path)
+    call_ok("mmkd-cache", "manifest", "epic-kitchens", tmp_path / "annotations", "-o", tmp_path / "m.jsonl")
+    state = draw_tsm(channels, 397, seed=6)
+    torch.save({"state_dict": state}, tmp_path / "tsm.ckpt")
+    stack = 5 if modality == "flow" else 1
+    (tmp_path / "teacher.yaml").write_text(
+        f"views: {{sampling: dense, frames: 8, seconds_between_frames: 0.1, size_px: 64}}\n"
+        f"experts: {{tsm: {{modality: {modality}, flow_stack: {stack}, train: {{flow_scale_px: 8}}}}}}\n"
+    )
+    data = ("--manifest", tmp_path / "m.jsonl", "--videos", world.videos, "-c", tmp_path / "teacher.yaml")
+    classes = [f"{head}={tmp_path / 'annotations' / f'EPIC_100_{head}_classes.csv'}" for head in ("verb", "noun")]
+    call_ok(
+        *("mmkd-cache", "import-expert", tmp_path / "tsm.ckpt", "--network", "tsm_resnet50"),
+        *("--modality", modality, "--classes", classes[0], "--classes", classes[1], *data),
+        *("--name", "tsm", "-o", tmp_path / "tsm"),
+    )
+    network = load_expert(tmp_path / "tsm", torch.device("cpu")).network
+    generator = torch.Generator().manual_seed(7)
+    if modality == "rgb":
+        pixels = torch.randint(0, 256, (1, 8, 64, 64, 3), generator=generator, dtype=torch.uint8)
+        mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+        clips, inputs = (pixels.permute(0, 1, 4, 2, 3) / 255 - mean) / mean, {"rgb": pixels}
+    else:
+        codes = torch.randint(0, 256, (1, 8, 10, 64, 64), generator=generator).float()
+        clips, inputs = (codes / 255 - 0.5) / 0.226, {"flow": codes / 255 * 16 - 8}
+    expected = original_tsm(state, clips)
+    with torch.inference_mode():
+        found = network(inputs)
+    joined = torch.cat([found["verb"], found["noun"]], 1)
+    torch.testing.assert_close(joined, expected, rtol=1e-4, atol=2e-5 * float(expected.std()))
