@@ -69,7 +69,7 @@ def install(wanted: dict) -> None:
     if "source" in wanted:
         from tests.helpers.faulty_source import FaultySource
 
-        data.VideoFiles = lambda root, limits, **more: FaultySource(root, limits, **more, **wanted["source"])
+        data.open_data_frames = lambda *data_set: FaultySource(*data_set, **wanted["source"])
     if "file_size" in wanted:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (wanted["file_size"],) * 2)

@@ -6,13 +6,13 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmkd.cache_tools.frames.data_frames import DataFrames
 from mmkd.cache_tools.frames.records import ClipFrames, IntArray, VideoFacts
-from mmkd.cache_tools.frames.source import VideoFiles
 from mmkd.data_manifests.errors import StorageError, VideoError
 
 
 @dataclass(frozen=True)
-class FaultySource(VideoFiles):
+class FaultySource(DataFrames):
     """Videos below a root, one of them bad."""
 
     video: str = ""
