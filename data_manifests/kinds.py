@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from mmkd.data_manifests.errors import InputError
+
 HEAD_BYTES = 4096
 FOLDERS = {
     "init.json": "a cache, which --cache takes",
@@ -11,13 +13,15 @@ FOLDERS = {
 }
 """A name in a folder -> what the folder is."""
 MANIFEST = "a manifest, which --manifest takes"
+WEIGHTS = "a weights file of `mmkd-cache weigh`, which `mmkd-student train --weights` takes"
+TABLE = "a table of `mmkd-student compare --out`, which --tables takes"
 SCHEMAS = {
     "mmkd-manifest": MANIFEST,
-    "mmkd-weights": "a weights file of `mmkd-cache weigh`, which `mmkd-student train --weights` takes",
+    "mmkd-weights": WEIGHTS,
     "mmkd-cache": "a file of a cache, whose folder --cache takes",
     "mmkd-expert": "the card of an expert, whose folder --expert takes",
     "mmkd-run": "the record of a run, whose folder --run and `mmkd-student evaluate` take",
-    "mmkd-table": "a table of `mmkd-student compare --out`, which --tables takes",
+    "mmkd-table": TABLE,
 }
 """Start of the first `schema` in a file -> what the file is."""
 HDF5 = "an HDF5 file; of one that `mmkd-cache export` wrote, `mmkd-cache import FILE -o CACHE` makes a cache again"
@@ -26,6 +30,10 @@ LABELS = "a list of classes and their numbers, which `mmkd-cache manifest someth
 BOXES = "box annotations, which --boxes takes"
 TEACHER_RECIPE = "a teacher's recipe, which `mmkd-cache` takes with -c"
 STUDENT_RECIPE = "a student's recipe, which `mmkd-student` takes with -c"
+PER_CLASS = "a table of classes that `mmkd-student evaluate --per-class` wrote"
+PER_CLASS_COLUMNS = ("split", "head", "class", "name", "clips", "top1", "top5")
+SUBMISSION = "a submission that `mmkd-student submission` wrote"
+SUBMISSION_ENTRY = "test.json"
 RECIPES = {
     **dict.fromkeys(("experts", "build", "views", "flow", "boxes", "held_out"), TEACHER_RECIPE),
     **dict.fromkeys(("loss", "teacher", "train", "thumbprint_sample"), STUDENT_RECIPE),
@@ -46,6 +54,8 @@ def what_is(path: Path) -> str | None:
         return None
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return HDF5
+    if head.startswith(b"PK\x03\x04"):  # ZIP: its first entry's name stands behind 30 bytes
+        return SUBMISSION if head[30:].startswith(SUBMISSION_ENTRY.encode()) else None
     # replace: the bytes that were read may end in the middle of a character.
     return _kind_of_text(path, head.decode("utf-8-sig", "replace"))
 
@@ -56,7 +66,22 @@ def it_is(path: Path) -> str:
     return f"; it is {kind}" if kind else ""
 
 
+def refuse_another(out: Path, kind: str, option: str = "-o") -> None:
+    """Raise InputError where something lies at `out` that is not of the kind to be written there.
+
+    What mmkd did not write is its owner's, and is never replaced; an empty file, as of `mktemp`, holds nothing.
+    """
+    if out.is_file() and out.stat().st_size == 0:
+        return
+    if out.exists() and what_is(out) != kind:
+        raise InputError(
+            f"{out} is there, and is not {kind.split(',')[0]}{it_is(out)}; name another file with {option}"
+        )
+
+
 def _kind_of_text(path: Path, head: str) -> str | None:
+    if head.splitlines()[:1] == [",".join(PER_CLASS_COLUMNS)]:
+        return PER_CLASS
     schema = re.search(r'"schema"\s*:\s*"([a-z-]+)-\d', head)
     if schema and schema[1] in SCHEMAS:
         return SCHEMAS[schema[1]]

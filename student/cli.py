@@ -24,8 +24,10 @@ from mmkd.cache_tools.process.command import (
 )
 from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
 from mmkd.cache_tools.recipes.recipe import load_recipe, resolved_with_origins
+from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.kinds import PER_CLASS, SUBMISSION, TABLE, refuse_another
 from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_run
 from mmkd.student.recipe import Missing, Mode, StudentRecipe
@@ -111,6 +113,8 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
 
     The recipe is the run's own; for another cache than the run's give --manifest and --videos, too.
     """
+    if options["per_class"]:
+        refuse_another(options["per_class"], PER_CLASS, "--per-class")
     recipe = _recipe_of_run(files, overrides, options)
     from mmkd.student.evaluation.run_evaluation import evaluate_run
     from mmkd.student.evaluation.table_text import metric_lines
@@ -153,6 +157,7 @@ def submission(files: tuple[Path, ...], overrides: tuple[str, ...], **options: A
 
     The default levels say: public image and video data, full temporal supervision, the training set.
     """
+    refuse_another(options["out"], SUBMISSION)
     recipe = _recipe_of_run(files, overrides, options)
     from mmkd.student.evaluation.run_evaluation import submit_run
     from mmkd.student.training.devices import choose_device
@@ -202,9 +207,11 @@ def compare(**options: Any) -> None:
         raise click.UsageError(
             "--common needs the clips: give it when each seed's table is made, not with --tables"
         )
+    if options["out"]:
+        refuse_another(options["out"], TABLE, "--out")
     table = merge_tables([load_table(path) for path in options["tables"]]) if options["tables"] else _table(options)
     if options["out"]:
-        options["out"].write_text(json.dumps(table.to_json(), indent=1) + "\n")
+        write_atomically(options["out"], f"{json.dumps(table.to_json(), indent=1)}\n".encode())
     print_result(
         table.to_json(), as_json=options["as_json"], lines=[render(table, width=shutil.get_terminal_size().columns)]
     )

@@ -8,6 +8,7 @@ import click
 
 from mmkd.cache_tools.process.command import FILE, as_json, cache_location, print_result
 from mmkd.cache_tools.process.help_text import WholeHelp, example
+from mmkd.data_manifests.kinds import WEIGHTS, refuse_another
 from mmkd.pipeline.commands.options import cache_argument, out_option
 
 
@@ -125,6 +126,8 @@ def weigh(cache: Path | str, out: Path | None, as_json: bool, **options: Any) ->
     from mmkd.student.weighing.weigh import weigh_experts
     from mmkd.student.weighing.weigh_report import report_lines
 
+    if out:
+        refuse_another(out, WEIGHTS)
     reader = CacheReader(cache)
     report = weigh_experts(reader, train_split=reader.init.train_split, **options)
     if out:

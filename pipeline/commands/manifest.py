@@ -10,7 +10,7 @@ from mmkd.cache_tools.process.command import FILE, FOLDER, as_json, print_result
 from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.kinds import MANIFEST, it_is, what_is
+from mmkd.data_manifests.kinds import MANIFEST, refuse_another
 from mmkd.data_manifests.manifest import Manifest
 from mmkd.data_manifests.manifest_file import save_manifest
 
@@ -216,8 +216,7 @@ def _write_manifest(
     `nearest` returns the layout that a video folder has where none of its videos is found.
     """
     out = options["out"]
-    if out.exists() and what_is(out) != MANIFEST:
-        raise InputError(f"{out} is there, and is no manifest{it_is(out)}; name another file with -o")
+    refuse_another(out, MANIFEST)
     missing = _missing_videos(made, options["videos"], nearest)
     save_manifest(made, out)
     splits = ", ".join(f"{name} {len(made.split(name))}{_without_labels(made, name)}" for name in made.splits)

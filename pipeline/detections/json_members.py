@@ -102,7 +102,12 @@ def _open(path: Path) -> Iterator[TextIO]:
 
 
 def _iterate(members: _Members) -> Iterator[tuple[str, Any]]:
-    if members.symbol() != "{":
+    start = members.symbol()
+    if start == "[":
+        raise members.fault(
+            "a list; of the authors' detections `mmkd-cache boxes --form authors` makes a table that --boxes takes"
+        )
+    if start != "{":
         raise members.fault("expected one JSON object of video ids")
     seen: set[str] = set()
     separator = ","

@@ -6,17 +6,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mmkd.data_manifests.kinds import PER_CLASS_COLUMNS
 from mmkd.data_manifests.manifest import Manifest
 from mmkd.student.evaluation.evaluate import SplitScores
-
-COLUMNS = ("split", "head", "class", "name", "clips", "top1", "top5")
 
 
 def per_class_csv(scores: Sequence[SplitScores], manifest: Manifest) -> str:
     """Return the table of all splits: clips that count, and the percentage of them right at 1 and at 5."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(PER_CLASS_COLUMNS)
     for split in scores:
         labels = {clip.clip_id: clip.labels for clip in manifest.split(split.split)}
         for head in manifest.heads:

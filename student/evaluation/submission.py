@@ -18,13 +18,13 @@ from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.kinds import SUBMISSION_ENTRY
 from mmkd.data_manifests.manifest import Head
 from mmkd.student.evaluation.actions import NOUN, VERB
 
 CLASSES = {VERB: 97, NOUN: 300}
 VERSION = "0.2"
 CHALLENGE = "action_recognition"
-ENTRY = "test.json"
 EARLIEST_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 """ZIP's first moment: the same scores give the same bytes."""
 
@@ -66,5 +66,7 @@ def write_submission(path: Path, content: Mapping[str, Any]) -> None:
     """Write the archive; StorageError when the disk refuses."""
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(zipfile.ZipInfo(ENTRY, EARLIEST_ZIP_TIME), json.dumps(content), zipfile.ZIP_DEFLATED)
+        archive.writestr(
+            zipfile.ZipInfo(SUBMISSION_ENTRY, EARLIEST_ZIP_TIME), json.dumps(content), zipfile.ZIP_DEFLATED
+        )
     write_atomically(path, data.getvalue())

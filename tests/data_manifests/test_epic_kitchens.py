@@ -203,7 +203,7 @@ def test_a_file_that_is_no_manifest_is_not_written_over(world, tmp_path):
     mine = tmp_path / "labels.json"
     mine.write_text('{"a": "0", "b": "1"}')
     error = refused(*command(world.root / "annotations", mine))
-    assert "labels.json is there, and is no manifest; it is a list of classes" in error
+    assert "labels.json is there, and is not a manifest; it is a list of classes" in error
     assert mine.read_text() == '{"a": "0", "b": "1"}'
     call_ok(*command(world.root / "annotations", tmp_path / "m.jsonl"))
     call_ok(*command(world.root / "annotations", tmp_path / "m.jsonl"))  # a manifest is

@@ -15,10 +15,13 @@ from mmkd.data_manifests.kinds import (
     HDF5,
     LABELS,
     MANIFEST,
+    PER_CLASS,
     SCHEMAS,
     SPLIT_FILE,
     STUDENT_RECIPE,
+    SUBMISSION,
     TEACHER_RECIPE,
+    refuse_another,
     what_is,
 )
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
@@ -27,6 +30,7 @@ from mmkd.pipeline.experts import expert
 from mmkd.pipeline.experts.expert import CARD_FILE
 from mmkd.student.evaluation import run_files, table
 from mmkd.student.evaluation.run_files import RUN_FILE
+from mmkd.student.evaluation.submission import write_submission
 from mmkd.student.teacher import mixture_file
 from tests.helpers.in_process import call_ok, refused
 
@@ -35,6 +39,7 @@ FILES = {
     "labels.json": json.dumps({"Moving something": "0", "Holding something": "1"}),
     "boxes.json": json.dumps({"1": [{"url": "x", "labels": []}]}),
     "weights.json": json.dumps({"schema": "mmkd-weights-1", "teacher": {}}),
+    "classes.csv": "split,head,class,name,clips,top1,top5\nvalidation,action,0,a,1,100.00,100.00\n",
 }
 
 
@@ -44,6 +49,7 @@ def given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
+    write_submission(tmp_path / "submission.zip", {})
     with h5py.File("x.h5", "w") as file:
         file["a"] = 1
     for program, name in (("mmkd-cache", "teacher.yaml"), ("mmkd-student", "student.yaml")):
@@ -62,6 +68,8 @@ def test_each_kind_is_recognised(given):
         "labels.json": LABELS,
         "boxes.json": BOXES,
         "weights.json": SCHEMAS["mmkd-weights"],
+        "classes.csv": PER_CLASS,
+        "submission.zip": SUBMISSION,
         "x.h5": HDF5,
         "teacher.yaml": TEACHER_RECIPE,
         "student.yaml": STUDENT_RECIPE,
@@ -155,3 +163,34 @@ WRONG = {
 def test_the_wrong_kind_is_refused_with_the_right_one(given, case):
     arguments, says = WRONG[case]
     assert says in refused(*arguments)
+
+
+OVER_ANOTHER = {
+    "weights": (("mmkd-cache", "weigh", "init", "-o", "x.h5"), "x.h5 is there, and is not a weights file"),
+    "a table": (
+        ("mmkd-student", "compare", "--tables", "m.jsonl", "--out", "weights.json"),
+        "weights.json is there, and is not a table of `mmkd-student compare --out`; it is a weights file",
+    ),
+    "a table of classes": (
+        ("mmkd-student", "evaluate", "run", "--cache", "init", "--per-class", "labels.json"),
+        "labels.json is there, and is not a table of classes",
+    ),
+    "a submission": (
+        ("mmkd-student", "submission", "run", "--cache", "init", "-o", "classes.csv"),
+        "classes.csv is there, and is not a submission that `mmkd-student submission` wrote; it is a table",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OVER_ANOTHER)
+def test_nothing_is_written_over_a_file_of_another_kind(given, case):
+    arguments, says = OVER_ANOTHER[case]
+    before = (given / arguments[-1]).read_bytes()
+    assert says in refused(*arguments)
+    assert (given / arguments[-1]).read_bytes() == before
+
+
+def test_an_empty_file_and_one_of_the_kind_may_be_written_over(given):
+    (given / "new").touch()
+    for name, kind in (("new", MANIFEST), ("m.jsonl", MANIFEST), ("submission.zip", SUBMISSION), ("absent", HDF5)):
+        refuse_another(given / name, kind)

@@ -201,7 +201,7 @@ def test_impossible_options_are_refused(load, options):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[]", "expected one JSON object"),
+        ("[]", "`mmkd-cache boxes --form authors` makes a table"),
         ("", "expected one JSON object"),
         ('{"a": [1, 2', "not valid JSON, or cut off"),
         ('{"a": [1]', "expected ',' or the object's end"),
