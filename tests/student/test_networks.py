@@ -187,7 +187,7 @@ def test_impossible_requests_are_refused():
         headed_network("resnet", heads=HEADS, channels=3)
     with pytest.raises(InputError, match="at least one head"):
         headed_network("small3d", heads={}, channels=3)
-    with pytest.raises(InputError, match="must be rgb or flow"):
+    with pytest.raises(InputError, match="must be rgb, flow or audio"):
         VideoClassifier(small(), "boxes")
     with pytest.raises(InputError, match="must be positive"):
         VideoClassifier(small(), "flow", flow_scale_px=0)
