@@ -1,13 +1,11 @@
 """`mmkd-cache detect`: a detector over a manifest's videos, as one table, continued where it stopped.
 
-    OUT.parts/parameters.json   the detector and its thresholds; another run with other ones is refused
-    OUT.parts/HASH.h5           one finished video each, whole or absent, itself a table
-    OUT                         all of them, written in one step at the end; then the parts go
+    OUT.parts   one finished video each, itself a table (see mmkd.pipeline.pack.parts)
+    OUT         all of them, written in one step at the end; then the parts go
 
 Frames are decoded in this process. A video that cannot be read is left out and named.
 """
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -21,16 +19,13 @@ from mmkd.cache_tools.frames.records import IntArray, VideoFacts
 from mmkd.cache_tools.frames.source import frame_interval_seconds
 from mmkd.cache_tools.process.interrupt import StopRequest, stop_on_signals
 from mmkd.cache_tools.process.progress import Progress
-from mmkd.cache_tools.tasks.folder_lock import folder_lock
-from mmkd.data_manifests.atomic import storage_errors
 from mmkd.data_manifests.errors import InputError, VideoError
-from mmkd.data_manifests.kinds import it_is
 from mmkd.pipeline.detecting.detector import Detector, FrameFindings
 from mmkd.pipeline.detecting.detector_params import DetectorParams
 from mmkd.pipeline.detections.records import Unusable, VideoDetections
 from mmkd.pipeline.detections.table import DetectionTable
 from mmkd.pipeline.detections.table_writer import TableReport, write_table
-from mmkd.pipeline.pack.pack import check_parameters, part_name
+from mmkd.pipeline.pack.parts import part_name, parts_folder
 
 KEPT = "the videos that are done are kept"
 
@@ -41,23 +36,14 @@ def detect_videos(clip_set: ClipSet, out: Path, params: DetectorParams, device: 
     Raises InputError for a file that is there, for parts of other parameters and for a second run at work;
     StorageError when the machine cannot; InterruptedByUserError after a clean stop.
     """
-    if out.exists():
-        raise InputError(f"{out} is there{it_is(out)}; delete it or name another file with -o")
     videos = list(dict.fromkeys(clip.video for clip in clip_set.manifest.clips))
     if len({PurePosixPath(video).stem for video in videos}) < len(videos):
         raise InputError("two videos of the manifest have one name in different folders; a table holds one of them")
     detector = Detector(params, device)
-    parts = out.with_name(f"{out.name}.parts")
-    with storage_errors(parts):
-        parts.mkdir(parents=True, exist_ok=True)
-    with folder_lock(parts) as lock:
-        check_parameters(parts, params.identity())
+    with parts_folder(out, params.identity()) as (parts, lock):
         found = _detected(clip_set, videos, parts, detector)
         lock.check()
-        report = write_table(out, found, params.identity(), kept=KEPT)
-    with storage_errors(parts):
-        shutil.rmtree(parts)
-    return report
+        return write_table(out, found, params.identity(), kept=KEPT)
 
 
 def _detected(
@@ -81,7 +67,7 @@ def _detected(
             try:
                 if isinstance(known, VideoError):
                     raise known
-                whole[name] = part = parts / f"{part_name(video, known)}.h5"
+                whole[name] = part = parts / part_name(video, known)
                 if not part.exists():
                     found = detect_video(clip_set.source, video, known, detector, stop)
                     write_table(part, [found], {}, stop=stop, kept=KEPT)

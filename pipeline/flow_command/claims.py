@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -22,11 +23,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmkd.cache_tools.tasks.heartbeat import BEAT_SECONDS, STALE_SECONDS, new_task_id, ran_here, surely_dead
+from mmkd.cache_tools.tasks.heartbeat import (
+    BEAT_SECONDS,
+    STALE_SECONDS,
+    TaskId,
+    new_task_id,
+    ran_here,
+    surely_dead,
+)
 from mmkd.data_manifests.atomic import ABANDONED_SECONDS, TEMPORARY, storage_errors
 from mmkd.data_manifests.regular_file import read_regular
 
 CARD, CLAIMS = "run.json", "claims"
+CLAIM_NAME = re.compile(r"[0-9a-f]{32}\.\d+")
 WHOLE = ""
 """Name of the claim on the output as a whole, as one file has it; no video is called that."""
 ATTEMPTS = 20
@@ -137,15 +146,14 @@ class FlowClaims:
                 os.utime(self.folder / CARD)
 
     def _sweep(self) -> None:
-        """Remove what dead runs left, and folders that are empty."""
+        """Remove what dead runs left, and folders that are empty; what has other names is not ours."""
         with suppress(OSError):
             for path in self._parts.iterdir():
-                if path != self._claims and path != self.folder and not self._alive(path.name):
+                if TaskId.parse(path.name) and path != self.folder and not self._alive(path.name):
                     shutil.rmtree(path, ignore_errors=True)
-                    path.unlink(missing_ok=True)  # a file, as there was before runs had folders
         with suppress(OSError):
             for path in self._claims.iterdir():
-                if (owner := _owner(path)) and not self._alive(owner):
+                if CLAIM_NAME.fullmatch(path.name) and (owner := _owner(path)) and not self._alive(owner):
                     path.unlink(missing_ok=True)
         for folder in (self._claims, self._parts):
             with suppress(OSError):  # not empty, or gone

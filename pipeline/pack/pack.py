@@ -1,16 +1,13 @@
 """`mmkd-cache pack`: a manifest's videos as pictures in one HDF5 file, in parallel, and continued where it stopped.
 
-    OUT.parts/parameters.json   how frames are stored; another run with other parameters is refused
-    OUT.parts/HASH.h5           one finished video each, whole or absent
-    OUT                         all of them, written in one step at the end; then the parts go
+    OUT.parts   one finished video each (see mmkd.pipeline.pack.parts)
+    OUT         all of them, written in one step at the end; then the parts go
 
 It takes the room of its result twice while it is put together. A video that cannot be read is left out and named.
 """
 
-import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +16,6 @@ from typing import Any
 
 import h5py
 
-from mmkd.cache_tools.cache.sealed import seal, unsealed
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.frames.probe import probe_all
 from mmkd.cache_tools.frames.records import VideoFacts
@@ -28,16 +24,13 @@ from mmkd.cache_tools.process.interrupt import StopRequest, stop_on_signals
 from mmkd.cache_tools.process.pool import run_tasks
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.storage.hdf5_file import writing_hdf5
-from mmkd.cache_tools.tasks.folder_lock import folder_lock
-from mmkd.data_manifests.atomic import atomic_path, storage_errors, write_atomically
+from mmkd.data_manifests.atomic import atomic_path
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
-from mmkd.data_manifests.kinds import it_is
-from mmkd.data_manifests.regular_file import read_regular
 from mmkd.pipeline.pack.pack_video import GROUP, PackJob, PackParams, pack_video
+from mmkd.pipeline.pack.parts import part_name, parts_folder
 
 log = logging.getLogger("mmkd")
-PARAMETERS = "parameters.json"
 KEPT = "what is packed so far is kept"
 
 
@@ -70,14 +63,8 @@ def pack_videos(clip_set: ClipSet, out: Path, params: PackParams) -> PackReport:
     Raises InputError for a file that is there, for parts of other parameters and for a second run at work;
     StorageError when the machine cannot; InterruptedByUserError after a clean stop.
     """
-    if out.exists():
-        raise InputError(f"{out} is there{it_is(out)}; delete it or name another file with -o")
-    parts = out.with_name(f"{out.name}.parts")
-    with storage_errors(parts):
-        parts.mkdir(parents=True, exist_ok=True)
     report = PackReport()
-    with folder_lock(parts) as lock:
-        check_parameters(parts, params.identity())
+    with parts_folder(out, params.identity()) as (parts, lock):
         videos = list(dict.fromkeys(clip.video for clip in clip_set.manifest.clips))
         with Progress("probing videos", total=len(videos), unit="video") as progress:
             found = probe_all(
@@ -93,8 +80,6 @@ def pack_videos(clip_set: ClipSet, out: Path, params: PackParams) -> PackReport:
         lock.check()
         report.size_bytes = put_together(out, whole, params)
         report.videos = len(whole)
-    with storage_errors(parts):
-        shutil.rmtree(parts)
     return report
 
 
@@ -112,7 +97,7 @@ def pack_parts(
         if isinstance(facts, VideoError):
             report.unusable[video] = str(facts)
             continue
-        part = parts / f"{part_name(video, facts)}.h5"
+        part = parts / part_name(video, facts)
         whole[video] = part
         if not part.exists():
             jobs.append(PackJob(clip_set.source, video, facts, part, params))
@@ -139,26 +124,6 @@ def _checked(jobs: list[PackJob], results: Any, stop: StopRequest) -> Iterator[t
             yield jobs[position], result
     finally:
         results.close()
-
-
-def part_name(video: str, facts: VideoFacts) -> str:
-    """Return the name of a video's part: of its path and its content, so that an exchanged video is packed anew."""
-    return hashlib.blake2b(
-        f"{video}\n{facts.identity}".encode("utf-8", "surrogatepass"), digest_size=16
-    ).hexdigest()
-
-
-def check_parameters(parts: Path, identity: Mapping[str, Any]) -> None:
-    """Write the parameters beside the parts; InputError where parts of other ones are there."""
-    path = parts / PARAMETERS
-    if not path.exists():
-        write_atomically(path, (json.dumps(seal(dict(identity))) + "\n").encode())
-        return
-    with storage_errors(path, verb="read"):
-        stored = unsealed(read_regular(path), str(path), advice=f"delete {parts} and run again")
-    if changed := [key for key, value in identity.items() if stored.get(key) != value]:
-        texts = ", ".join(f"{key} {stored.get(key)!r}" for key in changed)
-        raise InputError(f"{parts} was begun with {texts}; give the same, name another file, or delete it")
 
 
 def put_together(out: Path, whole: Mapping[str, Path], params: PackParams) -> int:

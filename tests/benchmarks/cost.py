@@ -69,7 +69,9 @@ class DataSet:
 
 DATA_SETS = (
     DataSet("Something-Something V2", 168_913, 24_777, 8, 16, 45, 45, (174,), 3, 2, SOMETHING_CLIPS_PER_SECOND),
-    DataSet("Something-Else, compositional", 54_919, 57_876, 8, 16, 45, 45, (174,), 3, 2, SOMETHING_CLIPS_PER_SECOND),
+    DataSet(
+        "Something-Else, compositional", 54_919, 57_876, 8, 16, 45, 45, (174,), 3, 2, SOMETHING_CLIPS_PER_SECOND
+    ),
     DataSet("EPIC-KITCHENS-100", 67_217, 9_668, 8, 8, 150, 64, (97, 300), 4, 3),
 )
 """EPIC's clips are taken for 2.5 s at 60 frames a second: only `plan` on the real files knows."""

@@ -117,6 +117,19 @@ def test_the_claim_of_a_killed_run_is_taken_over_and_what_it_gathered_removed(tm
     assert not parts.exists()
 
 
+def test_other_people_s_files_among_a_run_s_are_left_alone(tmp_path):
+    dead = another_run(tmp_path, name="a", age_seconds=1e4)
+    (tmp_path / "thesis").mkdir()
+    theirs = [tmp_path / "notes.txt", tmp_path / "thesis" / "chapter.txt", tmp_path / CLAIMS / "list.txt"]
+    for path in theirs:
+        path.write_text("theirs")
+    ours = FlowClaims(tmp_path)
+    assert ours.take("a") is None
+    ours.end()
+    assert not (tmp_path / dead).exists()
+    assert [path.read_text() for path in theirs] == ["theirs"] * 3
+
+
 @pytest.mark.parametrize(("age_seconds", "is_taken"), [(0, False), (1e4, True)])
 def test_a_run_of_another_machine_is_known_by_its_signs_of_life(tmp_path, age_seconds, is_taken):
     run = another_run(tmp_path, name="a", age_seconds=age_seconds)

@@ -135,6 +135,22 @@ def test_other_parameters_and_files_of_others_are_refused(videos, tmp_path):
     assert out.read_bytes() == before
 
 
+def test_other_people_s_files_are_neither_packed_over_nor_deleted(videos, tmp_path):
+    out, parts = tmp_path / "frames.h5", tmp_path / "frames.h5.parts"
+    parts.mkdir()
+    notes = parts / "notes.h5"
+    notes.write_text("theirs")
+    error = refused(*command(videos, out))
+    assert error.endswith(f"{parts} holds other things, such as notes.h5; name another file with -o")
+    assert [path.name for path in parts.iterdir()] == ["notes.h5"]
+    notes.rename(tmp_path / "notes.h5")
+    assert call(*command(videos, out, "--set", "data.max_pixels=64")).code == 2
+    (tmp_path / "notes.h5").rename(notes)  # put there after it was begun
+    call_ok(*command(videos, out))
+    assert [path.name for path in parts.iterdir()] == ["notes.h5"]
+    assert notes.read_text() == "theirs"
+
+
 def test_a_damaged_part_is_deleted_and_packed_again(videos, tmp_path):
     out, parts = tmp_path / "frames.h5", tmp_path / "frames.h5.parts"
     call_ok(*command(videos, tmp_path / "undisturbed.h5"))
