@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -153,17 +153,18 @@ def _sizes(form: str, options: dict[str, Any]) -> "Sizes | None":
 def _probed_sizes(recipe: TeacherRecipe) -> "Sizes":
     from mmkd.cache_tools.frames.clip_set import ClipSet
     from mmkd.cache_tools.frames.probe import probe_all
+    from mmkd.pipeline.detections.records import ids_of_videos
 
     data = ClipSet(recipe.data)
-    videos = list(dict.fromkeys(clip.video for clip in data.manifest.clips))
+    ids = ids_of_videos(clip.video for clip in data.manifest.clips)
+    videos = list(ids.values())
     with Progress("probing videos", total=len(videos), unit="video") as progress:
         found = probe_all(
             data.source, videos, store=data.facts_folder, workers=recipe.data.workers, progress=progress.advance
         )
-    by_id = {PurePosixPath(video).stem: facts for video, facts in found.items()}
 
     def size(video: str) -> tuple[int, int] | None:
-        facts = by_id.get(video)
+        facts = found[ids[video]] if video in ids else None
         if isinstance(facts, VideoError):
             raise facts
         return None if facts is None else (facts.width, facts.height)

@@ -19,10 +19,10 @@ from mmkd.cache_tools.frames.records import IntArray, VideoFacts
 from mmkd.cache_tools.frames.source import frame_interval_seconds
 from mmkd.cache_tools.process.interrupt import StopRequest, stop_on_signals
 from mmkd.cache_tools.process.progress import Progress
-from mmkd.data_manifests.errors import InputError, VideoError
+from mmkd.data_manifests.errors import VideoError
 from mmkd.pipeline.detecting.detector import Detector, FrameFindings
 from mmkd.pipeline.detecting.detector_params import DetectorParams
-from mmkd.pipeline.detections.records import Unusable, VideoDetections
+from mmkd.pipeline.detections.records import Unusable, VideoDetections, ids_of_videos
 from mmkd.pipeline.detections.table import DetectionTable
 from mmkd.pipeline.detections.table_writer import TableReport, write_table
 from mmkd.pipeline.pack.parts import part_name, parts_folder
@@ -36,12 +36,10 @@ def detect_videos(clip_set: ClipSet, out: Path, params: DetectorParams, device: 
     Raises InputError for a file that is there, for parts of other parameters and for a second run at work;
     StorageError when the machine cannot; InterruptedByUserError after a clean stop.
     """
-    videos = list(dict.fromkeys(clip.video for clip in clip_set.manifest.clips))
-    if len({PurePosixPath(video).stem for video in videos}) < len(videos):
-        raise InputError("two videos of the manifest have one name in different folders; a table holds one of them")
+    videos = ids_of_videos(clip.video for clip in clip_set.manifest.clips)
     detector = Detector(params, device)
     with parts_folder(out, params.identity()) as (parts, lock):
-        found = _detected(clip_set, videos, parts, detector)
+        found = _detected(clip_set, list(videos.values()), parts, detector)
         lock.check()
         return write_table(out, found, params.identity(), kept=KEPT)
 

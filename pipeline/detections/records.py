@@ -1,10 +1,13 @@
 """One video's detections as flat arrays, as every reader gives them and the table stores them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import numpy as np
 
 from mmkd.cache_tools.frames.records import Float32Array, Float64Array, IntArray, UInt8Array
+from mmkd.data_manifests.errors import InputError
 
 HAND, OBJECT = 1, 2
 UNKNOWN = 0
@@ -72,3 +75,18 @@ class Unusable:
     def fault(self) -> str:
         """Return why, as `VideoDetections.fault` does."""
         return self.reason
+
+
+def ids_of_videos(videos: Iterable[str]) -> dict[str, str]:
+    """Return id -> path of videos, the id being the file's name without folder and ending, as in a table.
+
+    Raises InputError where two videos would have one id.
+    """
+    ids: dict[str, str] = {}
+    for video in videos:
+        name = PurePosixPath(video).stem
+        if ids.setdefault(name, video) != video:
+            raise InputError(
+                f"{ids[name]} and {video} of the manifest have one name, {name!r}; a table of boxes holds one"
+            )
+    return ids

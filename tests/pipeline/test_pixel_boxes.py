@@ -151,3 +151,17 @@ def test_a_file_that_is_not_the_authors_is_refused(tmp_path, text, says):
 def test_sizes_come_from_one_place(written, tmp_path, options, says):
     source = written({"v": [frame(1, label("hand", 0, 0, 10, 10))]})
     assert says in refused(*convert("something-else", source, *options, "-o", tmp_path / "t.h5"))
+
+
+def test_two_videos_of_one_name_are_refused(written, tmp_path):
+    source = written({"v": [frame(1, label("hand", 0, 0, 10, 10))]})
+    clips = tuple(Clip(part, f"{part}/v.webm", "train", {"action": 0}) for part in "ab")
+    save_manifest(Manifest("d", (Head("action", ("a", "b")),), clips), tmp_path / "m.jsonl")
+    data = ("--manifest", tmp_path / "m.jsonl", "--videos", tmp_path, "--workers", 0)
+    error = refused(*convert("something-else", source, *data, "-o", tmp_path / "t.h5"))
+    assert "a/v.webm and b/v.webm of the manifest have one name, 'v'" in error
+    assert not (tmp_path / "t.h5").exists()
+    data = (*data, "--weights", source, "--network", "fasterrcnn_resnet50_fpn", "--hand", 1)
+    assert "a/v.webm and b/v.webm of the manifest have one name" in refused(
+        "mmkd-cache", "detect", *data, "-o", tmp_path / "d.h5"
+    )
