@@ -166,11 +166,13 @@ def decoder_of(splits: Iterable[ClipVideos]) -> str:
 
 
 NUMBERS = re.compile(r"\d[\d.]*")
+CLIP = re.compile(r"^clip '[^']*': ")
 
 
 def kind_of(reason: str) -> str:
-    """Return what reasons of one kind share: "frames of 9 x 9 pixels; ..." is "frames of N x N pixels"."""
-    return NUMBERS.sub("N", re.split("[:;]", reason)[0])
+    """Return what reasons of one kind share: "clip '7': frames of 9 x 9 pixels; ..." is "frames of N x N
+    pixels"."""
+    return NUMBERS.sub("N", re.split("[:;]", CLIP.sub("", reason))[0])
 
 
 def unusable_line(splits: Iterable[ClipVideos]) -> str | None:

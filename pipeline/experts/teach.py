@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideo
+from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideo, kind_of
 from mmkd.cache_tools.process.interrupt import stop_on_signals
 from mmkd.cache_tools.process.pool import run_tasks
 from mmkd.cache_tools.process.progress import Progress
@@ -245,8 +246,8 @@ def expert_data(
         reason = f"the first reason: {reasons[0]}" if reasons else "all are held out; lower held_out.fraction"
         raise InputError(f"no clip is left for a {expert.modality} expert; {reason}")
     if reasons:
-        total = counted(len(items), "clip")
-        log.warning("%d of %s are left out; the first reason: %s", len(reasons), total, reasons[0])
+        kinds = "; ".join(f"{kind}: {count}" for kind, count in Counter(map(kind_of, reasons)).most_common())
+        log.warning("%d of %s are left out (%s)", len(reasons), counted(len(items), "clip"), kinds)
     return ExpertData(view_dataset(recipe, expert, clip_set, clips=clips, boxes=boxes, device=device), len(reasons))
 
 
