@@ -19,7 +19,7 @@ from mmkd.cache_tools.frames.packets import Limits
 from mmkd.cache_tools.frames.records import ClipFrames, Float64Array, IntArray, UInt8Array, VideoFacts
 from mmkd.cache_tools.frames.source import DECODER_RULES, DEFAULT_LIMITS, VideoFiles, check_indices
 from mmkd.cache_tools.frames.still_files import TAR_SUFFIX, FolderFrames, TarFrames
-from mmkd.cache_tools.frames.stills import RATE_ADVICE, STILL_RULES, STILLS, StillFrames, still_size
+from mmkd.cache_tools.frames.stills import FOLDER, RATE_ADVICE, STILL_RULES, STILLS, StillFrames, still_size
 from mmkd.cache_tools.frames.video_paths import ADVICE, Links, reading, video_path
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.data_manifests.manifest import FrameRate
@@ -102,7 +102,9 @@ class DataFrames:
         with reading_stills(path):
             stills = self._open(path, video)
             if stills.kind != facts.decoder or stills.identity() != facts.identity:
-                raise VideoError("the video has changed since it was probed; run the command again")
+                # A folder's own time does not change with the pictures in it, so only a touch has it probed again.
+                advice = f"`touch {path}`, and run" if stills.kind == FOLDER else "run"
+                raise VideoError(f"the video has changed since it was probed; {advice} the command again")
             for index, frame in zip(
                 frame_indices.tolist(), stills.decoded(frame_indices, self.limits), strict=True
             ):

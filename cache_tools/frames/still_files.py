@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mmkd.cache_tools.frames.stills import FOLDER, TAR, StillFrames
+from mmkd.cache_tools.frames.stills import FOLDER, MAX_FRAME_BYTES, TAR, StillFrames
 from mmkd.data_manifests.errors import VideoError
 from mmkd.data_manifests.regular_file import open_regular, read_regular
 
@@ -23,7 +23,6 @@ TAR_SUFFIX = ".tar"
 BLOCK_BYTES = 512
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7z": "unxz", b"(\xb5/": "unzstd"}
 """First bytes of a compressed file -> what unpacks it."""
-MAX_FRAME_BYTES = 2**28
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -145,6 +144,8 @@ def tar_members(path: Path) -> dict[str, tuple[int, int]]:
     try:
         with tarfile.open(path, "r:", errorlevel=1) as archive:
             for member in archive:
+                if member.size < 0:  # tarfile would step back, and come by for ever
+                    raise VideoError(f"the header of {member.name} is damaged: its size is {member.size}")
                 if member.isreg() and member.size <= MAX_FRAME_BYTES:
                     members[member.name] = member.offset_data, member.size
                 if member.offset_data + member.size > size:

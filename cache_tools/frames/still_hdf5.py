@@ -1,8 +1,8 @@
 """Frames as pictures in one HDF5 file: in the two forms of Radevski et al., and in one that keeps their times.
 
-    h5[video]                     dataset of pictures, one string of bytes each (variable or fixed length, or
-    opaque) h5[video][narration][frame]   groups, in which each frame is a dataset of its bytes, named by its number
-    from 0 h5[video]/frames              the first form in a group, beside `times_seconds` and `crc32` of each frame
+    h5[video]                     pictures, one string of bytes each (variable or fixed length, or opaque)
+    h5[video][narration][frame]   groups, in which each frame is a dataset of its bytes, named from 0
+    h5[video]/frames              the first form in a group, beside `times_seconds` and `crc32` of each frame
 
 A clip's `video` names its dataset or group, with or without the ending of a video file. Nothing leads out of the
 file: external links and storage are refused.
@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from mmkd.cache_tools.frames.records import Float64Array
-from mmkd.cache_tools.frames.stills import HDF5, StillFrames
+from mmkd.cache_tools.frames.stills import HDF5, MAX_FRAME_BYTES, MAX_FRAMES, StillFrames
 from mmkd.data_manifests.errors import VideoError
 from mmkd.data_manifests.regular_file import open_regular
 
@@ -69,11 +69,13 @@ class Hdf5Frames(StillFrames):
             raise VideoError(f"video not found: {video}")
         try:
             if isinstance(node, h5py.Group) and PICTURES in node:
-                parts = {name: _inside(node, name) for name in (PICTURES, TIMES, CHECKSUMS) if name in node}
-                pictures = _list_of_pictures(parts.pop(PICTURES), video)
-                return cls(pictures, (), {name: part[()] for name, part in parts.items()})
+                pictures = list_of_pictures(inside(node, PICTURES), video)
+                stored = {
+                    name: _value_for_each(node, name, pictures) for name in (TIMES, CHECKSUMS) if name in node
+                }
+                return cls(pictures, (), stored)
             if isinstance(node, h5py.Dataset):
-                return cls(_list_of_pictures(node, video), (), {})
+                return cls(list_of_pictures(node, video), (), {})
             return cls(node, _frame_names(node), {})
         except (RuntimeError, OSError, ValueError, KeyError) as error:
             raise VideoError(f"{video!r} cannot be read: {error}") from error
@@ -86,12 +88,11 @@ class Hdf5Frames(StillFrames):
     def read(self, frame: int) -> bytes:
         """Return a frame's bytes; VideoError where they are not what their checksum says."""
         try:
-            value = self.node[self.names[frame]][()] if self.names else self.node[frame]
-            data = picture_bytes(value)
+            data = own_picture(self.node, self.names[frame]) if self.names else picture_bytes(self.node[frame])
         except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
             raise VideoError(f"frame {self.name(frame)} cannot be read: {error}") from error
         checksums = self.stored.get(CHECKSUMS)
-        if checksums is not None and (len(checksums) != self.count or zlib.crc32(data) != int(checksums[frame])):
+        if checksums is not None and zlib.crc32(data) != int(checksums[frame]):
             raise VideoError(f"frame {self.name(frame)} is damaged: its checksum differs")
         return data
 
@@ -108,12 +109,7 @@ class Hdf5Frames(StillFrames):
         if TIMES not in self.stored:
             return None
         times = np.asarray(self.stored[TIMES], np.float64)
-        if (
-            times.shape != (self.count,)
-            or not np.isfinite(times).all()
-            or (np.diff(times) <= 0).any()
-            or times[0] < 0
-        ):
+        if not np.isfinite(times).all() or (np.diff(times) <= 0).any() or times[0] < 0:
             raise VideoError("its stored times are not ascending, one for each frame")
         return times
 
@@ -130,25 +126,51 @@ def find_node(file: h5py.File, video: str) -> Any:
             if not isinstance(node, h5py.Group) or part not in node:
                 node = None
                 break
-            node = _inside(node, part)
+            node = inside(node, part)
         if isinstance(node, h5py.Group | h5py.Dataset):
             return node
     return None
 
 
-def _inside(group: h5py.Group, name: str) -> Any:
+def inside(group: h5py.Group, name: str) -> Any:
     """Return a group's member; VideoError for a link that leads elsewhere."""
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         raise VideoError(f"{name} is a link; only what lies in the file itself is read")
     return group[name]
 
 
-def _list_of_pictures(node: Any, video: str) -> Any:
+def _stored_here(node: Any) -> bool:
+    """Return whether a node is a dataset whose bytes lie in its own file."""
+    return isinstance(node, h5py.Dataset) and not node.external and not node.is_virtual
+
+
+def list_of_pictures(node: Any, name: str) -> Any:
     """Return a dataset of pictures; VideoError for anything else, and for data outside of the file."""
-    own = isinstance(node, h5py.Dataset) and node.ndim == 1 and bool(node.shape[0])
-    if not own or node.external or node.is_virtual:
-        raise VideoError(f"{video!r} is no list of pictures")
+    if not _stored_here(node) or node.ndim != 1 or not 0 < node.shape[0] <= MAX_FRAMES:
+        raise VideoError(f"{name!r} is no list of pictures")
+    if node.dtype.itemsize > MAX_FRAME_BYTES:
+        raise VideoError(
+            f"each picture of {name!r} takes {node.dtype.itemsize} bytes; the limit is {MAX_FRAME_BYTES}"
+        )
     return node
+
+
+def own_picture(group: h5py.Group, name: str) -> bytes:
+    """Return the bytes of a picture that is a member of a group; VideoError for data outside of the file."""
+    node = inside(group, name)
+    if not _stored_here(node):
+        raise VideoError(f"{name} is no picture that lies in the file itself")
+    if (size := node.dtype.itemsize * (node.size or 0)) > MAX_FRAME_BYTES:
+        raise VideoError(f"{name} takes {size} bytes; the limit is {MAX_FRAME_BYTES}")
+    return picture_bytes(node[()])
+
+
+def _value_for_each(group: h5py.Group, name: str, pictures: Any) -> Any:
+    """Return a group's member of a number for each picture; VideoError for anything else."""
+    node = inside(group, name)
+    if not _stored_here(node) or node.shape != pictures.shape or node.dtype.kind not in "fiu":
+        raise VideoError(f"{name} is no list of numbers in the file itself, one for each frame")
+    return node[()]
 
 
 def _frame_names(group: h5py.Group) -> tuple[str, ...]:

@@ -25,6 +25,10 @@ SIZE_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 """Markers of JPEG segments that begin with a frame's size (SOF0 to SOF15)."""
 SAMPLED_FRAMES = 64
 """Frames whose sizes tell a folder from one that was encoded again."""
+MAX_FRAME_BYTES = 2**28
+"""Size of a picture's file above which it is refused unread."""
+MAX_FRAMES = 2**24
+"""Frames of one video, 77 hours at 60 a second: a file may claim more than memory holds."""
 FOLDER, TAR, HDF5 = "stills folder", "stills tar", "stills hdf5"
 STILLS = frozenset((FOLDER, TAR, HDF5))
 """Decoders, as facts name them, of frames that are pictures: what holds them."""

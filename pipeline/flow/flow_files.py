@@ -4,12 +4,10 @@ store.
     layout       a video's files                                         field of native frame i, at t seconds
     denseflow    flow_x_00000.jpg, flow_y_00000.jpg                      i
     mmaction     x_00001.jpg, y_00001.jpg                                i
-    epic         u/frame_0000000001.jpg, v/..., in a folder or a tar     t times the nominal rate (60 a second; 50
-    of
-                                                                         PXX_1YY), whatever rate the video has
+    epic         u/frame_0000000001.jpg, v/..., in a folder or a tar     t times the nominal rate: 60 a second, 50
+                                                                         of PXX_1YY, whatever rate the video has
     hdf5         flow_x, flow_y: pictures, of `mmkd-cache flow`          i
-    interleaved  h5[video][narration][2 k], [2 k + 1], the authors'      k = i counted from the segment's first
-    frame
+    interleaved  h5[video][narration][2 k], [2 k + 1], the authors'      k = i from the segment's first frame
 
 Where only every `stride`-th frame has a field (EPIC-55: 2), it is that of the frame before. Codes are 8 bits of
 values within ±bound: v = code / 255 * 2 b - b, so that 128, the code of rest, is b / 255. Vectors stay in pixels of
@@ -32,9 +30,17 @@ import torch
 from mmkd.cache_tools.frames.clip_set import ClipVideo
 from mmkd.cache_tools.frames.records import Float32Array, IntArray
 from mmkd.cache_tools.frames.still_files import tar_members
-from mmkd.cache_tools.frames.still_hdf5 import find_node, open_frames_file, picture_bytes
+from mmkd.cache_tools.frames.still_hdf5 import (
+    find_node,
+    inside,
+    list_of_pictures,
+    open_frames_file,
+    own_picture,
+    picture_bytes,
+)
+from mmkd.cache_tools.frames.stills import still_size
 from mmkd.data_manifests.counted import counted
-from mmkd.data_manifests.errors import StorageError, VideoError
+from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.data_manifests.regular_file import open_regular, read_regular
 from mmkd.pipeline.flow.conventions import codes_of_jpeg, flow_of_codes
 from mmkd.pipeline.flow.file_names import NAMES, FlowName, pair_number
@@ -45,6 +51,11 @@ KEPT_VIDEOS = 16
 """Videos whose files' list is kept in a process: clips of a long video follow each other."""
 NOMINAL_TOLERANCE = 0.02
 """Share by which the number of official frames may miss duration times nominal rate."""
+
+
+LAST_FIELDS = 3
+"""Fields that may be missing at the end beside those of the step: the last one that is there stands for them."""
+MAX_FIELD_PIXELS = 2**26
 
 
 class VideoFlow(ABC):
@@ -116,7 +127,7 @@ class Hdf5Flow(VideoFlow):
         """Take a video's group; ValueError where it is of no known form."""
         self._u = self._v = None
         if "flow_x" in node and "flow_y" in node:
-            self._u, self._v = node["flow_x"], node["flow_y"]
+            self._u, self._v = (list_of_pictures(inside(node, name), name) for name in ("flow_x", "flow_y"))
             self.count = int(self._u.shape[0])
             if self._v.shape != self._u.shape:
                 raise ValueError("flow_x and flow_y have different lengths")
@@ -133,7 +144,15 @@ class Hdf5Flow(VideoFlow):
         """Return the pictures of u and v of a field."""
         if self._u is not None and self._v is not None:
             return picture_bytes(self._u[field]), picture_bytes(self._v[field])
-        return picture_bytes(self._node[str(2 * field)][()]), picture_bytes(self._node[str(2 * field + 1)][()])
+        return own_picture(self._node, str(2 * field)), own_picture(self._node, str(2 * field + 1))
+
+
+def bounded(picture: bytes) -> bytes:
+    """Return a picture's bytes; ValueError where it states a size that no field has."""
+    size = still_size(picture)
+    if size.width * size.height > MAX_FIELD_PIXELS:
+        raise ValueError(f"a picture of {size.width} x {size.height}; the limit is {MAX_FIELD_PIXELS} pixels")
+    return picture
 
 
 def count_fields(found: dict[str, set[int]], first: int) -> int:
@@ -182,11 +201,14 @@ class FlowFiles:
         """
         flow = self._open(item)
         check_count(flow.count, item, self.files, self.recipe.step)
-        fields = field_numbers(starts, item, self.files).clip(0, flow.count - 1)
+        fields = field_numbers(starts, item, self.files)
+        if (last := int(fields.max())) >= flow.count + LAST_FIELDS + self.recipe.step:
+            raise FlowMissingError(f"its flow ends with field {flow.count - 1}; this clip needs field {last}")
+        fields = fields.clip(0, flow.count - 1)
         read: dict[int, np.ndarray[Any, Any]] = {}
         with self._faults(item):
             for field in np.unique(fields).tolist():
-                read[field] = np.stack([codes_of_jpeg(part) for part in flow.planes(field)])
+                read[field] = np.stack([codes_of_jpeg(bounded(part)) for part in flow.planes(field)])
             codes = np.stack([read[field] for field in fields.tolist()])
         values: Float32Array = flow_of_codes(torch.from_numpy(codes), bound_px=self.files.bound_px).numpy()
         return values
@@ -309,14 +331,21 @@ def check_count(count: int, item: ClipVideo, files: FlowFilesRecipe, step: int) 
 
 
 def flow_digest(files: FlowFiles, items: Iterable[ClipVideo]) -> str:
-    """Return a hash over the flow of all videos that a build reads: of its content, never of its path."""
+    """Return a hash over the flow of all videos that a build reads: of its content, never of its path.
+
+    Raises InputError where no video has flow there: another folder was meant, or its disk is not there.
+    """
     found: dict[str, str] = {}
+    first = ""
     for item in items:
         key = f"{item.clip.video} {item.clip.clip_id if files.files.layout == 'interleaved' else ''}"
         if key not in found:
             try:
                 found[key] = files.check(item)
-            except FlowMissingError:
+            except FlowMissingError as error:
                 found[key] = ""
+                first = first or f"{item.clip.video}: {error}"
+    if found and not any(found.values()):
+        raise InputError(f"no video has flow in {files.files.path} (flow.files.path); the first, {first}")
     text = "\n".join(f"{key} {value}" for key, value in sorted(found.items()))
     return hashlib.sha256(text.encode()).hexdigest()

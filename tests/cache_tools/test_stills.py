@@ -17,7 +17,7 @@ from mmkd.cache_tools.frames.data_frames import WITH_STILLS, DataFrames, decoder
 from mmkd.cache_tools.frames.packets import Limits
 from mmkd.cache_tools.frames.probe import probe_all
 from mmkd.cache_tools.frames.source import DECODER_RULES, DEFAULT_LIMITS, VideoFiles
-from mmkd.cache_tools.frames.still_files import in_order
+from mmkd.cache_tools.frames.still_files import BLOCK_BYTES, in_order
 from mmkd.cache_tools.frames.stills import decode_still, still_size
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.data_manifests.manifest import FrameRate
@@ -356,6 +356,73 @@ def test_stored_times_and_checksums_of_a_packed_file_are_used(tmp_path):
     damaged = source_of(tmp_path / "other", ())
     with pytest.raises(VideoError, match="frame 5 is damaged: its checksum differs"):
         damaged.probe("74225.webm")
+
+
+def test_nothing_in_an_hdf5_file_leads_out_of_it_or_claims_more_than_memory(tmp_path):
+    """A frame, or the times, stored in another file, put together from one, or of petabytes."""
+    one_level(tmp_path, "vlen uint8")
+    secret = np.frombuffer(FRAMES[0], np.uint8)
+    (tmp_path / "secret.jpg").write_bytes(secret)
+    (tmp_path / "times").write_bytes(np.arange(COUNT, dtype=float))
+    with h5py.File(tmp_path / "virtual.h5", "w") as file:
+        file["a"] = secret
+    elsewhere = h5py.VirtualLayout(secret.shape, np.uint8)
+    elsewhere[:] = h5py.VirtualSource(tmp_path / "virtual.h5", "a", secret.shape)
+    with h5py.File(tmp_path / "frames.h5", "r+") as file:
+        for name, part in (("times", "times_seconds"), ("claims", "times_seconds"), ("sums", "crc32")):
+            file.copy("74225", f"{name}/frames")
+            external = (
+                {"external": [(tmp_path / "times", 0, 8 * COUNT)]} if name != "claims" else {"chunks": (1024,)}
+            )
+            shape = (2**45,) if name == "claims" else (COUNT,)
+            file[name].create_dataset(part, shape, "f8" if name != "sums" else "u4", **external)
+        at = [(tmp_path / "secret.jpg", 0, len(secret))]
+        file.create_dataset("external/0", secret.shape, np.uint8, external=at)
+        file.create_group("virtual").create_virtual_dataset("0", elsewhere)
+        file.create_dataset("huge/0", (2**45,), np.uint8, chunks=(2**16,))
+        file.create_dataset("many", (2**45,), h5py.vlen_dtype(np.uint8), chunks=(2**10,))
+        file["nothing/0"] = h5py.Empty("u1")
+    source = source_of(tmp_path)
+    for video, message in (
+        ("times", "times_seconds is no list of numbers in the file itself"),
+        ("claims", "times_seconds is no list of numbers in the file itself, one for each frame"),
+        ("sums", "crc32 is no list of numbers in the file itself"),
+        ("external", "0 is no picture that lies in the file itself"),
+        ("virtual", "0 is no picture that lies in the file itself"),
+        ("huge", f"0 takes {2**45} bytes"),
+        ("many", "is no list of pictures"),
+        ("nothing", "frame 0 cannot be read"),
+    ):
+        with pytest.raises(VideoError, match=message):
+            source.probe(video)
+
+
+@pytest.mark.parametrize("size", [-1, -BLOCK_BYTES, -2 * BLOCK_BYTES])
+def test_a_header_that_points_back_ends_the_archive(tmp_path, size):
+    good, bad = tarfile.TarInfo("1.jpg"), tarfile.TarInfo("2.jpg")
+    good.size = len(FRAMES[0])
+    header = bytearray(bad.tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = b"\xff" + (256**11 + size).to_bytes(11, "big")  # base 256, as GNU tar writes large sizes
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    padding = b"\0" * (-len(FRAMES[0]) % BLOCK_BYTES)
+    data = good.tobuf(tarfile.USTAR_FORMAT) + FRAMES[0] + padding + header + b"\0" * 2 * BLOCK_BYTES
+    (tmp_path / "v.tar").write_bytes(data)
+    with pytest.raises(VideoError, match=f"the header of 2.jpg is damaged: its size is {size}"):
+        source_of(tmp_path).probe("v.tar")
+
+
+def test_pictures_encoded_again_in_their_folder_are_noticed_and_can_be_probed(tmp_path):
+    name = folder(tmp_path)
+    source = source_of(tmp_path)
+    facts, stamp = source.probe(name), source.stamp(name)
+    for number, path in enumerate(sorted((tmp_path / name).iterdir())):
+        path.write_bytes(encoded(number, quality=30))
+    with pytest.raises(VideoError, match=f"changed since it was probed; `touch {tmp_path / name}`, and run"):
+        source.read(name, np.array([0]), facts)
+    os.utime(tmp_path / name)
+    assert source.stamp(name) != stamp
+    source.read(name, np.array([0]), source.probe(name))
 
 
 def test_what_is_no_folder_and_no_hdf5_file(tmp_path):

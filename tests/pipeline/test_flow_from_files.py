@@ -3,6 +3,7 @@ says so."""
 
 import io
 import shutil
+import struct
 import tarfile
 
 import cv2
@@ -14,9 +15,10 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.clip_set import ClipVideo
 from mmkd.cache_tools.frames.records import ClipFacts, VideoFacts
 from mmkd.cache_tools.layout import Status
+from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip
 from mmkd.data_manifests.manifest_file import load_manifest
-from mmkd.pipeline.flow.flow_files import FlowFiles, field_numbers
+from mmkd.pipeline.flow.flow_files import FlowFiles, field_numbers, flow_digest
 from mmkd.pipeline.missing import FlowMissingError
 from mmkd.pipeline.recipe import FlowFilesRecipe, FlowRecipe
 from tests.helpers.in_process import call, call_ok, refused
@@ -199,6 +201,57 @@ def test_links_out_of_an_hdf5_file_are_refused(tmp_path):
         file["P01_11"] = h5py.ExternalLink("other.h5", "/P01_11")
     with pytest.raises(FlowMissingError, match="is a link"):
         files_of(tmp_path, "interleaved").check(item())
+
+
+def test_links_of_single_planes_out_of_an_hdf5_file_are_refused(tmp_path):
+    ours_hdf5(tmp_path, FRAMES - 1)
+    (tmp_path / "flow.h5").rename(tmp_path / "other.h5")
+    with h5py.File(tmp_path / "flow.h5", "w") as file:
+        for axis in "xy":
+            path = f"P01/videos/P01_11/flow_{axis}"
+            file[path] = h5py.ExternalLink("other.h5", path)
+        for number in range(2 * (FRAMES - 1)):
+            file[f"P01_11/P01_11_0/{number}"] = h5py.ExternalLink("other.h5", "/P01/videos/P01_11/flow_x")
+    for layout in ("hdf5", "interleaved"):
+        with pytest.raises(FlowMissingError, match="is a link"):
+            files_of(tmp_path, layout).read(item(), np.array([0]))
+
+
+@pytest.mark.parametrize("value", [3, h5py.Empty("f"), np.zeros((FRAMES - 1, 4)), None])
+def test_an_hdf5_file_of_other_things_is_told(tmp_path, value):
+    with h5py.File(tmp_path / "flow.h5", "w") as file:
+        for axis in "xy":
+            name = f"P01/videos/P01_11/flow_{axis}"
+            file.create_group(name) if value is None else file.create_dataset(name, data=value)
+    with pytest.raises(FlowMissingError, match="'flow_x' is no list of pictures"):
+        files_of(tmp_path, "hdf5").read(item(), np.array([0]))
+
+
+def test_flow_that_ends_early_is_not_stretched_over_the_last_clips(tmp_path):
+    """35 fields of 2,000 are within what official numbers may miss; a clip at the end has none, all the same."""
+    epic(tmp_path, 1964)
+    flow = files_of(tmp_path, "epic")
+    flow.read(item(frames=2000, first=1900, count=20), np.array([1919]))
+    with pytest.raises(FlowMissingError, match="its flow ends with field 1963; this clip needs field 1998"):
+        flow.read(item(frames=2000, first=1980, count=20), np.array([1980, 1998]))
+
+
+def test_a_picture_of_a_size_that_no_field_has_is_refused_undecoded(tmp_path):
+    denseflow(tmp_path, FRAMES - 1)
+    picture = bytearray(jpeg(0))
+    place = picture.index(b"\xff\xc0") + 5
+    picture[place : place + 4] = struct.pack(">HH", 60000, 60000)
+    (tmp_path / "P01" / "videos" / "P01_11" / "flow_x_00003.jpg").write_bytes(picture)
+    with pytest.raises(FlowMissingError, match="a picture of 60000 x 60000"):
+        files_of(tmp_path, "denseflow").read(item(), np.array([3]))
+
+
+def test_no_flow_at_all_ends_a_build_before_it_begins(tmp_path):
+    (tmp_path / "unmounted").mkdir()
+    flow = files_of(tmp_path / "unmounted", "denseflow")
+    with pytest.raises(InputError, match=r"no video has flow in .*unmounted \(flow.files.path\); the first, P01/"):
+        flow_digest(flow, [item()])
+    assert flow_digest(flow, []) != ""
 
 
 def test_the_identity_is_the_content_and_never_the_path(tmp_path):
