@@ -37,7 +37,7 @@ from mmkd.pipeline.drift.sample import Sampled, draw_sample, stored_logits
 from mmkd.pipeline.experts.expert import Expert
 from mmkd.pipeline.inputs.boxes import BoxFile, boxes_fields, open_boxes
 from mmkd.pipeline.inputs.expert_views import Inputs
-from mmkd.pipeline.inputs.modalities import MODALITIES, ViewedClip, looks_at, needs_boxes, needs_flow
+from mmkd.pipeline.inputs.modalities import MODALITIES, ViewedClip, looks_at, needs_boxes, needs_flow, open_flow
 from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, PreparedClip, prepare_clip, with_flow
 from mmkd.pipeline.missing import InputMissingError
 from mmkd.pipeline.recipe import TeacherRecipe
@@ -172,8 +172,10 @@ class Comparison:
     def _job(self, clip_set: ClipSet, item: ClipVideo, positions: Sequence[int]) -> ClipJob:
         flow, looks = None, [(expert.modality, expert.card.look) for expert in self._experts]
         if needs_flow(expert.modality for expert in self._experts):
-            # Never from the scratch store: what lies there may be what drifted.
-            flow = FlowJob(self._recipe.flow, None, self._experts[0].device.type, looks_at("flow", looks))
+            # Never from the scratch store, where what drifted may lie; a user's files are what the build read.
+            device = self._experts[0].device
+            store = open_flow(self._recipe, str(device)) if self._recipe.flow.files else None
+            flow = FlowJob(self._recipe.flow, store, device.type, looks_at("flow", looks))
         further, size_px = looks_at("rgb", looks, beyond_canonical=True), self._recipe.views.size_px
         return ClipJob(clip_set.source, item, self._views(positions), size_px, flow, further)
 
