@@ -4,8 +4,11 @@ store.
     layout       a video's files                                         field of native frame i, at t seconds
     denseflow    flow_x_00000.jpg, flow_y_00000.jpg                      i
     mmaction     x_00001.jpg, y_00001.jpg                                i
-    epic         u/frame_0000000001.jpg, v/..., in a folder or a tar     t times the nominal rate: 60 a second, 50
-                                                                         of PXX_1YY, whatever rate the video has
+    epic         u/frame_0000000001.jpg, v/..., in a folder or a tar     i where there are as many as the video's
+    own
+                                                                         frames need, as `mmkd-cache flow` writes
+                                                                         them; else t times the official rate: 60 a
+                                                                         second, 50 of PXX_1YY
     hdf5         flow_x, flow_y: pictures, of `mmkd-cache flow`          i
     interleaved  h5[video][narration][2 k], [2 k + 1], the authors'      k = i from the segment's first frame
 
@@ -15,6 +18,7 @@ the grid that they were computed on. What cannot be known from files: the bound,
 """
 
 import hashlib
+import math
 import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -201,7 +205,8 @@ class FlowFiles:
         """
         flow = self._open(item)
         check_count(flow.count, item, self.files, self.recipe.step)
-        fields = field_numbers(starts, item, self.files)
+        by_frame = is_by_frame(flow.count, item, self.files, self.recipe.step)
+        fields = field_numbers(starts, item, self.files, by_frame=by_frame)
         if (last := int(fields.max())) >= flow.count + LAST_FIELDS + self.recipe.step:
             raise FlowMissingError(f"its flow ends with field {flow.count - 1}; this clip needs field {last}")
         fields = fields.clip(0, flow.count - 1)
@@ -298,9 +303,18 @@ def nominal_rate(video: str) -> float:
     return 50.0 if re.search(r"P\d\d_1\d\d(?!\d)", PurePosixPath(video).name) else 60.0
 
 
-def field_numbers(starts: IntArray, item: ClipVideo, files: FlowFilesRecipe) -> IntArray:
-    """Return which field of a video each native frame has."""
-    if files.layout == "epic":
+def is_by_frame(count: int, item: ClipVideo, files: FlowFilesRecipe, step: int) -> bool:
+    """Return whether a video in EPIC's layout has a field for each native frame, and not for each official one.
+
+    Official frames of a video at 59.94 a second are .1 % more. Where both counts are within one, so are the fields.
+    """
+    pairs = max(0, item.video.frame_count - step)
+    return abs(count - math.ceil(pairs / files.stride)) <= 1
+
+
+def field_numbers(starts: IntArray, item: ClipVideo, files: FlowFilesRecipe, *, by_frame: bool = False) -> IntArray:
+    """Return which field of a video each native frame has; `by_frame` as `is_by_frame` found."""
+    if files.layout == "epic" and not by_frame:
         frames = np.floor(item.video.times_seconds[starts] * nominal_rate(item.clip.video) + 0.5).astype(np.int64)
     elif files.layout == "interleaved":
         frames = starts - item.facts.first_frame
@@ -312,6 +326,8 @@ def field_numbers(starts: IntArray, item: ClipVideo, files: FlowFilesRecipe) -> 
 def check_count(count: int, item: ClipVideo, files: FlowFilesRecipe, step: int) -> None:
     """Raise FlowMissingError, which says which and why, unless there are as many fields as the frames need."""
     if files.layout == "epic":
+        if is_by_frame(count, item, files, step):
+            return
         rate = nominal_rate(item.clip.video)
         frames = (float(item.video.times_seconds[-1]) + 1 / rate) * rate
         slack, said = frames * NOMINAL_TOLERANCE + 2 + step, f"{frames:.0f} frames at the nominal {rate:g} a second"

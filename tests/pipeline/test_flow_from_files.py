@@ -156,6 +156,23 @@ def test_official_flow_is_found_by_time_in_videos_of_other_rates():
 
 
 @pytest.mark.parametrize(
+    ("frames", "fields", "expected"),
+    [(6001, 6000, 5000), (6001, 6006, 5005), (200, 199, 150)],  # by frame, as `mmkd-cache flow`; official; both
+)
+def test_epic_s_layout_counts_frames_where_there_are_as_many_and_time_elsewhere(tmp_path, frames, fields, expected):
+    """Videos at 59.94 frames a second, whose official frames count at 60."""
+    place = tmp_path / "P01" / "flow_frames" / "P01_11"
+    for axis in "uv":
+        (place / axis).mkdir(parents=True)
+        for field in range(fields):
+            value = 3 if field == expected else 0
+            (place / axis / f"frame_{field + 1:010d}.jpg").write_bytes(jpeg(value))
+    own = item(fps=59.94, frames=frames, count=frames)
+    found = files_of(tmp_path, "epic").read(own, np.array([expected if fields != 6006 else 5000]))
+    np.testing.assert_allclose(found, decoded(3), atol=1e-6)
+
+
+@pytest.mark.parametrize(
     ("layout", "fields", "message"),
     [
         ("denseflow", FRAMES - 6, "14 fields of flow, where 20 frames at step 1 and stride 1 need 19"),
@@ -280,10 +297,6 @@ def test_what_the_flow_command_writes_teach_and_build_read(tiny, tmp_path, layou
         "--set",
         "flow.files.bound_px=8",
     )
-    if layout == "epic":  # the demo's videos are not EPIC's, whose rate would be taken for nominal
-        said = refused("mmkd-cache", "teach", "flow", *tiny.stage_one, *files, "-o", tmp_path / "flow-expert")
-        assert "frames at the nominal 60 a second" in said
-        return
     short = ("--set", "experts.flow.train.epochs=1", "--set", "experts.flow.train.warmup_epochs=0")
     call_ok("mmkd-cache", "teach", "flow", *tiny.stage_one, *files, *short, "-o", tmp_path / "expert")
     experts = ("--expert", tmp_path / "expert", "-o", tmp_path / "cache")
