@@ -117,17 +117,20 @@ class ClipSet:
         """Folder for what the probe found: the one asked for, or one beside the manifest."""
         return self.recipe.facts or self.recipe.manifest.with_name(self.recipe.manifest.name + ".facts")
 
+    def probe_videos(self, videos: Iterable[str]) -> dict[str, VideoFacts | VideoError]:
+        """Return the facts of each video, or why it is unusable; StorageError when the machine cannot tell."""
+        names, workers = list(videos), self.recipe.workers
+        with Progress("probing videos", total=len(names), unit="video") as progress:
+            return probe_all(
+                self.source, names, store=self.facts_folder, workers=workers, progress=progress.advance
+            )
+
     def probe(self, clips: Sequence[Clip]) -> ClipVideos:
         """Return the facts of each clip, or why it is unusable.
 
         Raises InputError when none can be read, StorageError when the machine cannot tell.
         """
-        store = self.facts_folder
-        videos = list(dict.fromkeys(clip.video for clip in clips))
-        with Progress("probing videos", total=len(videos), unit="video") as progress:
-            found = probe_all(
-                self.source, videos, store=store, workers=self.recipe.workers, progress=progress.advance
-            )
+        found = self.probe_videos(dict.fromkeys(clip.video for clip in clips))
         result = clip_videos(clips, found, clip_segments=self.recipe.clip_segments)
         errors = [video for video in result.videos if isinstance(video, VideoError)]
         if len(errors) == len(result):

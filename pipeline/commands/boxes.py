@@ -152,16 +152,11 @@ def _sizes(form: str, options: dict[str, Any]) -> "Sizes | None":
 
 def _probed_sizes(recipe: TeacherRecipe) -> "Sizes":
     from mmkd.cache_tools.frames.clip_set import ClipSet
-    from mmkd.cache_tools.frames.probe import probe_all
     from mmkd.pipeline.detections.records import ids_of_videos
 
     data = ClipSet(recipe.data)
     ids = ids_of_videos(clip.video for clip in data.manifest.clips)
-    videos = list(ids.values())
-    with Progress("probing videos", total=len(videos), unit="video") as progress:
-        found = probe_all(
-            data.source, videos, store=data.facts_folder, workers=recipe.data.workers, progress=progress.advance
-        )
+    found = data.probe_videos(ids.values())
 
     def size(video: str) -> tuple[int, int] | None:
         facts = found[ids[video]] if video in ids else None

@@ -14,7 +14,6 @@ import torch
 
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.frames.data_frames import DataFrames
-from mmkd.cache_tools.frames.probe import probe_all
 from mmkd.cache_tools.frames.records import IntArray, VideoFacts
 from mmkd.cache_tools.frames.source import frame_interval_seconds
 from mmkd.cache_tools.process.interrupt import StopRequest, stop_on_signals
@@ -48,14 +47,7 @@ def _detected(
     clip_set: ClipSet, videos: list[str], parts: Path, detector: Detector
 ) -> Iterator[VideoDetections | Unusable]:
     """Write the parts that are not there, then return the detections of all, one at a time."""
-    with Progress("probing videos", total=len(videos), unit="video") as progress:
-        facts = probe_all(
-            clip_set.source,
-            videos,
-            store=clip_set.facts_folder,
-            workers=clip_set.recipe.workers,
-            progress=progress.advance,
-        )
+    facts = clip_set.probe_videos(videos)
     whole: dict[str, Path | str] = {}
     with stop_on_signals() as stop, Progress("detecting", total=len(videos), unit="video") as progress:
         for video in videos:

@@ -18,12 +18,10 @@ from mmkd.data_manifests.errors import InputError
 from mmkd.pipeline.detecting.detector_params import DetectorParams
 from mmkd.pipeline.detections.records import HAND, OBJECT
 from mmkd.student.checkpoints.checkpoint_file import read_state
+from mmkd.student.checkpoints.fit import fit_of
 from mmkd.student.training.devices import reproducible
 
 CLASSES = "roi_heads.box_predictor.cls_score.weight"
-COUNTER = "num_batches_tracked"
-"""Last part of names that a frozen network does not have and nothing uses."""
-SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -96,19 +94,8 @@ def _load(params: DetectorParams) -> tuple[nn.Module, int]:
         box_score_thresh=params.min_score,
         **{key: value for key, value in sizes.items() if value is not None},
     )
-    wanted = network.state_dict()
-    problems = {
-        "missing": sorted(key for key in set(wanted) - set(state) if not key.endswith(COUNTER)),
-        "unknown": sorted(set(state) - set(wanted)),
-        "of another shape": [k for k, v in wanted.items() if k in state and state[k].shape != v.shape],
-    }
-    texts = [
-        f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
-        for what, names in problems.items()
-        if names
-    ]
-    if texts:
-        raise InputError(f"the weights {path} are not those of torchvision's {name}: {'; '.join(texts)}")
+    if problems := fit_of(state, network.state_dict()).problems:
+        raise InputError(f"the weights {path} are not those of torchvision's {name}: {problems}")
     network.load_state_dict(state, strict=False)
     _set_norm_eps(network, norm_eps_of(params))
     return network, classes

@@ -16,6 +16,7 @@ from torchvision.models.optical_flow import RAFT, raft_large, raft_small
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.checkpoints.checkpoint_file import read_state
+from mmkd.student.checkpoints.fit import fit_of
 from mmkd.student.training.devices import reproducible
 
 UPDATES = 12
@@ -24,7 +25,6 @@ MULTIPLE, LEAST = 8, 128
 """Sides are padded to a multiple of 8, and to 128, below which the correlation pyramid has no fourth level."""
 CORRELATION_BYTES = 2**30
 """Memory for the all-pairs correlations of one batch on a GPU; the CPU takes one pair at a time."""
-SHOWN = 3
 
 
 def raft_flow(first: Tensor, second: Tensor, *, weights: Path, updates: int = UPDATES) -> Tensor:
@@ -64,21 +64,10 @@ def _load(path: Path, stamp: tuple[int, int], device: torch.device) -> RAFT:
     state = {name.removeprefix("module."): value for name, value in read_state(path).items()}
     large = any(name.startswith("mask_predictor.") for name in state)  # the small one upsamples bilinearly
     network: RAFT = (raft_large if large else raft_small)(weights=None, progress=False)
-    wanted = network.state_dict()
-    problems = {
-        "missing": sorted(set(wanted) - set(state)),
-        "unknown": sorted(set(state) - set(wanted)),
-        "of another shape": [k for k, v in wanted.items() if k in state and state[k].shape != v.shape],
-    }
-    texts = [
-        f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
-        for what, names in problems.items()
-        if names
-    ]
-    if texts:
+    if problems := fit_of(state, network.state_dict()).problems:
         kind = "raft_large" if large else "raft_small"
-        raise InputError(f"the weights {path} are not those of torchvision's {kind}: {'; '.join(texts)}")
-    network.load_state_dict(state)
+        raise InputError(f"the weights {path} are not those of torchvision's {kind}: {problems}")
+    network.load_state_dict(state, strict=False)  # not strict: counters of batches may be absent
     return network.to(device).eval()
 
 

@@ -28,10 +28,10 @@ from mmkd.pipeline.imports.write_expert import card_fields, write_once
 from mmkd.pipeline.recipe import ExpertRecipe, TeacherRecipe
 from mmkd.student.checkpoints.checkpoint_file import read_checkpoint
 from mmkd.student.checkpoints.containers import Weights
+from mmkd.student.checkpoints.fit import fit_of
 from mmkd.student.key_maps.key_map import Classifier, MappedWeights
 from mmkd.student.key_maps.key_maps import AUTO, map_weights
 from mmkd.student.networks.networks import CHANNELS
-from mmkd.student.networks.pretrained import fit_of
 
 
 @dataclass(frozen=True, kw_only=True)

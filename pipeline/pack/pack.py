@@ -17,7 +17,6 @@ from typing import Any
 import h5py
 
 from mmkd.cache_tools.frames.clip_set import ClipSet
-from mmkd.cache_tools.frames.probe import probe_all
 from mmkd.cache_tools.frames.records import VideoFacts
 from mmkd.cache_tools.frames.still_hdf5 import FRAMES_SCHEMA
 from mmkd.cache_tools.process.interrupt import StopRequest, stop_on_signals
@@ -65,15 +64,7 @@ def pack_videos(clip_set: ClipSet, out: Path, params: PackParams) -> PackReport:
     """
     report = PackReport()
     with parts_folder(out, params.identity()) as (parts, lock):
-        videos = list(dict.fromkeys(clip.video for clip in clip_set.manifest.clips))
-        with Progress("probing videos", total=len(videos), unit="video") as progress:
-            found = probe_all(
-                clip_set.source,
-                videos,
-                store=clip_set.facts_folder,
-                workers=clip_set.recipe.workers,
-                progress=progress.advance,
-            )
+        found = clip_set.probe_videos(dict.fromkeys(clip.video for clip in clip_set.manifest.clips))
         whole = pack_parts(clip_set, parts, found, params, report)
         if not whole:
             raise InputError(f"no video can be read; the first: {next(iter(report.unusable.items()))}")

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.checkpoints.checkpoint_file import read_state
+from mmkd.student.checkpoints.fit import fit_of
 from mmkd.student.network_table import is_own
-from mmkd.student.networks.pretrained import fit_of
 
 
 class DictNetwork(nn.Module):

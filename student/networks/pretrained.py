@@ -3,57 +3,14 @@
 Understands every container of mmkd.student.checkpoints and every project's names in mmkd.student.key_maps.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.checkpoints.checkpoint_file import read_state
+from mmkd.student.checkpoints.fit import fit_of
 from mmkd.student.key_maps.key_maps import map_weights
-
-SHOWN = 3
-COMPUTED = (".num_batches_tracked", ".relative_position_index")
-"""Ends of buffers that a network computes itself; files of old versions of torch lack the first."""
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How a file's parameters and a backbone's compare, by our names."""
-
-    missing: tuple[str, ...]
-    """Of the backbone, and not in the file."""
-    unexpected: tuple[str, ...]
-    """In the file, and not of the backbone."""
-    misshapen: tuple[str, ...]
-    """In both, with other sizes."""
-    computed: tuple[str, ...]
-    """Buffers that the file lacks and the backbone computes."""
-
-    @property
-    def problems(self) -> str:
-        """What does not fit, in words; empty where all does."""
-        groups = (
-            ("missing", self.missing),
-            ("unexpected", self.unexpected),
-            ("of another shape", self.misshapen),
-        )
-        return "; ".join(
-            f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
-            for what, names in groups
-            if names
-        )
-
-
-def fit_of(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> Fit:
-    """Compare a file's parameters with a backbone's state."""
-    absent = sorted(set(wanted) - set(state))
-    return Fit(
-        missing=tuple(name for name in absent if not name.endswith(COMPUTED)),
-        unexpected=tuple(sorted(set(state) - set(wanted))),
-        misshapen=tuple(name for name in wanted if name in state and state[name].shape != wanted[name].shape),
-        computed=tuple(name for name in absent if name.endswith(COMPUTED)),
-    )
 
 
 def load_backbone(backbone: nn.Module, path: Path, *, first_conv: str) -> None:

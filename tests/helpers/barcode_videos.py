@@ -13,6 +13,9 @@ import av
 import numpy as np
 from av.packet import Packet
 
+from mmkd.data_manifests.manifest import Clip, Head, Manifest
+from mmkd.data_manifests.manifest_file import save_manifest
+
 BITS = 10
 BAR = 12  # pixels
 WIDTH, HEIGHT = BITS * BAR + 8, 4 * BAR + 24  # 128 x 72
@@ -149,6 +152,19 @@ def encode(path: Path, sample: Sample, *, first: int = 0, container_options: dic
 
 def write_sample(folder: Path, sample: Sample) -> Path:
     return encode(folder / sample.name, sample)
+
+
+def write_world(root: Path, names: Sequence[str]) -> Path:
+    """Write `videos/` with the named samples and one that is broken, and two manifests: of all, and of the well."""
+    (root / "videos").mkdir()
+    for sample in EXACT:
+        if sample.name in names:
+            write_sample(root / "videos", sample)
+    (root / "videos" / "broken.mp4").write_bytes(b"no video" * 100)
+    for name, files in (("all", (*names, "broken.mp4")), ("well", names)):
+        clips = tuple(Clip(file, file, "train", {"action": 0}) for file in files)
+        save_manifest(Manifest("barcodes", (Head("action", ("a", "b")),), clips), root / f"{name}.jsonl")
+    return root
 
 
 def rewrite(

@@ -9,15 +9,13 @@ from mmkd.cache_tools.frames.clip_set import ClipSet, DataRecipe
 from mmkd.cache_tools.frames.records import VideoFacts
 from mmkd.cache_tools.process.interrupt import StopRequest
 from mmkd.data_manifests.errors import InputError, InterruptedByUserError
-from mmkd.data_manifests.manifest import Clip, Head, Manifest
-from mmkd.data_manifests.manifest_file import save_manifest
 from mmkd.pipeline.detecting import detector as detector_module
 from mmkd.pipeline.detecting.detect import detect_videos, frames_at
 from mmkd.pipeline.detecting.detector import Detector, norm_eps_of
 from mmkd.pipeline.detecting.detector_params import DETECTORS, DetectorParams
 from mmkd.pipeline.detections.table import DetectionTable
 from mmkd.pipeline.inputs.boxes import boxes_at, load_boxes
-from tests.helpers.barcode_videos import EXACT, write_sample
+from tests.helpers.barcode_videos import write_world
 from tests.helpers.in_process import call, call_ok, refused
 
 NETWORK = "fasterrcnn_mobilenet_v3_large_320_fpn"
@@ -30,15 +28,7 @@ CPU = torch.device("cpu")
 def root(tmp_path_factory):
     """Two barcode videos, one that is broken, and the parameters of a drawn detector of 4 classes."""
     root = tmp_path_factory.mktemp("detect")
-    (root / "videos").mkdir()
-    for sample in EXACT:
-        if sample.name in NAMES:
-            write_sample(root / "videos", sample)
-    (root / "videos" / "broken.mp4").write_bytes(b"no video" * 100)
-    heads = (Head("action", ("a", "b")),)
-    for name, files in (("all", (*NAMES, "broken.mp4")), ("well", NAMES)):
-        clips = tuple(Clip(file, file, "train", {"action": 0}) for file in files)
-        save_manifest(Manifest("barcodes", heads, clips), root / f"{name}.jsonl")
+    write_world(root, NAMES)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = torchvision.models.get_model(NETWORK, weights=None, weights_backbone=None, num_classes=4)

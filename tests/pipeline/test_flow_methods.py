@@ -155,7 +155,7 @@ def test_weights_of_anything_else_are_refused_by_name(network, tmp_path):
     first = sorted(state)[0]
     cases = {
         "missing.safetensors": ({k: v for k, v in state.items() if k != first}, f"1 missing ({first})"),
-        "unknown.safetensors": (state | {"extra.weight": torch.zeros(1)}, "1 unknown (extra.weight)"),
+        "unknown.safetensors": (state | {"extra.weight": torch.zeros(1)}, "1 unexpected (extra.weight)"),
         "shape.safetensors": (state | {first: torch.zeros(3)}, f"1 of another shape ({first})"),
     }
     for name, (tensors, text) in cases.items():

@@ -15,11 +15,9 @@ import pytest
 from mmkd.cache_tools.frames.clip_set import ClipSet, DataRecipe
 from mmkd.cache_tools.frames.data_frames import DataFrames
 from mmkd.cache_tools.frames.source import VideoFiles
-from mmkd.data_manifests.manifest import Clip, Head, Manifest
-from mmkd.data_manifests.manifest_file import save_manifest
 from mmkd.pipeline.pack.pack import pack_videos
 from mmkd.pipeline.pack.pack_video import PackParams
-from tests.helpers.barcode_videos import EXACT, numbers_of, write_sample
+from tests.helpers.barcode_videos import numbers_of, write_world
 from tests.helpers.commands import ENVIRONMENT
 from tests.helpers.in_process import call, call_ok, refused
 
@@ -30,15 +28,7 @@ NAMES = ("closed.mp4", "vp9.webm", "uneven.mp4")
 def videos(tmp_path_factory):
     """Three barcode videos, a fourth that is broken, and two manifests: of all, and of those that are well."""
     root = tmp_path_factory.mktemp("pack")
-    (root / "videos").mkdir()
-    for sample in EXACT:
-        if sample.name in NAMES:
-            write_sample(root / "videos", sample)
-    (root / "videos" / "broken.mp4").write_bytes(b"no video" * 100)
-    heads = (Head("action", ("a", "b")),)
-    for name, files in (("all", (*NAMES, "broken.mp4")), ("well", NAMES)):
-        clips = tuple(Clip(file, file, "train", {"action": 0}) for file in files)
-        save_manifest(Manifest("barcodes", heads, clips), root / f"{name}.jsonl")
+    write_world(root, NAMES)
     return root
 
 
