@@ -9,7 +9,7 @@ from mmkd.cache_tools.frames.clip_set import DataRecipe
 from mmkd.cache_tools.recipes.recipe import Recipe
 from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.pipeline.tvl1.params import PresetName
-from mmkd.student.recipe import TrainRecipe
+from mmkd.student.recipes.train import TrainRecipe
 
 ModalityName = Literal["rgb", "flow", "boxes", "audio"]
 Precision = Literal["fp16", "12-bit", "9-bit", "8-bit"]

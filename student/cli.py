@@ -30,7 +30,7 @@ from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.kinds import PER_CLASS, SUBMISSION, TABLE, refuse_another
 from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_run
-from mmkd.student.recipe import Missing, Mode, StudentRecipe
+from mmkd.student.recipes.student import Missing, Mode, StudentRecipe
 
 cache_option = click.option(
     "--cache",

@@ -24,7 +24,8 @@ from mmkd.student.evaluation.run_evaluation import chosen_mixtures, evaluate_run
 from mmkd.student.evaluation.run_files import RUN_FILE, RunRecord, StudentInput, read_run, write_model, write_run
 from mmkd.student.evaluation.trained import without_weights
 from mmkd.student.network_table import before_it_was_stated, check_input
-from mmkd.student.recipe import Mode, StudentRecipe, TrainRecipe
+from mmkd.student.recipes.student import Mode, StudentRecipe
+from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.teacher.cached_targets import CachedTargets, copies_folder, shared_targets
 from mmkd.student.teacher.mixing import HeadMixtures
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint

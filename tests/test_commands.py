@@ -11,7 +11,7 @@ import pytest
 
 from mmkd.cache_tools.recipes.yaml_text import parse_yaml
 from mmkd.pipeline.recipe import TeacherRecipe
-from mmkd.student.recipe import StudentRecipe
+from mmkd.student.recipes.student import StudentRecipe
 from tests.helpers.command_lines import ALL, parse
 from tests.helpers.commands import ENVIRONMENT
 from tests.helpers.in_process import MODULES, call, call_ok, refused

@@ -11,7 +11,7 @@ import pytest
 from mmkd.cache_tools.recipes.faults import leaf_paths
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.pipeline.recipe import TeacherRecipe
-from mmkd.student.recipe import StudentRecipe
+from mmkd.student.recipes.student import StudentRecipe
 from tests.helpers.command_lines import ALL, options_of
 from tests.helpers.places import ROOT
 

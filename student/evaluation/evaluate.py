@@ -16,7 +16,7 @@ from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Manifest
 from mmkd.student.evaluation.actions import ACTION, NOUN, VERB, action_scores, has_actions
 from mmkd.student.evaluation.metrics import ClipScores, average_views, clip_scores
-from mmkd.student.recipe import Missing
+from mmkd.student.recipes.student import Missing
 from mmkd.student.teacher.cached_teacher import mix_split, teacher_views
 from mmkd.student.teacher.mixing import HeadMixtures
 

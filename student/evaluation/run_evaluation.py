@@ -43,7 +43,8 @@ from mmkd.student.evaluation.trained import model_state, without_weights
 from mmkd.student.network_table import Normalisation, before_it_was_stated
 from mmkd.student.networks.networks import VideoClassifier, build_network
 from mmkd.student.networks.own_networks import require_trust
-from mmkd.student.recipe import Missing, StudentRecipe, TrainRecipe
+from mmkd.student.recipes.student import Missing, StudentRecipe
+from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.teacher.cached_teacher import choose_mixtures, mix_split
 from mmkd.student.teacher.mixing import HeadMixtures
 from mmkd.student.training.predict import predict

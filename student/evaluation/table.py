@@ -20,7 +20,7 @@ from mmkd.student.evaluation.evaluate import (
 )
 from mmkd.student.evaluation.evaluation_file import check_metrics, defined, read_evaluation, read_scores
 from mmkd.student.evaluation.run_files import evaluation_path, run_mixtures
-from mmkd.student.recipe import Missing
+from mmkd.student.recipes.student import Missing
 from mmkd.student.teacher.mixing import HeadMixtures, Mixture
 
 SCHEMA = "mmkd-table-1"

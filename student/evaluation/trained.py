@@ -36,7 +36,7 @@ from mmkd.student.evaluation.run_files import (
 from mmkd.student.network_table import Normalisation
 from mmkd.student.networks.networks import VideoClassifier, build_network
 from mmkd.student.networks.own_networks import require_trust
-from mmkd.student.recipe import TrainRecipe
+from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.training.devices import reproducible
 
 

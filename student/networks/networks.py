@@ -19,7 +19,7 @@ from mmkd.student.network_table import Normalisation, before_it_was_stated, chec
 from mmkd.student.networks.jitter import NO_JITTER, Jitter, jitter_clips
 from mmkd.student.networks.own_networks import DictNetwork, build_own, check_logits
 from mmkd.student.networks.pretrained import load_backbone
-from mmkd.student.recipe import TrainRecipe
+from mmkd.student.recipes.train import TrainRecipe
 
 USUAL_FRAMES, USUAL_SIZE_PX = 16, 224
 """What a network of one's own is built for where no view says so."""

@@ -17,7 +17,7 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.records import Float32Array, IntArray
 from mmkd.cache_tools.layout import SplitLayout
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.recipe import Missing
+from mmkd.student.recipes.student import Missing
 from mmkd.student.teacher.cached_teacher import Block, mixed_blocks, valid_views
 from mmkd.student.teacher.copy_file import ArrayPlan
 from mmkd.student.teacher.mixing import HeadMixtures

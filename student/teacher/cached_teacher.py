@@ -14,7 +14,7 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.cache_tools.layout import label_array
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.recipe import Missing
+from mmkd.student.recipes.student import Missing
 from mmkd.student.teacher.mixing import (
     HeadMixtures,
     Mixture,

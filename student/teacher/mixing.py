@@ -16,7 +16,7 @@ import numpy.typing as npt
 from mmkd.cache_tools.cache.softmax import log_softmax
 from mmkd.cache_tools.frames.records import Float32Array, Float64Array, IntArray
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.recipe import Missing
+from mmkd.student.recipes.student import Missing
 
 SCHEMES = ("uniform", "heldout", "per-sample")
 """Weights by name, without a file."""

@@ -27,7 +27,8 @@ from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.data.batches import Batch, Schedule, ViewDataset, read_batches
-from mmkd.student.recipe import WITHOUT_EFFECT, LoopRecipe, LossOptions
+from mmkd.student.recipes.loop import WITHOUT_EFFECT, LoopRecipe
+from mmkd.student.recipes.loss import LossOptions
 from mmkd.student.teacher.targets import Targets, TargetSource, fetch_targets
 from mmkd.student.training.checkpoint import (
     INITIAL_WEIGHTS,

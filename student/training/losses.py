@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch user expects
 from torch import Tensor
 
-from mmkd.student.recipe import LossOptions
+from mmkd.student.recipes.loss import LossOptions
 from mmkd.student.teacher.targets import Targets
 
 

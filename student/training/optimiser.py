@@ -5,7 +5,7 @@ import hashlib
 from torch import nn
 from torch.optim import AdamW
 
-from mmkd.student.recipe import LoopRecipe
+from mmkd.student.recipes.loop import LoopRecipe
 
 
 def make_optimizer(network: nn.Module, recipe: LoopRecipe) -> AdamW:

@@ -35,7 +35,7 @@ from mmkd.pipeline.inputs.modalities import MODALITIES, ViewedClip, needs_flow
 from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, prepare_clip
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.networks.networks import build_network
-from mmkd.student.recipe import TrainRecipe
+from mmkd.student.recipes.train import TrainRecipe
 
 BUILD_BATCH = 32
 Logits = dict[str, np.ndarray]

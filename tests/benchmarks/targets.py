@@ -26,7 +26,8 @@ from zarr.codecs import ZstdCodec
 from mmkd.cache_tools.cache.arrays import INNER_ROWS
 from mmkd.student.data.batches import Batch
 from mmkd.student.networks.networks import build_network
-from mmkd.student.recipe import LossOptions, TrainRecipe
+from mmkd.student.recipes.loss import LossOptions
+from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.teacher.cached_targets import CachedTargets
 from mmkd.student.teacher.copy_file import ArrayPlan
 from mmkd.student.teacher.node_copy import open_or_make

@@ -151,7 +151,7 @@ def test_modules_that_commands_need_early_do_not_import_torch():
     names = (
         "cache_tools.process.progress",
         "cache_tools.process.interrupt",
-        "student.recipe",
+        "student.recipes.student",
         "student.evaluation.metrics",
     )
     code = "; ".join([*(f"import mmkd.{name}" for name in names), "import sys; sys.exit('torch' in sys.modules)"])

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from mmkd.cache_tools.cache.sealed import open_seal, seal
 from mmkd.data_manifests.errors import FingerprintError, StorageError, VerificationError
 from mmkd.student.networks.networks import headed_network
-from mmkd.student.recipe import LoopRecipe
+from mmkd.student.recipes.loop import LoopRecipe
 from mmkd.student.training.checkpoint import Position, latest_checkpoint, load_checkpoint, save_checkpoint
 from mmkd.student.training.epoch_metrics import EpochMetrics
 from mmkd.student.training.optimiser import make_optimizer

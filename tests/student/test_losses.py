@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch user expects
 
-from mmkd.student.recipe import LossOptions
+from mmkd.student.recipes.loss import LossOptions
 from mmkd.student.teacher.targets import Targets
 from mmkd.student.training.losses import distillation_rows, total_loss
 

@@ -18,7 +18,7 @@ from mmkd.pipeline.recipe import ExpertRecipe
 from mmkd.student.network_table import AS_IT_IS, IMAGENET, NETWORKS, check_input, own_normalisation
 from mmkd.student.networks.networks import build_network
 from mmkd.student.networks.own_networks import find_factory
-from mmkd.student.recipe import TrainRecipe
+from mmkd.student.recipes.train import TrainRecipe
 from tests.helpers.in_process import call, call_ok, refused
 from tests.helpers.places import ROOT, unpack_before
 

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.networks.networks import VideoClassifier, build_network, headed_network
-from mmkd.student.recipe import JitterRecipe, LoopRecipe, TrainRecipe
+from mmkd.student.recipes.augment import JitterRecipe
+from mmkd.student.recipes.loop import LoopRecipe
+from mmkd.student.recipes.train import TrainRecipe
 
 HEADS = {"verb": 5, "noun": 7}
 

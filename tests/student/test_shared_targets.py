@@ -13,7 +13,7 @@ from mmkd.cache_tools.layout import Shard, SplitLayout
 from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student.networks.networks import build_network
-from mmkd.student.recipe import TrainRecipe
+from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.teacher import copy_file
 from mmkd.student.teacher.cached_targets import CachedTargets, copies_folder, in_order, shared_targets
 from mmkd.student.teacher.cached_teacher import mix_split

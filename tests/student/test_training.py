@@ -22,7 +22,9 @@ from mmkd.data_manifests.errors import (
 )
 from mmkd.student.evaluation.metrics import evaluate
 from mmkd.student.networks.networks import build_network, headed_network
-from mmkd.student.recipe import LoopRecipe, LossOptions, TrainRecipe
+from mmkd.student.recipes.loop import LoopRecipe
+from mmkd.student.recipes.loss import LossOptions
+from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.training import checkpoint as checkpoint_module
 from mmkd.student.training.checkpoint import latest_checkpoint
 from mmkd.student.training.loop import fit

@@ -1,0 +1,87 @@
+"""One training run of a network: student, baseline or expert."""
+
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from mmkd.cache_tools.recipes.recipe import Recipe
+from mmkd.data_manifests.errors import InputError
+from mmkd.student.network_table import Normalisation, is_own, known_network, own_normalisation
+from mmkd.student.recipes.augment import JitterRecipe
+from mmkd.student.recipes.loop import LoopRecipe
+
+
+class NormalisationRecipe(Recipe):
+    """What is subtracted from each channel, and what it is divided by then; one number is for all channels."""
+
+    mean: tuple[float, ...] = Field(min_length=1, description="of values in 0..1 (rgb) or -1..1 (flow)")
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1, description="as mean")
+
+    def numbers(self) -> Normalisation:
+        """Return the numbers alone."""
+        return Normalisation(self.mean, self.std)
+
+
+class TrainRecipe(LoopRecipe):
+    """One training run of a network: student, baseline or expert."""
+
+    first_fields = LoopRecipe.first_fields | {
+        "network",
+        "weights",
+        "drop_path",
+        "flow_scale_px",
+        "jitter",
+        "decoded_clips_gib",
+    }
+
+    network: str = Field(
+        "swin3d_t",
+        description="a name of student/README.md's table: swin3d_t for real footage, small3d for the demo",
+    )
+    weights: Path | None = Field(
+        None, description="local file of Kinetics weights (safetensors, torch state dict); never downloaded"
+    )
+    drop_path: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="stochastic depth of the last block of swin3d and mvit; null: the network's own",
+    )
+    network_options: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of a network that is named as module:factory"
+    )
+    normalisation: NormalisationRecipe | None = Field(
+        None, description="mean and std of the input's channels, {mean: [...], std: [...]}; null: the network's own"
+    )
+    flow_scale_px: float = Field(
+        20.0, gt=0, description="flow in pixels per step that maps to 1, clipped beyond (I3D: 20); flow only"
+    )
+    jitter: JitterRecipe = Field(default_factory=JitterRecipe, description="photometric jitter; rgb only")
+    decoded_clips_gib: float = Field(
+        2.0, ge=0, description="memory in GiB for clips kept decoded between epochs; changes no number"
+    )
+
+    @field_validator("network")
+    @classmethod
+    def _network_exists(cls, name: str) -> str:
+        try:
+            if not is_own(name):
+                known_network(name)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    @model_validator(mode="after")
+    def _options_are_of_own_networks(self) -> Self:
+        if self.network_options and not is_own(self.network):
+            raise ValueError(f"network_options: {self.network} takes none; they are for networks of your own")
+        return self
+
+    def normalised(self, modality: str) -> Normalisation:
+        """Return what a new network's input is normalised with."""
+        return (
+            own_normalisation(self.network, modality)
+            if self.normalisation is None
+            else self.normalisation.numbers()
+        )
