@@ -25,6 +25,8 @@ from mmkd.data_manifests.kinds import RECIPES, what_is
 
 UNNAMEABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 DEFAULT_ORIGIN = "default"
+WHOLE = {"whole": True}
+"""The context of a `model_dump` that leaves nothing out, whatever a model's own serializer does."""
 
 
 class Recipe(BaseModel):
@@ -103,7 +105,7 @@ def resolved_with_origins(
     recipe, origins = _validate(model, layers, env_prefix, named or {})
     values = tuple(
         ResolvedValue(".".join(path), value, nearest_origin(origins, path) or DEFAULT_ORIGIN)
-        for path, value in _leaves(recipe.model_dump(mode="json", by_alias=True))
+        for path, value in _leaves(recipe.model_dump(mode="json", by_alias=True, context=WHOLE))
     )
     return recipe, values
 

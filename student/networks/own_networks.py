@@ -66,17 +66,17 @@ def build_own(
     return network
 
 
-def find_factory(name: str) -> Any:
-    """Return the factory that `module:factory` names; InputError where there is none."""
+def find_factory(name: str, what: str = "network") -> Any:
+    """Return the factory of `what` that `module:factory` names; InputError where there is none."""
     module_name, _, function = name.partition(":")
     try:
         module = import_module(module_name)
     except Exception as error:  # somebody's code: a syntax error, or anything that it raises
         told = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"network {name}: module {module_name!r} cannot be imported: {told}") from error
+        raise InputError(f"{what} {name}: module {module_name!r} cannot be imported: {told}") from error
     factory = getattr(module, function, None)
     if not callable(factory):
-        raise InputError(f"network {name}: module {module_name!r} has no function {function!r}")
+        raise InputError(f"{what} {name}: module {module_name!r} has no function {function!r}")
     return factory
 
 

@@ -1,16 +1,32 @@
 """The optimiser and the length of a run: all that the training loop itself reads."""
 
-from typing import Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from mmkd.cache_tools.recipes.recipe import Recipe
+from mmkd.student.network_table import OWN_NETWORK
 from mmkd.student.recipes.growing import GrowingRecipe
 
-WITHOUT_EFFECT = frozenset({"loader_threads", "prefetch_batches", "decoded_clips_gib"})
+WITHOUT_EFFECT = frozenset({"loader_threads", "prefetch_batches", "decoded_clips_gib", "checkpoint_minutes"})
 """Fields that change no number: a stopped run may be resumed with other values."""
 
 WARMUP_SHARE = 0.1
 """The authors' 3 of 30 epochs."""
+
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+PrecisionMode = Literal["deterministic", "fast"]
+OPTIMIZERS = ("adamw", "sgd")
+
+
+class AveragingRecipe(Recipe):
+    """An exponential moving average of the weights, which is what the run leaves and what is validated."""
+
+    decay: float = Field(0.9999, ge=0, lt=1, description="share that stays at each step; nearer 1 averages longer")
+    warmup: bool = Field(
+        True, description="begin with short averages: step n keeps min(decay, (1 + n) / (10 + n)), n from 0"
+    )
 
 
 class LoopRecipe(GrowingRecipe):
@@ -47,15 +63,76 @@ class LoopRecipe(GrowingRecipe):
     clip_norm: float = Field(
         5.0, gt=0, description="gradients are scaled down to this global norm; larger clips less"
     )
+    optimizer: str = Field(
+        "adamw", description="adamw, sgd (momentum 0.9, Nesterov), or module:factory, called with groups and lr"
+    )
+    optimizer_options: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of the optimiser, such as {momentum: 0.95}"
+    )
+    schedule: Literal["linear", "cosine"] = Field("linear", description="how the rate falls to 0 after its rise")
+    rate_for_batch: int | None = Field(
+        None,
+        ge=1,
+        description="learning_rate is for batches of so many clips, and is scaled to batch_size; null: as it is",
+    )
+    layer_decay: float | None = Field(
+        None, gt=0, le=1, description="factor on the rate from each block to the one before it; null: none"
+    )
+    freeze: Literal["backbone", "batch_norm"] | None = Field(
+        None, description="what does not learn: all but the heads, or the batch norms (with their statistics)"
+    )
+    averaging: AveragingRecipe | None = Field(None, description="moving average of the weights; null: none")
+    accumulate: int = Field(
+        1, ge=1, le=4096, description="parts in which a step's batch is computed, to fit memory; the step stays one"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute each block's activations in the backward pass: less memory, a third more time"
+    )
+    precision: Precision = Field(
+        "auto", description="of the network's arithmetic; auto: bf16 on CUDA, fp32 elsewhere; fp16 scales the loss"
+    )
+    precision_mode: PrecisionMode = Field(
+        "deterministic",
+        description="deterministic: kernels that repeat bit for bit, no TF32; fast: TF32, and the fastest kernels",
+    )
+    compile: bool = Field(False, description="torch.compile the network: slow to begin, faster then")
+    channels_last: bool = Field(False, description="channels innermost in memory: faster convolutions on CUDA")
+    sync_batch_norm: bool = Field(
+        True, description="several GPUs: batch norms see the whole batch; false: each its own share"
+    )
+    checkpoint_minutes: float | None = Field(
+        10, gt=0, description="minutes between checkpoints within an epoch; null: at epochs' ends alone"
+    )
+    patience_epochs: int | None = Field(
+        None, ge=1, description="stop after so many epochs without a better held-out accuracy; null: never early"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="of initial weights, clips' order, views, jitter and dropout")
     loader_threads: int = Field(4, ge=1, le=256, description="threads that read ahead; they change no number")
     prefetch_batches: int = Field(4, ge=1, le=64, description="batches read ahead; larger needs more memory")
+
+    @field_validator("optimizer")
+    @classmethod
+    def _optimizer_exists(cls, name: str) -> str:
+        if name not in OPTIMIZERS and not OWN_NETWORK.fullmatch(name):
+            raise ValueError(f"{name!r} is not one of {', '.join(OPTIMIZERS)}, and not of the form module:factory")
+        return name
+
+    @model_validator(mode="after")
+    def _parts_within_batch(self) -> Self:
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate ({self.accumulate}) is above batch_size ({self.batch_size})")
+        return self
 
     @model_validator(mode="after")
     def _warmup_within_run(self) -> Self:
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be below epochs ({self.epochs})")
         return self
+
+    @property
+    def peak_rate(self) -> float:
+        """The highest rate, resolved."""
+        return self.learning_rate * (self.batch_size / self.rate_for_batch if self.rate_for_batch else 1)
 
     @property
     def warmup(self) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.data.batches import AnyArray
+from mmkd.student.recipes.loop import Precision, PrecisionMode
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names and numbers from glibc's malloc.h."""
@@ -35,14 +36,37 @@ def to_device(arrays: Mapping[str, AnyArray], device: torch.device) -> dict[str,
 
 
 @contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
-    """Use deterministic convolutions without TF32, and leave torch's random state as it was."""
+def reproducible(device: torch.device, mode: PrecisionMode = "deterministic") -> Iterator[None]:
+    """Compute with kernels that repeat bit for bit and without TF32, and leave torch's random state as it was.
+
+    With the mode `fast`: TF32, and whichever convolutions are fastest on the first batch.
+    """
+    fast = mode == "fast"
     devices = [device] if device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        torch.backends.cudnn.flags(enabled=True, benchmark=fast, deterministic=not fast, allow_tf32=fast),
+        _matrix_products(fast),
     ):
         yield
+
+
+@contextmanager
+def _matrix_products(tf32: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Return the context in which a network computes in a precision; `auto` is bf16 on CUDA and fp32 elsewhere."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    kind = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, kind, enabled=precision != "fp32")
 
 
 def keep_freed_memory() -> None:

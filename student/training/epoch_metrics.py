@@ -2,14 +2,19 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mmkd.data_manifests.regular_file import read_regular
 from mmkd.data_manifests.typed_json import STRICT, typed
 
 log = logging.getLogger("mmkd")
 METRICS_FILE = "metrics.jsonl"
+
+HeldOutMetrics = dict[str, dict[str, float]]
+"""Head -> metric -> value on held-out clips: `clips`, `top1`, `nll`."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,17 @@ class EpochMetrics:
     """Of its last step."""
     clips_per_second: float
     """Over the part of the epoch that this run did."""
+    held_out: HeldOutMetrics | None = None
+    """Of the network at its end, where clips are held out."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for a line or a checkpoint, without what is not known."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def metrics_lines(metrics: Sequence[EpochMetrics]) -> str:
+    """Return the text of metrics.jsonl."""
+    return "".join(json.dumps(values.to_json()) + "\n" for values in metrics)
 
 
 def old_metrics(path: Path, epochs: int) -> list[EpochMetrics]:

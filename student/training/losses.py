@@ -40,13 +40,35 @@ def total_loss(
     targets: Targets | None,
     *,
     options: LossOptions,
+    shares: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Return the mean over heads of the loss in this module's docstring, a scalar.
 
     `logits` {head: (B, C)}, `labels` {head: int64 (B,), -1 absent}; without `targets` the label term alone
-    with weight 1 (the baseline), whatever `label_weight` says.
+    with weight 1 (the baseline), whatever `label_weight` says. Of a part of a batch `shares` {head: scalar} says
+    how much of the whole batch's contributing rows it has: the losses of all parts then add up to the batch's.
     """
-    return torch.stack([head_loss(name, logits, labels, targets, options=options) for name in logits]).mean()
+    losses = {name: head_loss(name, logits, labels, targets, options=options) for name in logits}
+    if shares is not None:
+        losses = {name: value * shares[name] for name, value in losses.items()}
+    return torch.stack(list(losses.values())).mean()
+
+
+def contributing_rows(
+    labels: Mapping[str, Tensor], targets: Targets | None, *, options: LossOptions
+) -> dict[str, Tensor]:
+    """Return head -> how many rows contribute to its loss, a float scalar on the labels' device."""
+    counts = {}
+    for head, label in labels.items():
+        has_label = label >= 0
+        if targets is None:
+            rows = has_label
+        else:
+            without_target = has_label if options.without_target == "label-only" else torch.zeros_like(has_label)
+            with_target = has_label if options.label_weight == 1 else torch.ones_like(has_label)
+            rows = torch.where(targets.valid, with_target, without_target)
+        counts[head] = rows.sum().float()
+    return counts
 
 
 def head_loss(

@@ -26,7 +26,7 @@ from mmkd.student.recipes.loop import LoopRecipe
 from mmkd.student.recipes.loss import LossOptions
 from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.training import checkpoint as checkpoint_module
-from mmkd.student.training.checkpoint import latest_checkpoint
+from mmkd.student.training.checkpoint import checkpoints, latest_checkpoint
 from mmkd.student.training.loop import fit
 from mmkd.student.training.optimiser import learning_rate, make_optimizer
 from mmkd.student.training.predict import predict
@@ -133,7 +133,7 @@ def test_a_finished_run_is_not_done_again(finished):
     assert second.final_loss == report.final_loss
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
     assert not again.training
-    assert len(list(run_dir.glob("*checkpoint*"))) == 1
+    assert [path.name for path in checkpoints(run_dir)] == ["checkpoint-000000006", "checkpoint-000000004"]
 
 
 @pytest.mark.parametrize(
@@ -166,18 +166,30 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(finished, ch
 
 @pytest.mark.parametrize("name", ["network.safetensors", "optimizer.pt", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_checkpoint_is_refused(finished, tmp_path, name, damage):
-    run_dir = tmp_path / "copy"
-    shutil.copytree(finished[0], run_dir)
-    path = latest_checkpoint(run_dir) / name
+def test_of_a_damaged_checkpoint_the_one_before_is_taken_and_without_one_it_is_refused(
+    finished, tmp_path, caplog, name, damage
+):
+    run_dir = shutil.copytree(finished[0], tmp_path / "copy")
+    newest, before = checkpoints(run_dir)
+    spoil(newest / name, damage)
+    network, report = run(SHORT, MovingBars(6), run_dir=run_dir)
+    assert report.resumed_at == 4
+    assert f"continuing from the one before it, {before}" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), finished[1].parameters(), strict=True))
+    assert checkpoints(run_dir) == [newest, before]
+    for path in (newest, before):
+        spoil(path / name, damage)
+    with pytest.raises(VerificationError, match="to start over"):
+        run(SHORT, MovingBars(6), run_dir=run_dir)
+
+
+def spoil(path, damage):
     data = bytearray(path.read_bytes())
     if damage == "remove":
         path.unlink()
     else:
         data[len(data) // 2] ^= 0x20
         path.write_bytes(bytes(data if damage == "flip" else data[:-9]))
-    with pytest.raises(VerificationError, match="to start over"):
-        run(SHORT, MovingBars(6), run_dir=run_dir)
 
 
 def test_what_a_killed_save_leaves_is_ignored_and_removed(finished, tmp_path):
@@ -193,7 +205,8 @@ def test_what_a_killed_save_leaves_is_ignored_and_removed(finished, tmp_path):
         run(SHORT, Interrupting(6, at=2), run_dir=tmp_path / "new")
     (tmp_path / "new" / ".checkpoint-000000002.tmp").mkdir()
     run(SHORT, MovingBars(6), run_dir=tmp_path / "new")
-    assert [path.name for path in (tmp_path / "new").glob("*checkpoint*")] == ["checkpoint-000000006"]
+    names = sorted(path.name for path in (tmp_path / "new").glob("*checkpoint*"))
+    assert names == ["checkpoint-000000004", "checkpoint-000000006"]
 
 
 def test_nothing_but_its_own_checkpoints_is_removed_or_read(tmp_path):
