@@ -84,7 +84,7 @@ class State:
     """Name of each other file -> its hash."""
     metrics: list[EpochMetrics] | None = None
     """Of each finished epoch; None in a checkpoint of an earlier version, which kept them elsewhere."""
-    numbers: dict[str, float] = field(default_factory=dict)
+    numbers: dict[str, int | float] = field(default_factory=dict)
     """What else has to continue: the loss's scale in fp16, and how many steps were averaged."""
 
 
@@ -112,7 +112,7 @@ def save_checkpoint(
     identity: Mapping[str, Any],
     metrics: Sequence[EpochMetrics] = (),
     weights: Mapping[str, bytes] | None = None,
-    numbers: Mapping[str, float] | None = None,
+    numbers: Mapping[str, int | float] | None = None,
 ) -> None:
     """Write the checkpoint of a position, then remove all but the last two; StorageError when the disk refuses.
 

@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.networks.blocks import blocks
 from mmkd.student.networks.freezing import is_head
-from mmkd.student.networks.own_networks import find_factory
+from mmkd.student.networks.own_networks import find_factory, one_line
 from mmkd.student.recipes.loop import LoopRecipe
 
 BUILT_IN: dict[str, tuple[type[AdamW] | type[SGD], dict[str, Any]]] = {
@@ -46,8 +46,8 @@ def make_optimizer(network: nn.Module, recipe: LoopRecipe) -> Optimizer:
     factory = find_factory(recipe.optimizer, "optimizer")
     try:
         found = factory(groups, lr=recipe.peak_rate, **recipe.optimizer_options)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"optimizer {recipe.optimizer}: {error}") from error
+    except Exception as error:  # somebody's code: whatever it raises is told in one line
+        raise InputError(f"optimizer {recipe.optimizer}: {one_line(error)}") from error
     if not isinstance(found, Optimizer):
         raise InputError(f"optimizer {recipe.optimizer} gave {type(found).__name__}, not a torch.optim.Optimizer")
     return found

@@ -306,8 +306,10 @@ class Run:
         if self._best is not None:
             yield BEST_FILE, self._best
 
-    def _numbers_kept(self) -> dict[str, float]:
-        numbers = {f"{SCALER}{name}": value for name, value in self._scaler.state_dict().items()}
+    def _numbers_kept(self) -> dict[str, int | float]:
+        numbers: dict[str, int | float] = {
+            f"{SCALER}{name}": value for name, value in self._scaler.state_dict().items()
+        }
         if self.average is not None:
             numbers["average_updates"] = self.average.updates
         return numbers

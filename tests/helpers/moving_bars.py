@@ -1,5 +1,8 @@
 """A tiny data set of bars that move over noise: only the direction of the motion tells the classes apart."""
 
+import os
+import signal
+
 import numpy as np
 
 SIZE_PX, FRAMES, STEP_PX = 32, 6, 3
@@ -25,3 +28,22 @@ class MovingBars:
             columns = (x + right * STEP_PX * time + np.arange(10)) % SIZE_PX
             frames[time, rows[:, None], columns] += 150
         return {"rgb": frames.astype(np.uint8)}
+
+
+class Interrupting(MovingBars):
+    """Sends this process a signal when the given item is read for the first time."""
+
+    def __init__(self, *args, at, number=signal.SIGUSR1, **options):
+        super().__init__(*args, **options)
+        self.reads_left, self.number = at, number
+
+    def item(self, row, view):
+        self.reads_left -= 1
+        if self.reads_left == 0:
+            os.kill(os.getpid(), self.number)
+        return super().item(row, view)
+
+
+def no_optimizer(groups, lr):
+    """What a user may name by mistake."""
+    return 3

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import shutil
 import signal
 
@@ -31,7 +30,7 @@ from mmkd.student.training.loop import fit
 from mmkd.student.training.optimiser import learning_rate, make_optimizer
 from mmkd.student.training.predict import predict
 from tests.helpers.array_targets import ArrayTargets
-from tests.helpers.moving_bars import MovingBars
+from tests.helpers.moving_bars import Interrupting, MovingBars
 
 HEADS = {"direction": 4}
 LEARN = TrainRecipe(
@@ -74,20 +73,6 @@ def test_a_student_without_labels_approaches_a_fixed_teacher():
     uniform = (np.exp(wanted) * (wanted + np.log(4))).sum(1).mean()
     assert divergence < 0.25 * uniform
     assert (logits.argmax(1) == test.classes).mean() > 0.8
-
-
-class Interrupting(MovingBars):
-    """Sends this process a signal when the given item is read for the first time."""
-
-    def __init__(self, *args, at, number=signal.SIGUSR1, **options):
-        super().__init__(*args, **options)
-        self.reads_left, self.number = at, number
-
-    def item(self, row, view):
-        self.reads_left -= 1
-        if self.reads_left == 0:
-            os.kill(os.getpid(), self.number)
-        return super().item(row, view)
 
 
 @pytest.mark.parametrize("with_targets", [False, True])
