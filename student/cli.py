@@ -169,6 +169,24 @@ def submission(files: tuple[Path, ...], overrides: tuple[str, ...], **options: A
     print_result({"clips": clips, "unreadable": unread}, as_json=options["as_json"], lines=[line])
 
 
+@cli.command(epilog=example("mmkd-student export runs/student -o exported"))
+@click.argument("run", type=FOLDER)
+@click.option("-o", "--out", required=True, type=FOLDER, help="Folder to write; an earlier export is replaced.")
+@trust_option
+@as_json
+def export(**options: Any) -> None:
+    """Write a finished RUN's student as an ONNX file, checked against the student itself.
+
+    Input: views uint8 (B, T, S, S, 3) in RGB; output: logits by head. Class names and views are in its metadata.
+    """
+    from mmkd.student.export.export_run import export_run
+
+    found = export_run(options["run"], options["out"], trusted=options["trusted"])
+    line = f"{options['out']}: ONNX; logits of {found.clips} clips of noise differ by at most {found.largest:.2g}"
+    value = {"folder": str(options["out"]), "largest": found.largest, "mean": found.mean, "top1": found.top1}
+    print_result(value, as_json=options["as_json"], lines=[line])
+
+
 @cli.command(
     epilog=example(
         "mmkd-student compare --cache cache --manifest manifest.jsonl \\\n    --run student=runs/student"

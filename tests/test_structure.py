@@ -24,7 +24,7 @@ ORDER = (
     "cache_tools/tasks student/data student/teacher",
     "cache_tools/upkeep student/training",
     "student/evaluation",
-    "student/distil student/weighing pipeline/flow pipeline/audio pipeline/detections",
+    "student/distil student/export student/weighing pipeline/flow pipeline/audio pipeline/detections",
     "student/cli pipeline/flow_command pipeline/inputs pipeline/pack",
     "pipeline/experts pipeline/detecting",
     "pipeline/build pipeline/imports",

@@ -1,0 +1,1 @@
+"""A finished student as files that other programs run: ONNX, with class names and views inside."""
