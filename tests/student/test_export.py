@@ -9,10 +9,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
+from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.data_manifests.errors import VerificationError
-from mmkd.student.evaluation.trained import load_student
+from mmkd.student.evaluation.trained import TrainedStudent, load_student
 from mmkd.student.export.check import check_onnx, made_frames
+from mmkd.student.export.onnx_file import onnx_bytes
+from mmkd.student.networks.networks import build_network
+from mmkd.student.recipes.train import TrainRecipe
 from tests.helpers.in_process import call_ok, refused
 from tests.helpers.places import unpack_before
 
@@ -71,3 +76,14 @@ def test_without_its_packages_export_names_the_extra(exported, tmp_path, monkeyp
     line = refused("mmkd-student", "export", "run", "-o", tmp_path / "out")
     assert "pip install 'mmkd[export]'" in line
     assert not Path(tmp_path / "out").exists()
+
+
+def test_a_residual_network_of_torchvision_exports_with_the_same_logits():
+    recipe = TrainRecipe(network="r3d_18")
+    network = build_network(recipe, heads={"verb": 4, "noun": 3}, modality="rgb", frames=8, size_px=32).eval()
+    student = TrainedStudent(
+        network, ViewPolicy(frames=8, size_px=32), {"verb": list("abcd"), "noun": list("xyz")}, torch.device("cpu")
+    )
+    found = check_onnx(onnx_bytes(student, {}), student, made_frames(student))
+    assert found.largest < 1e-4
+    assert found.top1 == 1
