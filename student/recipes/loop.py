@@ -97,9 +97,6 @@ class LoopRecipe(GrowingRecipe):
     )
     compile: bool = Field(False, description="torch.compile the network: slow to begin, faster then")
     channels_last: bool = Field(False, description="channels innermost in memory: faster convolutions on CUDA")
-    sync_batch_norm: bool = Field(
-        True, description="several GPUs: batch norms see the whole batch; false: each its own share"
-    )
     checkpoint_minutes: float | None = Field(
         10, gt=0, description="minutes between checkpoints within an epoch; null: at epochs' ends alone"
     )
