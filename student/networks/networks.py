@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.network_table import Normalisation, before_it_was_stated, check_input, is_own, known_network
-from mmkd.student.networks.jitter import NO_JITTER, Jitter, jitter_clips
+from mmkd.student.networks.jitter import NO_JITTER, Jitter, jitter_clips, permute_channels
 from mmkd.student.networks.own_networks import DictNetwork, build_own, check_logits
 from mmkd.student.networks.pretrained import load_backbone
 from mmkd.student.recipes.train import TrainRecipe
@@ -123,13 +123,14 @@ class VideoClassifier(nn.Module):
         normalisation: Normalisation | None = None,
         flow_scale_px: float = 20.0,
         jitter: Jitter = NO_JITTER,
+        permuted: float = 0.0,
         size_px: int = USUAL_SIZE_PX,
     ) -> None:
         """Wrap a network for a modality.
 
         `normalisation` is by default ImageNet's for RGB, and none for flow. `flow_scale_px` is the flow in pixels
         per step that maps to 1; larger keeps fast motion and loses resolution of slow motion (I3D: 20). `jitter` is
-        applied to RGB in training mode only.
+        applied to RGB in training mode only, and so are channels exchanged, in the share `permuted` of the clips.
         """
         super().__init__()
         if modality not in CHANNELS:
@@ -139,7 +140,7 @@ class VideoClassifier(nn.Module):
         self.network = network
         self.modality = modality
         self.flow_scale_px = flow_scale_px
-        self.jitter = jitter
+        self.jitter, self.permuted = jitter, permuted
         self.size_px = size_px
         self.set_normalisation(normalisation or before_it_was_stated(modality))
 
@@ -163,7 +164,7 @@ class VideoClassifier(nn.Module):
         """Jitter (in training) and normalise uint8 frames (B, T, S, S, 3) to (B, 3, T, S, S)."""
         clips = frames.permute(0, 4, 1, 2, 3).float() / 255
         if self.training:
-            clips = jitter_clips(clips, self.jitter)
+            clips = permute_channels(jitter_clips(clips, self.jitter), self.permuted)
         return self.normalised(clips)
 
     def prepare_flow(self, flow_px: Tensor) -> Tensor:
@@ -217,5 +218,6 @@ def build_network(
         normalisation=normalisation or recipe.normalised(modality),
         flow_scale_px=recipe.flow_scale_px,
         jitter=Jitter(**recipe.jitter.model_dump()),
+        permuted=recipe.permute_channels,
         size_px=size_px or (USUAL_SIZE_PX if is_own(recipe.network) else known_network(recipe.network).size_px),
     )

@@ -58,6 +58,13 @@ class TrainRecipe(LoopRecipe):
         20.0, gt=0, description="flow in pixels per step that maps to 1, clipped beyond (I3D: 20); flow only"
     )
     jitter: JitterRecipe = Field(default_factory=JitterRecipe, description="photometric jitter; rgb only")
+    permute_channels: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the clips whose red, green and blue change places in training, so that colours tell "
+        "less and shapes and motion more; rgb only",
+    )
     decoded_clips_gib: float = Field(
         2.0, ge=0, description="memory in GiB for clips kept decoded between epochs; changes no number"
     )

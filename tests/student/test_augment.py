@@ -1,11 +1,14 @@
 """The batched jitter against torchvision, clip by clip."""
 
+import itertools
+
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from mmkd.student.networks.jitter import NO_JITTER, OPERATIONS, Jitter, jitter_clips
-from mmkd.student.networks.networks import VideoClassifier, headed_network
+from mmkd.student.networks.jitter import NO_JITTER, OPERATIONS, Jitter, jitter_clips, permute_channels
+from mmkd.student.networks.networks import VideoClassifier, build_network, headed_network
+from mmkd.student.recipes.train import TrainRecipe
 
 
 def clips(seed=0, count=3):
@@ -70,3 +73,30 @@ def test_the_classifier_jitters_in_training_only():
 def test_impossible_strengths_are_refused(bad):
     with pytest.raises(ValueError, match="jitter strengths"):
         Jitter(**bad)
+
+
+def test_channels_change_places_in_that_share_of_the_clips_and_evenly():
+    torch.manual_seed(0)
+    clips = torch.arange(3.0).view(1, 3, 1, 1, 1).expand(6000, 3, 2, 2, 2).clone()
+    orders = permute_channels(clips, 0.5)
+    assert (orders == orders[:, :, :1, :1, :1]).all()  # one order for all frames and pixels of a clip
+    found, counts = orders[:, :, 0, 0, 0].unique(dim=0, return_counts=True)
+    assert found.tolist() == [list(map(float, order)) for order in itertools.permutations(range(3))]
+    assert counts[0].item() == pytest.approx(3000, abs=200)
+    assert all(count.item() == pytest.approx(600, abs=110) for count in counts[1:])
+
+
+def test_no_channel_moves_without_a_share_or_in_evaluation():
+    torch.manual_seed(4)
+    wanted = torch.rand(2)
+    torch.manual_seed(4)
+    clips = torch.rand(2, 3, 1, 1, 1)
+    torch.manual_seed(4)
+    assert permute_channels(clips, 0.0) is clips
+    assert torch.equal(torch.rand(2), wanted)  # nothing was drawn: runs without it keep their bits
+    recipe = TrainRecipe(network="small3d", permute_channels=1.0)
+    network = build_network(recipe, heads={"a": 2}, modality="rgb").eval()
+    frames = torch.randint(0, 256, (4, 2, 4, 4, 3), dtype=torch.uint8)
+    plain = build_network(TrainRecipe(network="small3d"), heads={"a": 2}, modality="rgb").eval()
+    assert torch.equal(network.prepare_rgb(frames), plain.prepare_rgb(frames))
+    assert not torch.equal(network.train().prepare_rgb(frames), plain.prepare_rgb(frames))
