@@ -5,20 +5,25 @@ library's `shuffle` may change between versions). Threads only read: which threa
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from mmkd.cache_tools.frames.records import IntArray
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, VideoError
 
 AnyArray = npt.NDArray[Any]
 Item = Mapping[str, AnyArray]
+Step = tuple[IntArray, IntArray]
+"""Rows and views (B,) of one step."""
 
 
 class ViewDataset(Protocol):
@@ -45,7 +50,10 @@ class ViewDataset(Protocol):
         ...
 
     def item(self, row: int, view: int) -> Item:
-        """Return one view's input arrays by modality, without a batch axis; called from several threads."""
+        """Return one view's input arrays by modality, without a batch axis; called from several threads.
+
+        A data set that reads several views of a clip at less cost has `items(row, views)`, too, which gives a list.
+        """
         ...
 
 
@@ -57,87 +65,159 @@ class Batch:
     """(B,) rows of the data set."""
     views: IntArray
     """(B,) view numbers."""
-    inputs: dict[str, AnyArray]
-    """Input arrays (B, ...) by modality."""
+    inputs: dict[str, Tensor]
+    """Inputs (B, ...) by modality, on the CPU."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which clips, under which views, make up each step of a run."""
+    """Which clips, under which views, make up each step of a run.
+
+    An epoch is a pass in which each clip comes once, and is then seen under `repeats` views in the same step. So it
+    has `repeats` times the steps of one without, and a clip's turn t is its view of epoch t // repeats.
+    """
 
     rows: int
     """Number of clips, at least 1."""
     views: int | None
-    """Number of views of each clip; None: the view number is the epoch."""
+    """Number of views of each clip; None: the view number is the turn."""
     batch_size: int
-    """Largest number of clips in a step."""
+    """Largest number of views in a step, a multiple of `repeats`."""
     seed: int
     """Key of order and views."""
+    repeats: int = 1
+    """Views of each clip in a step."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for more repeats than there are views."""
+        if self.views is not None and self.repeats > self.views:
+            raise InputError(
+                f"train.repeats={self.repeats}, and each clip has {counted(self.views, 'view')}: a step would "
+                "see the same view twice; set fewer repeats, or add views to the cache"
+            )
+        if self.batch_size % self.repeats:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of repeats {self.repeats}")
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of steps in which each clip is seen exactly once."""
-        return -(-self.rows // self.batch_size)
+        """Number of steps in which each clip comes exactly once."""
+        return -(-self.rows // (self.batch_size // self.repeats))
 
-    def epoch(self, number: int) -> list[tuple[IntArray, IntArray]]:
-        """Return (rows, views) of each step of epoch `number`; batch sizes differ by at most one."""
+    @property
+    def views_per_epoch(self) -> int:
+        """Number of views that an epoch sees."""
+        return self.rows * self.repeats
+
+    def steps(self, first: int, end: int) -> Iterator[Step]:
+        """Yield (rows, views) of the run's steps `first` to `end` (exclusive), one epoch at a time."""
+        while first < end:
+            number, skipped = divmod(first, self.steps_per_epoch)
+            of_epoch = self.epoch(number)[skipped:][: end - first]
+            yield from of_epoch
+            first += len(of_epoch)
+
+    def epoch(self, number: int) -> list[Step]:
+        """Return (rows, views) of each step of epoch `number`; numbers of clips differ by at most one.
+
+        The views of one clip follow each other, so that whoever reads a step decodes it once.
+        """
         order = np.argsort(random_words(self.rows, self.seed, number, 0), kind="stable")
-        views = self.views_at(number)
-        return [(rows, views[rows]) for rows in np.array_split(order, self.steps_per_epoch)]
+        turns = range(number * self.repeats, (number + 1) * self.repeats)
+        views = np.stack([self.views_at(turn) for turn in turns], axis=1)
+        steps = np.array_split(order, self.steps_per_epoch)
+        return [(np.repeat(rows, self.repeats), views[rows].reshape(-1)) for rows in steps]
 
-    def views_at(self, epoch: int) -> IntArray:
+    def views_at(self, turn: int) -> IntArray:
         """Return (rows,) view numbers: each row goes through its views in its own order, again and again.
 
-        So after any multiple of `views` epochs each view was used equally often.
+        So after any multiple of `views` turns each view was used equally often.
         """
         if self.views is None:
-            return np.full(self.rows, epoch, np.int64)
-        words = random_words(self.rows * self.views, self.seed, 0, 1).reshape(self.rows, self.views)
-        turn = epoch % self.views
-        return np.ascontiguousarray(np.argsort(words, axis=1, kind="stable")[:, turn])
+            return np.full(self.rows, turn, np.int64)
+        words, found = _word_stream(self.seed, 0, 1), np.empty(self.rows, np.int64)
+        for start in range(0, self.rows, VIEW_ROWS):  # in blocks: a million clips of 32 views are 256 MB of words
+            part = found[start : start + VIEW_ROWS]
+            drawn = words.random_raw(len(part) * self.views).reshape(len(part), self.views)
+            part[:] = np.argsort(drawn, axis=1, kind="stable")[:, turn % self.views]
+        return found
+
+
+VIEW_ROWS = 2**16
+"""Rows whose views are put in order together."""
 
 
 def random_words(count: int, seed: int, stream: int, purpose: int) -> npt.NDArray[np.uint64]:
     """Return `count` raw words of the Philox generator keyed by (seed, purpose, stream)."""
-    key = np.array([seed, (purpose << 32) | stream], np.uint64)
-    words: npt.NDArray[np.uint64] = np.random.Philox(key=key).random_raw(count)
+    words: npt.NDArray[np.uint64] = _word_stream(seed, stream, purpose).random_raw(count)
     return words
 
 
+def _word_stream(seed: int, stream: int, purpose: int) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed, (purpose << 32) | stream], np.uint64))
+
+
 def read_batches(
-    dataset: ViewDataset, steps: Iterable[tuple[IntArray, IntArray]], *, threads: int, ahead: int
+    dataset: ViewDataset, steps: Iterable[Step], *, threads: int, ahead: int, pin: bool = False
 ) -> Generator[Batch]:
-    """Yield the batches of `steps` in order, while `threads` threads read at most `ahead` more."""
+    """Yield the batches of `steps` in order, while `threads` threads read at most `ahead` more.
+
+    `pin` puts them into page-locked memory, from which a GPU copies while the host works on.
+    """
     remaining = iter(steps)
-    waiting: deque[tuple[IntArray, IntArray, list[Future[Item]]]] = deque()
+    waiting: deque[tuple[Step, list[Future[list[Item]]]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="read-clips")
 
     def submit_next() -> None:
         with suppress(StopIteration):
-            rows, views = next(remaining)
-            pairs = zip(rows.tolist(), views.tolist(), strict=True)
-            waiting.append((rows, views, [pool.submit(read_item, dataset, *pair) for pair in pairs]))
+            step = next(remaining)
+            waiting.append((step, [pool.submit(read_items, dataset, *clip) for clip in clips_of(step)]))
 
     try:
         for _ in range(ahead + 1):
             submit_next()
         while waiting:
-            rows, views, futures = waiting.popleft()
-            items = [future.result() for future in futures]
+            step, futures = waiting.popleft()
+            items = [item for future in futures for item in future.result()]
             submit_next()
-            yield Batch(rows, views, stack(items))
+            yield Batch(*step, stack(items, pin=pin))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def read_item(dataset: ViewDataset, row: int, view: int) -> Item:
-    """Read one view; an unreadable clip becomes an InputError that names it."""
+def clips_of(step: Step) -> Iterator[tuple[int, list[int]]]:
+    """Yield each clip of a step, a row that may follow itself, with the views under which it is seen."""
+    rows, views = step
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    for row, own in zip(rows[starts].tolist(), np.split(views, starts[1:]), strict=True):
+        yield row, own.tolist()
+
+
+def read_items(dataset: ViewDataset, row: int, views: Sequence[int]) -> list[Item]:
+    """Read views of one clip, which is decoded once; an unreadable one becomes an InputError that names it."""
+    read = getattr(dataset, "items", None)
+    number = views[0]
     try:
-        return dataset.item(row, view)
+        if read is not None:
+            return cast(list[Item], read(row, views))
+        found = []
+        for number in views:
+            found.append(dataset.item(row, number))
+        return found
     except VideoError as error:
-        raise InputError(f"clip {dataset.clip_ids[row]!r}, view {view}: {error}") from error
+        named = f"view {number}" if read is None or len(views) == 1 else f"views {', '.join(map(str, views))}"
+        raise InputError(f"clip {dataset.clip_ids[row]!r}, {named}: {error}") from error
 
 
-def stack(items: Sequence[Item]) -> dict[str, AnyArray]:
-    """Stack items to arrays with a batch axis in front."""
-    return {name: np.stack([item[name] for item in items]) for name in items[0]}
+def read_item(dataset: ViewDataset, row: int, view: int) -> Item:
+    """Read one view; raises as `read_items`."""
+    return read_items(dataset, row, [view])[0]
+
+
+def stack(items: Sequence[Item], *, pin: bool = False) -> dict[str, Tensor]:
+    """Stack items to tensors with a batch axis in front, if wished in page-locked memory."""
+    stacked = {}
+    for name, first in items[0].items():
+        kind = torch.from_numpy(first).dtype
+        stacked[name] = torch.empty((len(items), *first.shape), dtype=kind, pin_memory=pin)
+        np.stack([item[name] for item in items], out=stacked[name].numpy())
+    return stacked

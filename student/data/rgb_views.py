@@ -37,9 +37,13 @@ class RGBViews:
 
     def item(self, row: int, view: int) -> dict[str, UInt8Array]:
         """Return {"rgb": uint8 (T, S, S, 3)} of one view; raise VideoError when the clip cannot be read."""
-        wanted = self._stream.view(row, view)
-        frames = self._reader.read(row, wanted.frame_indices)
-        return {"rgb": canonical_view(frames, wanted, self._size_px)}
+        return self.items(row, [view])[0]
+
+    def items(self, row: int, views: Sequence[int]) -> list[dict[str, UInt8Array]]:
+        """Return several views of a clip, as `item`; it is decoded once."""
+        wanted = [self._stream.view(row, view) for view in views]
+        frames = self._reader.read(row, np.concatenate([view.frame_indices for view in wanted]))
+        return [{"rgb": canonical_view(frames, view, self._size_px)} for view in wanted]
 
 
 def label_arrays(clips: Sequence[ClipVideo], heads: Sequence[Head]) -> dict[str, IntArray]:

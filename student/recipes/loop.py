@@ -50,6 +50,13 @@ class LoopRecipe(GrowingRecipe):
     batch_size: int = Field(
         16, ge=1, le=65536, description="clips per step; an epoch is cut into ceil(clips / batch_size) even batches"
     )
+    repeats: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="views of each clip in a step, for which it is decoded once; batch_size counts views, so an "
+        "epoch has so many times the steps",
+    )
     learning_rate: float = Field(1e-4, gt=0, le=1, description="peak rate of AdamW")
     weight_decay: float = Field(
         0.02, ge=0, le=1, description="decoupled decay of matrices and kernels, not of norms and biases"
@@ -113,6 +120,12 @@ class LoopRecipe(GrowingRecipe):
         if name not in OPTIMIZERS and not OWN_NETWORK.fullmatch(name):
             raise ValueError(f"{name!r} is not one of {', '.join(OPTIMIZERS)}, and not of the form module:factory")
         return name
+
+    @model_validator(mode="after")
+    def _repeats_fill_batch(self) -> Self:
+        if self.batch_size % self.repeats:
+            raise ValueError(f"batch_size ({self.batch_size}) is no multiple of repeats ({self.repeats})")
+        return self
 
     @model_validator(mode="after")
     def _parts_within_batch(self) -> Self:

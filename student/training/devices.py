@@ -30,9 +30,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def to_device(arrays: Mapping[str, AnyArray], device: torch.device) -> dict[str, Tensor]:
-    """Return arrays as tensors on a device."""
-    return {name: torch.from_numpy(value).to(device) for name, value in arrays.items()}
+def to_device(arrays: Mapping[str, AnyArray | Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return arrays as tensors on a device; what lies in page-locked memory is copied while the host works on."""
+    return {name: torch.as_tensor(value).to(device, non_blocking=True) for name, value in arrays.items()}
 
 
 @contextmanager

@@ -96,17 +96,17 @@ def fit(
         stop_on_signals() as stop,
         reproducible(device, recipe.precision_mode),
         run.show(what, progress and ranks.is_first) as bar,
+        closing(run.batches_left()) as batches,  # what reads them ends here, also on a stop or a fault
     ):
         while not run.is_over:
-            with closing(run.batches_left()) as batches:  # its reading threads end here, also on a stop or a fault
-                for batch in batches:
-                    run.step(batch)
-                    bar.advance(run.clips_of_step, note=run.note)
-                    if run.shall_stop(stop.requested):
-                        run.save()
-                        stop.check(f"{run.position.step} of {counted(run.total_steps, 'step')} are kept")
-                        raise InterruptedByUserError(OTHER_STOPPED)
-                    run.save_sometimes()
+            for batch in run.of_epoch(batches):
+                run.step(batch)
+                bar.advance(run.clips_of_step, note=run.note)
+                if run.shall_stop(stop.requested):
+                    run.save()
+                    stop.check(f"{run.position.step} of {counted(run.total_steps, 'step')} are kept")
+                    raise InterruptedByUserError(OTHER_STOPPED)
+                run.save_sometimes()
             run.end_epoch(validate)
             run.save()
         rate = bar.units_per_second

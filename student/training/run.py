@@ -5,7 +5,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class Run:
         """Start at step 0."""
         self.network, self.dataset, self.recipe = network, dataset, recipe
         self.targets, self.loss, self.device, self.ranks = targets, loss, device, ranks
-        self.schedule = Schedule(dataset.rows, dataset.views, recipe.batch_size, recipe.seed)
+        self.schedule = Schedule(dataset.rows, dataset.views, recipe.batch_size, recipe.seed, recipe.repeats)
         self._frozen = frozen_modules(network, recipe.freeze)
         freeze(self._frozen)
         train_all_but(network, self._frozen)
@@ -152,15 +152,20 @@ class Run:
 
     def show(self, what: str, enabled: bool) -> Progress:
         """Return the progress display of the whole run, in clips."""
-        done = self._epoch * self.dataset.rows + self.position.clips
-        return Progress(what, total=self.recipe.epochs * self.dataset.rows, done=done, enabled=enabled)
+        each = self.schedule.views_per_epoch
+        done = self._epoch * each + self.position.clips
+        return Progress(what, total=self.recipe.epochs * each, done=done, enabled=enabled)
 
     def batches_left(self) -> Generator[Batch]:
-        """Yield the batches that the current epoch still lacks."""
-        steps = self.schedule.epoch(self._epoch)[self.position.step % self.schedule.steps_per_epoch :]
-        self._since = (time.perf_counter(), self.position.clips)  # a resumed epoch: clips of before are no speed
-        recipe = self.recipe
+        """Yield the batches that the run still lacks, of all its epochs: what reads ahead lives as long."""
+        recipe, steps = self.recipe, self.schedule.steps(self.position.step, self.total_steps)
         return read_batches(self.dataset, steps, threads=recipe.loader_threads, ahead=recipe.prefetch_batches)
+
+    def of_epoch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Return those of the next batches that the current epoch still lacks."""
+        self._since = (time.perf_counter(), self.position.clips)  # a resumed epoch: clips of before are no speed
+        each = self.schedule.steps_per_epoch
+        return islice(batches, each - self.position.step % each)
 
     def step(self, batch: Batch) -> None:
         """Do one step of the optimiser; what the step before it gave is looked at now."""

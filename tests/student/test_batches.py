@@ -52,6 +52,53 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
     assert order(7, 0)[:6] == [34, 37, 8, 29, 48, 16]  # a resumed run of another version must not reorder
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 60),
+    clips=st.integers(1, 6),
+    repeats=st.integers(1, 4),
+    epoch=st.integers(0, 20),
+    fresh=st.booleans(),
+)
+def test_with_repeats_an_epoch_holds_each_clip_once_under_its_next_views(rows, clips, repeats, epoch, fresh):
+    views = None if fresh else 4
+    schedule, plain = Schedule(rows, views, clips * repeats, 3, repeats), Schedule(rows, views, clips, 3)
+    steps = schedule.epoch(epoch)
+    assert len(steps) == schedule.steps_per_epoch == plain.steps_per_epoch
+    for (row, view), (plain_rows, _) in zip(steps, plain.epoch(epoch), strict=True):
+        assert row.tolist() == [r for r in plain_rows.tolist() for _ in range(repeats)]  # the same order of clips
+        turns = [epoch * repeats + n for n in range(repeats)]
+        wanted = [turn if fresh else plain.views_at(turn)[r] for r in plain_rows for turn in turns]
+        assert view.tolist() == wanted
+        assert len({*zip(row.tolist(), view.tolist(), strict=True)}) == len(row)  # no view twice in a step
+
+
+def test_with_repeats_each_view_is_used_equally_often():
+    schedule = Schedule(10, 6, 8, 0, 4)  # 3 epochs of 4 turns are two rounds of 6 views
+    used = np.zeros((10, 6), int)
+    for rows, views in schedule.steps(0, 3 * schedule.steps_per_epoch):
+        np.add.at(used, (rows, views), 1)
+    assert (used == 2).all()
+
+
+def test_the_steps_of_a_run_are_its_epochs_one_after_the_other_from_any_step():
+    schedule = Schedule(11, 3, 4, 5)
+    whole = [step for epoch in range(4) for step in schedule.epoch(epoch)]
+    for first in (0, 2, 3, 7, 12):
+        np.testing.assert_equal(list(schedule.steps(first, 11)), whole[first:11])
+
+
+def test_the_order_of_views_does_not_depend_on_how_many_rows_are_ordered_together(monkeypatch):
+    whole = Schedule(37, 5, 4, 9).views_at(7)
+    monkeypatch.setattr("mmkd.student.data.batches.VIEW_ROWS", 8)
+    np.testing.assert_array_equal(Schedule(37, 5, 4, 9).views_at(7), whole)
+
+
+def test_more_repeats_than_views_are_refused():
+    with pytest.raises(InputError, match=r"train\.repeats=3, and each clip has 2 views"):
+        Schedule(8, 2, 6, 0, 3)
+
+
 class Slow:
     """Items take a time that depends on the row; counts how many are being read."""
 
@@ -96,3 +143,30 @@ def test_an_unreadable_clip_is_named():
 
     with pytest.raises(InputError, match=r"clip 'clip-3', view 9: truncated"):
         list(read_batches(Broken(), [(np.array([3]), np.array([9]))], threads=1, ahead=1))
+
+
+def test_a_clip_is_decoded_once_for_all_of_its_views_in_a_step():
+    decoded = []
+
+    class Decoding(Slow):
+        def items(self, row, views):
+            decoded.append(row)
+            return [self.item(row, view) for view in views]
+
+    schedule = Schedule(7, None, 6, 0, 3)
+    for batch, (rows, views) in zip(
+        read_batches(Decoding(7), schedule.epoch(1), threads=3, ahead=2), schedule.epoch(1), strict=True
+    ):
+        np.testing.assert_array_equal(batch.inputs["rgb"], np.stack([rows, views], 1))
+    assert sorted(decoded) == list(range(7))
+
+
+def test_an_unreadable_view_among_several_of_a_clip_is_named():
+    class Broken(Slow):
+        def item(self, row, view):
+            if view == 5:
+                raise VideoError("truncated")
+            return super().item(row, view)
+
+    with pytest.raises(InputError, match=r"clip 'clip-3', view 5: truncated"):
+        list(read_batches(Broken(), [(np.array([3, 3, 3]), np.array([4, 5, 6]))], threads=1, ahead=1))
