@@ -182,7 +182,8 @@ def export(**options: Any) -> None:
     from mmkd.student.export.export_run import export_run
 
     found = export_run(options["run"], options["out"], trusted=options["trusted"])
-    line = f"{options['out']}: ONNX; logits of {found.clips} clips of noise differ by at most {found.largest:.2g}"
+    clips = counted(found.clips, "clip")
+    line = f"{options['out']}: ONNX; logits of {clips} of noise differ by at most {found.largest:.2g}"
     value = {"folder": str(options["out"]), "largest": found.largest, "mean": found.mean, "top1": found.top1}
     print_result(value, as_json=options["as_json"], lines=[line])
 
