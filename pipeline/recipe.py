@@ -124,6 +124,8 @@ class ExpertRecipe(Recipe):
     def _look_fits(self) -> Self:
         if self.flow_stack > 1 and self.modality != "flow":
             raise ValueError(f"flow_stack {self.flow_stack} is for flow experts; this one sees {self.modality}")
+        if self.modality != "rgb" and (names := self.train.only_rgb()):
+            raise ValueError(f"train.{names[0]} is for rgb experts; this one sees {self.modality}: leave it out")
         if self.modality == "boxes" and self.look.size_px is not None:
             raise ValueError("look.size_px is for rgb and flow; boxes have no size: leave it out")
         if self.modality == "boxes" and (self.look.frames or 0) > LAYOUT_FRAMES:

@@ -20,6 +20,7 @@ ORDER = (
     "cache_tools/process cache_tools/recipes cache_tools/storage student/network_table",
     "cache_tools/frames student/checkpoints",
     "cache_tools/views student/recipes student/key_maps",
+    "student/augment",
     "cache_tools/cache student/networks pipeline/recipe pipeline/missing",
     "cache_tools/tasks student/data student/teacher",
     "cache_tools/upkeep student/training",

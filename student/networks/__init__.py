@@ -1,1 +1,1 @@
-"""RGB networks, their pretrained weights, and jitter."""
+"""Video networks, their heads, and their pretrained weights."""

@@ -6,7 +6,7 @@ here downloads weights: a user hands over a file, from which everything but the 
 networks there are is a table, mmkd.student.network_table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.data_manifests.errors import InputError
+from mmkd.student.augment.augment import NO_AUGMENT, augment_of
 from mmkd.student.network_table import Normalisation, before_it_was_stated, check_input, is_own, known_network
-from mmkd.student.networks.jitter import NO_JITTER, Jitter, jitter_clips, permute_channels
 from mmkd.student.networks.own_networks import DictNetwork, build_own, check_logits
 from mmkd.student.networks.pretrained import load_backbone
 from mmkd.student.recipes.train import TrainRecipe
@@ -122,15 +122,14 @@ class VideoClassifier(nn.Module):
         *,
         normalisation: Normalisation | None = None,
         flow_scale_px: float = 20.0,
-        jitter: Jitter = NO_JITTER,
-        permuted: float = 0.0,
+        augment: Callable[[Tensor, Tensor], Tensor] = NO_AUGMENT,
         size_px: int = USUAL_SIZE_PX,
     ) -> None:
         """Wrap a network for a modality.
 
         `normalisation` is by default ImageNet's for RGB, and none for flow. `flow_scale_px` is the flow in pixels
-        per step that maps to 1; larger keeps fast motion and loses resolution of slow motion (I3D: 20). `jitter` is
-        applied to RGB in training mode only, and so are channels exchanged, in the share `permuted` of the clips.
+        per step that maps to 1; larger keeps fast motion and loses resolution of slow motion (I3D: 20). In training
+        mode `augment` maps RGB clips (B, 3, T, S, S) in 0..1, and the mean, to changed ones.
         """
         super().__init__()
         if modality not in CHANNELS:
@@ -140,7 +139,7 @@ class VideoClassifier(nn.Module):
         self.network = network
         self.modality = modality
         self.flow_scale_px = flow_scale_px
-        self.jitter, self.permuted = jitter, permuted
+        self.augment = augment
         self.size_px = size_px
         self.set_normalisation(normalisation or before_it_was_stated(modality))
 
@@ -161,10 +160,13 @@ class VideoClassifier(nn.Module):
         return cast(dict[str, Tensor], self.network(prepare(inputs[self.modality])))
 
     def prepare_rgb(self, frames: Tensor) -> Tensor:
-        """Jitter (in training) and normalise uint8 frames (B, T, S, S, 3) to (B, 3, T, S, S)."""
+        """Augment (in training) and normalise frames (B, T, S, S, 3) in 0..255 to (B, 3, T, S, S).
+
+        They are uint8, or float where views were mixed.
+        """
         clips = frames.permute(0, 4, 1, 2, 3).float() / 255
         if self.training:
-            clips = permute_channels(jitter_clips(clips, self.jitter), self.permuted)
+            clips = self.augment(clips, cast(Tensor, self.mean))
         return self.normalised(clips)
 
     def prepare_flow(self, flow_px: Tensor) -> Tensor:
@@ -212,12 +214,14 @@ def build_network(
         else:
             drop_path, weights = recipe.drop_path, recipe.weights
             network = headed_network(recipe.network, heads=heads, **shape, weights=weights, drop_path=drop_path)
+    augment: Callable[[Tensor, Tensor], Tensor] = augment_of(recipe)
+    if recipe.compile:  # groups of clips that are drawn have other shapes at each step: none is worth compiling
+        augment = torch.compiler.disable(augment)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     return VideoClassifier(
         network,
         modality,
         normalisation=normalisation or recipe.normalised(modality),
         flow_scale_px=recipe.flow_scale_px,
-        jitter=Jitter(**recipe.jitter.model_dump()),
-        permuted=recipe.permute_channels,
+        augment=augment,
         size_px=size_px or (USUAL_SIZE_PX if is_own(recipe.network) else known_network(recipe.network).size_px),
     )

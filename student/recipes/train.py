@@ -8,8 +8,11 @@ from pydantic import Field, field_validator, model_validator
 from mmkd.cache_tools.recipes.recipe import Recipe
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.network_table import Normalisation, is_own, known_network, own_normalisation
-from mmkd.student.recipes.augment import JitterRecipe
+from mmkd.student.recipes.augment import ErasingRecipe, JitterRecipe, RandAugmentRecipe
 from mmkd.student.recipes.loop import LoopRecipe
+
+ONLY_RGB = ("permute_channels", "grey", "rand_augment", "erasing")
+"""Fields without effect on another modality."""
 
 
 class NormalisationRecipe(Recipe):
@@ -65,6 +68,13 @@ class TrainRecipe(LoopRecipe):
         description="share of the clips whose red, green and blue change places in training, so that colours tell "
         "less and shapes and motion more; rgb only",
     )
+    grey: float = Field(0.0, ge=0, le=1, description="share of the clips that turn grey in training; rgb only")
+    rand_augment: RandAugmentRecipe | None = Field(
+        None, description="RandAugment's photometric operations, before the jitter; null: none; rgb only"
+    )
+    erasing: ErasingRecipe | None = Field(
+        None, description="a window erased in all frames of some clips, {probability: 0.25}; null: none; rgb only"
+    )
     decoded_clips_gib: float = Field(
         2.0, ge=0, description="memory in GiB for clips kept decoded between epochs; changes no number"
     )
@@ -84,6 +94,10 @@ class TrainRecipe(LoopRecipe):
         if self.network_options and not is_own(self.network):
             raise ValueError(f"network_options: {self.network} takes none; they are for networks of your own")
         return self
+
+    def only_rgb(self) -> list[str]:
+        """Return the fields that are set and change RGB alone, but for the jitter, which is on by default."""
+        return [name for name in ONLY_RGB if getattr(self, name)]
 
     def normalised(self, modality: str) -> Normalisation:
         """Return what a new network's input is normalised with."""

@@ -172,6 +172,8 @@ def test_a_stack_is_around_its_frame_and_inside_the_clip():
     ("fields", "told"),
     [
         ({"modality": "rgb", "flow_stack": 2}, "flow_stack 2 is for flow experts"),
+        ({"modality": "flow", "train": {"permute_channels": 0.5}}, "train.permute_channels is for rgb experts"),
+        ({"modality": "boxes", "train": {"erasing": {}}}, "train.erasing is for rgb experts; this one sees boxes"),
         ({"modality": "boxes", "look": {"size_px": 32}}, "boxes have no size"),
         ({"modality": "boxes", "look": {"frames": 65}}, "takes 64 at most"),
         ({"modality": "rgb", "look": {"size_px": 1025}}, "less than or equal to 1024"),

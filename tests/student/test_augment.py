@@ -6,7 +6,9 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from mmkd.student.networks.jitter import NO_JITTER, OPERATIONS, Jitter, jitter_clips, permute_channels
+from mmkd.student.augment.augment import Augment
+from mmkd.student.augment.colours import permute_channels
+from mmkd.student.augment.jitter import NO_JITTER, OPERATIONS, Jitter, jitter_clips
 from mmkd.student.networks.networks import VideoClassifier, build_network, headed_network
 from mmkd.student.recipes.train import TrainRecipe
 
@@ -59,7 +61,9 @@ def test_factors_stay_within_their_range():
 
 
 def test_the_classifier_jitters_in_training_only():
-    classifier = VideoClassifier(headed_network("small3d", heads={"action": 3}, channels=3), "rgb", jitter=Jitter())
+    classifier = VideoClassifier(
+        headed_network("small3d", heads={"action": 3}, channels=3), "rgb", augment=Augment(jitter=Jitter())
+    )
     frames = torch.randint(0, 256, (2, 4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     still = classifier.eval().prepare_rgb(frames)
     assert torch.equal(still, classifier.prepare_rgb(frames))

@@ -77,7 +77,7 @@ def test_build_network_depends_on_the_seed_and_on_nothing_drawn_before():
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     assert all(torch.equal(one, two) for one, two in pairs)
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
-    assert first.jitter.hue == 0.0
+    assert first.augment.jitter.hue == 0.0
     assert first({"flow": torch.zeros(1, 8, 2, 56, 56)}).keys() == HEADS.keys()
 
 

@@ -6,7 +6,6 @@ operations is drawn once per batch, not per clip, so that each stays one batched
 """
 
 from dataclasses import dataclass
-from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -55,20 +54,6 @@ def jitter_clips(clips: Tensor, jitter: Jitter) -> Tensor:
         factors = (low + (high - low) * draws).to(clips.device)
         clips = OPERATIONS[name](clips, factors)
     return clips
-
-
-def permute_channels(clips: Tensor, share: float) -> Tensor:
-    """Let the colours of a share of the clips (B, 3, T, H, W) change places: one of the five other orders for each.
-
-    A clip is one of them with probability `share`. The draws come from torch's CPU generator; without a share
-    nothing is drawn.
-    """
-    if share == 0:
-        return clips
-    orders = torch.tensor(list(permutations(range(3))))
-    chosen = torch.randint(1, len(orders), (len(clips),)) * (torch.rand(len(clips)) < share)
-    index = orders[chosen].to(clips.device)
-    return clips.gather(1, index.view(-1, 3, 1, 1, 1).expand_as(clips))
 
 
 def adjust_brightness(clips: Tensor, factors: Tensor) -> Tensor:
