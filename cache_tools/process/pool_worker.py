@@ -29,7 +29,8 @@ KILLS = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGBUS, signal.SI
 PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 """Those that end a job: the parent decides when, so a worker does not hear them."""
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
-_ONE_THREAD = dict.fromkeys(_THREADS, "1")
+ONE_THREAD = dict.fromkeys(_THREADS, "1")
+"""Environment of processes that are many: each computes in one thread."""
 
 
 class WorkerLostError(Exception):
@@ -58,7 +59,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what a decoder prints must not end up in a command's result
                 pass_fds=(theirs.fileno(),),
-                env=os.environ | _ONE_THREAD,
+                env=os.environ | ONE_THREAD,
             )
 
     def prepare(self, function: bytes) -> None:

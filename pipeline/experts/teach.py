@@ -263,14 +263,12 @@ def view_dataset(
     """Return the data set of a modality over usable clips."""
     manifest = clip_set.manifest
     stream = DrawnViews(
-        [item.facts for item in clips],
-        [item.clip.clip_id for item in clips],
+        clips,
         recipe.views,
         dataset=manifest.dataset,
         seed=recipe.view_seed,
         flip_allowed=manifest.flip_allowed,
         views=expert.views,
-        times=[item.times_seconds for item in clips],
     )
     modality = MODALITIES[expert.modality]
     taught = TaughtClips(

@@ -17,6 +17,7 @@ from mmkd.pipeline.flow.clip_flow import FlowFields, stack_starts, view_flow
 from mmkd.pipeline.flow.flow_files import FlowFiles
 from mmkd.pipeline.flow.scratch import FlowStore
 from mmkd.pipeline.inputs.boxes import Track, boxes_at
+from mmkd.student.data.packed_clips import PackedClips
 from mmkd.student.data.rgb_views import label_arrays
 from mmkd.student.data.view_streams import ViewStream
 
@@ -44,6 +45,10 @@ class LookStream:
     def view(self, row: int, view: int) -> View:
         """Return one view of one row."""
         return look_view(self._stream.view(row, view), self._frames)
+
+    def packed(self, clips: PackedClips) -> ViewStream:
+        """Return the same views in a form that other processes share."""
+        return LookStream(self._stream.packed(clips), self._frames)
 
 
 class ClipViews:

@@ -1,13 +1,10 @@
-"""Clips in batches: in which order, under which views, and read ahead by threads.
+"""Clips in batches: which clips in which order under which views, and how a batch is read and stacked.
 
 Order and views are pure functions of the seed, the epoch and the row, made from raw generator words (a
-library's `shuffle` may change between versions). Threads only read: which thread is fast changes nothing.
+library's `shuffle` may change between versions).
 """
 
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -154,34 +151,6 @@ def random_words(count: int, seed: int, stream: int, purpose: int) -> npt.NDArra
 
 def _word_stream(seed: int, stream: int, purpose: int) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, (purpose << 32) | stream], np.uint64))
-
-
-def read_batches(
-    dataset: ViewDataset, steps: Iterable[Step], *, threads: int, ahead: int, pin: bool = False
-) -> Generator[Batch]:
-    """Yield the batches of `steps` in order, while `threads` threads read at most `ahead` more.
-
-    `pin` puts them into page-locked memory, from which a GPU copies while the host works on.
-    """
-    remaining = iter(steps)
-    waiting: deque[tuple[Step, list[Future[list[Item]]]]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="read-clips")
-
-    def submit_next() -> None:
-        with suppress(StopIteration):
-            step = next(remaining)
-            waiting.append((step, [pool.submit(read_items, dataset, *clip) for clip in clips_of(step)]))
-
-    try:
-        for _ in range(ahead + 1):
-            submit_next()
-        while waiting:
-            step, futures = waiting.popleft()
-            items = [item for future in futures for item in future.result()]
-            submit_next()
-            yield Batch(*step, stack(items, pin=pin))
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def clips_of(step: Step) -> Iterator[tuple[int, list[int]]]:

@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +24,24 @@ class ClipReader:
         """Serve `clips` by position from `source`, keeping at most `memory_bytes` of decoded frames."""
         self._source = source
         self._clips = clips
-        self._free_bytes = memory_bytes
+        self._memory_bytes = self._free_bytes = memory_bytes
         self._kept: dict[int, ClipFrames] = {}
         self._tried: set[int] = set()
         """Rows that are kept, being read to be kept, or could not be."""
         self._lock = threading.Lock()
+
+    def of(self, clips: Sequence[ClipVideo]) -> "ClipReader":
+        """Return a reader of the same clips in another form, which keeps nothing decoded."""
+        return ClipReader(self._source, clips, memory_bytes=0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send what is read, and nothing that is kept."""
+        return partial(ClipReader, memory_bytes=0), (self._source, self._clips)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the budget holds every clip."""
+        return sum(map(self._size_bytes, range(len(self._clips)))) <= self._memory_bytes
 
     def read(self, row: int, frame_indices: IntArray) -> ClipFrames:
         """Return frames that contain `frame_indices` (which may repeat); raise VideoError when unreadable."""

@@ -1,6 +1,7 @@
 """The student's data: canonical RGB views of clips, with labels, for training and for prediction."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from mmkd.cache_tools.frames.source import FrameSource
 from mmkd.cache_tools.views.canonical import canonical_view
 from mmkd.data_manifests.manifest import Head
 from mmkd.student.data.clip_reader import ClipReader
+from mmkd.student.data.packed_clips import PackedClips
 from mmkd.student.data.view_streams import ViewStream
 
 
@@ -27,12 +29,13 @@ class RGBViews:
         memory_bytes: int,
     ) -> None:
         """Serve views of `clips` from `stream`, keeping at most `memory_bytes` of decoded frames."""
+        self._clips = clips
         self._reader = ClipReader(source, clips, memory_bytes=memory_bytes)
         self._stream = stream
         self._size_px = size_px
         self.rows = len(clips)
         self.views = stream.views
-        self.clip_ids = [item.clip.clip_id for item in clips]
+        self.clip_ids: Sequence[str] = [item.clip.clip_id for item in clips]
         self.labels: Mapping[str, IntArray] = label_arrays(clips, heads)
 
     def item(self, row: int, view: int) -> dict[str, UInt8Array]:
@@ -44,6 +47,18 @@ class RGBViews:
         wanted = [self._stream.view(row, view) for view in views]
         frames = self._reader.read(row, np.concatenate([view.frame_indices for view in wanted]))
         return [{"rgb": canonical_view(frames, view, self._size_px)} for view in wanted]
+
+    @property
+    def worth_processes(self) -> bool:
+        """Whether reading takes long: clips are decoded again for each of their views."""
+        return not self._reader.keeps_all
+
+    def for_processes(self) -> "RGBViews":
+        """Return the same views, without labels, in a form that other processes share and do not copy."""
+        packed, clips = copy(self), PackedClips(self._clips)
+        packed._clips, packed.clip_ids, packed.labels = clips, clips.clip_ids, {}
+        packed._reader, packed._stream = self._reader.of(clips), self._stream.packed(clips)
+        return packed
 
 
 def label_arrays(clips: Sequence[ClipVideo], heads: Sequence[Head]) -> dict[str, IntArray]:

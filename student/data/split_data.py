@@ -137,12 +137,10 @@ def fresh_stream(
 ) -> DrawnViews:
     """Return views that are new in every epoch, drawn as the cache's were."""
     return DrawnViews(
-        [item.facts for item in clips],
-        [item.clip.clip_id for item in clips],
+        clips,
         policy,
         dataset=reader.dataset,
         seed=reader.init.view_seed,
         flip_allowed=manifest.flip_allowed,
         views=None,
-        times=[item.times_seconds for item in clips],
     )

@@ -17,6 +17,7 @@ from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import FingerprintError, InputError, VerificationError
+from mmkd.student.data.reading import Reading
 from mmkd.student.data.split_data import SplitData, check_manifest, open_split
 from mmkd.student.evaluation.evaluate import (
     Averaged,
@@ -119,7 +120,8 @@ def submit_run(
             f"{', '.join(reader.layouts)}. `mmkd-cache build --set build.splits=[{split}]` caches another"
         )
     record = same_classes(run, reader)
-    found = predict_split(finished_network(recipe, reader, run, record, trusted), reader, clip_set, split, device)
+    network = finished_network(recipe, reader, run, record, trusted)
+    found = predict_split(network, reader, clip_set, split, recipe=recipe, device=device)
     averaged = {head: average_views(value) for head, value in found.logits.items()}
     write_submission(out, submission(found.split.table.clip_ids, averaged, levels))
     return len(found.usable), int((~found.usable).sum())
@@ -191,7 +193,7 @@ def evaluate_on(
     device: torch.device,
 ) -> tuple[SplitScores, SplitMetrics]:
     """Evaluate a network on one split, over its stored views; with its agreement with a teacher, if given."""
-    predicted = predict_split(network, reader, clip_set, name, device)
+    predicted = predict_split(network, reader, clip_set, name, recipe=recipe, device=device)
     scores = score_split(predicted.split.table, predicted.logits, predicted.usable, Averaged.of_cache(reader))
     metrics = scores.metrics(clip_set.manifest.split(name))
     if mixtures is not None:
@@ -216,7 +218,13 @@ class PredictedSplit:
 
 
 def predict_split(
-    network: nn.Module, reader: CacheReader, clip_set: ClipSet, name: str, device: torch.device
+    network: nn.Module,
+    reader: CacheReader,
+    clip_set: ClipSet,
+    name: str,
+    *,
+    recipe: StudentRecipe,
+    device: torch.device,
 ) -> PredictedSplit:
     """Run a network over the stored views of a split; VerificationError where it gives NaN or infinity."""
     split = open_split(reader, clip_set, name, memory_bytes=0)
@@ -227,6 +235,7 @@ def predict_split(
         np.arange(split.table.views),
         batch_size=EVALUATION_BATCH,
         device=device,
+        reading=Reading.of(recipe.train, device.type),
     )
     if not all(np.isfinite(value).all() for value in found.values()):
         raise VerificationError(

@@ -8,7 +8,9 @@ from mmkd.cache_tools.recipes.recipe import Recipe
 from mmkd.student.network_table import OWN_NETWORK
 from mmkd.student.recipes.growing import GrowingRecipe
 
-WITHOUT_EFFECT = frozenset({"loader_threads", "prefetch_batches", "decoded_clips_gib", "checkpoint_minutes"})
+WITHOUT_EFFECT = frozenset(
+    {"loader_threads", "loader_processes", "prefetch_batches", "decoded_clips_gib", "checkpoint_minutes"}
+)
 """Fields that change no number: a stopped run may be resumed with other values."""
 
 WARMUP_SHARE = 0.1
@@ -112,7 +114,16 @@ class LoopRecipe(GrowingRecipe):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of initial weights, clips' order, views, jitter and dropout")
     loader_threads: int = Field(4, ge=1, le=256, description="threads that read ahead; they change no number")
-    prefetch_batches: int = Field(4, ge=1, le=64, description="batches read ahead; larger needs more memory")
+    loader_processes: int | None = Field(
+        None,
+        ge=0,
+        le=256,
+        description="processes that decode, in place of threads; 0: threads; null: one less than cores, at most "
+        "16, and 0 where all clips stay decoded, below 4 cores, and for less than 2,048 views",
+    )
+    prefetch_batches: int = Field(
+        4, ge=1, le=64, description="batches read ahead, beyond one for each process; larger needs more memory"
+    )
 
     @field_validator("optimizer")
     @classmethod

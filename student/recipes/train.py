@@ -76,7 +76,9 @@ class TrainRecipe(LoopRecipe):
         None, description="a window erased in all frames of some clips, {probability: 0.25}; null: none; rgb only"
     )
     decoded_clips_gib: float = Field(
-        2.0, ge=0, description="memory in GiB for clips kept decoded between epochs; changes no number"
+        2.0,
+        ge=0,
+        description="memory in GiB for clips kept decoded between epochs, by threads alone; changes no number",
     )
 
     @field_validator("network")

@@ -1,13 +1,19 @@
 """Logits of chosen views of chosen clips, in batches of one fixed shape, so that they repeat bit for bit."""
 
+from contextlib import closing
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import nn
 
 from mmkd.cache_tools.frames.records import Float32Array, IntArray
 from mmkd.cache_tools.process.progress import Progress
-from mmkd.student.data.batches import ViewDataset, read_batches
+from mmkd.student.data.batches import ViewDataset
+from mmkd.student.data.reading import Reading, read_batches
 from mmkd.student.training.devices import reproducible, to_device
+
+USUAL_READING = Reading()
 
 
 def predict(
@@ -18,7 +24,7 @@ def predict(
     *,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
-    threads: int = 4,
+    reading: Reading = USUAL_READING,
     autocast: bool = False,
     progress: bool = True,
     what: str = "evaluating",
@@ -27,9 +33,10 @@ def predict(
 
     The network runs in evaluation mode and is left in the mode it was in; the last batch is padded by
     repeating its last view, since another batch size would give other bits. `autocast` computes in bfloat16
-    on CUDA: faster, and equal to about three digits.
+    on CUDA: faster, and equal to about three digits. `reading` says who reads, which changes no number.
     """
     device = torch.device(device)
+    reading = replace(reading, pin=device.type == "cuda")
     pairs = np.stack(np.meshgrid(rows, views, indexing="ij"), -1).reshape(-1, 2)
     padding = -len(pairs) % batch_size
     padded = np.concatenate([pairs, np.repeat(pairs[-1:], padding, 0)]).reshape(-1, batch_size, 2)
@@ -44,8 +51,9 @@ def predict(
             reproducible(device),
             torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
             Progress(what, total=len(pairs), unit="view", enabled=progress) as bar,
+            closing(read_batches(dataset, steps, reading, views=len(pairs))) as batches,
         ):
-            for batch in read_batches(dataset, steps, threads=threads, ahead=4):
+            for batch in batches:
                 for head, logits in network(to_device(batch.inputs, device)).items():
                     outputs.setdefault(head, []).append(logits.float().cpu().numpy())
                 bar.advance(min(batch_size, len(pairs) - bar.done))  # padding is not a view

@@ -17,7 +17,8 @@ from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.tasks.folder_lock import FolderLock
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.data.batches import Batch, Schedule, ViewDataset, read_batches
+from mmkd.student.data.batches import Batch, Schedule, ViewDataset
+from mmkd.student.data.reading import Reading, read_batches
 from mmkd.student.networks.freezing import freeze, frozen_modules, train_all_but
 from mmkd.student.networks.recompute import recompute_blocks
 from mmkd.student.recipes.loop import LoopRecipe
@@ -158,8 +159,9 @@ class Run:
 
     def batches_left(self) -> Generator[Batch]:
         """Yield the batches that the run still lacks, of all its epochs: what reads ahead lives as long."""
-        recipe, steps = self.recipe, self.schedule.steps(self.position.step, self.total_steps)
-        return read_batches(self.dataset, steps, threads=recipe.loader_threads, ahead=recipe.prefetch_batches)
+        steps = self.schedule.steps(self.position.step, self.total_steps)
+        views = (self.recipe.epochs - self._epoch) * self.schedule.views_per_epoch
+        return read_batches(self.dataset, steps, Reading.of(self.recipe, self.device.type), views=views)
 
     def of_epoch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Return those of the next batches that the current epoch still lacks."""

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mmkd.cache_tools.cache.split_table import SplitTable
-from mmkd.cache_tools.frames.records import ClipFacts, facts_table
+from mmkd.cache_tools.frames.clip_set import ClipVideo
+from mmkd.cache_tools.frames.records import ClipFacts, VideoFacts, facts_table
 from mmkd.cache_tools.views.drawing import (
     ViewPolicy,
     evaluation_view_table,
@@ -20,6 +21,7 @@ from mmkd.cache_tools.views.drawing import (
 )
 from mmkd.cache_tools.views.keyed_words import KeyedWords, below, unit
 from mmkd.cache_tools.views.view import ViewTable
+from mmkd.data_manifests.manifest import Clip
 from mmkd.student.data.view_streams import DrawnViews, StoredViews
 
 FACTS = ClipFacts(width=427, height=240, first_frame=100, frame_count=45)
@@ -322,7 +324,9 @@ def test_stored_views_are_the_drawn_ones_again():
     drawn = [random_views(FACTS, ViewPolicy(), **(KEY | {"clip_id": name}), numbers=range(3)) for name in ids]
     table = table_of(drawn)
     stored = StoredViews(table, rows=[1, 0])
-    stream = DrawnViews([FACTS, FACTS], ids, ViewPolicy(), dataset="demo", seed=0, flip_allowed=True, views=None)
+    video = VideoFacts(427, 240, np.arange(200) / 25, "pyav", "x")
+    clips = [ClipVideo(Clip(name, "v", "train", {}), video, FACTS) for name in ids]
+    stream = DrawnViews(clips, ViewPolicy(), dataset="demo", seed=0, flip_allowed=True, views=None)
     assert (stored.views, stream.views) == (3, None)
     for row in (0, 1):
         for number in range(3):

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmkd.data_manifests.errors import InputError, VideoError
-from mmkd.student.data.batches import Schedule, read_batches
+from mmkd.student.data.batches import Schedule
+from mmkd.student.data.reading import read_by_threads
 
 
 @settings(deadline=None, max_examples=60)
@@ -118,7 +119,7 @@ class Slow:
 @pytest.mark.parametrize("threads", [1, 7])
 def test_batches_come_in_order_whatever_the_threads_do(threads):
     steps = Schedule(24, None, 5, seed=0).epoch(2)
-    batches = list(read_batches(Slow(), steps, threads=threads, ahead=3))
+    batches = list(read_by_threads(Slow(), steps, threads=threads, ahead=3))
     assert len(batches) == len(steps)
     for batch, (rows, views) in zip(batches, steps, strict=True):
         np.testing.assert_array_equal(batch.rows, rows)
@@ -128,7 +129,7 @@ def test_batches_come_in_order_whatever_the_threads_do(threads):
 def test_reading_ahead_is_bounded_and_stops_when_nobody_reads_on():
     dataset = Slow(100)
     steps = Schedule(100, None, 5, seed=0).epoch(0)
-    batches = read_batches(dataset, steps, threads=4, ahead=2)
+    batches = read_by_threads(dataset, steps, threads=4, ahead=2)
     next(batches)
     time.sleep(0.2)
     assert dataset.started <= (1 + 1 + 2) * 5
@@ -142,7 +143,7 @@ def test_an_unreadable_clip_is_named():
             raise VideoError("truncated")
 
     with pytest.raises(InputError, match=r"clip 'clip-3', view 9: truncated"):
-        list(read_batches(Broken(), [(np.array([3]), np.array([9]))], threads=1, ahead=1))
+        list(read_by_threads(Broken(), [(np.array([3]), np.array([9]))], threads=1, ahead=1))
 
 
 def test_a_clip_is_decoded_once_for_all_of_its_views_in_a_step():
@@ -155,7 +156,7 @@ def test_a_clip_is_decoded_once_for_all_of_its_views_in_a_step():
 
     schedule = Schedule(7, None, 6, 0, 3)
     for batch, (rows, views) in zip(
-        read_batches(Decoding(7), schedule.epoch(1), threads=3, ahead=2), schedule.epoch(1), strict=True
+        read_by_threads(Decoding(7), schedule.epoch(1), threads=3, ahead=2), schedule.epoch(1), strict=True
     ):
         np.testing.assert_array_equal(batch.inputs["rgb"], np.stack([rows, views], 1))
     assert sorted(decoded) == list(range(7))
@@ -169,4 +170,4 @@ def test_an_unreadable_view_among_several_of_a_clip_is_named():
             return super().item(row, view)
 
     with pytest.raises(InputError, match=r"clip 'clip-3', view 5: truncated"):
-        list(read_batches(Broken(), [(np.array([3, 3, 3]), np.array([4, 5, 6]))], threads=1, ahead=1))
+        list(read_by_threads(Broken(), [(np.array([3, 3, 3]), np.array([4, 5, 6]))], threads=1, ahead=1))
