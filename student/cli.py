@@ -169,22 +169,29 @@ def submission(files: tuple[Path, ...], overrides: tuple[str, ...], **options: A
     print_result({"clips": clips, "unreadable": unread}, as_json=options["as_json"], lines=[line])
 
 
-@cli.command(epilog=example("mmkd-student export runs/student -o exported"))
+@cli.command(epilog=example("mmkd-student export runs/student --check clip.webm -o exported"))
+@data_options
 @click.argument("run", type=FOLDER)
 @click.option("-o", "--out", required=True, type=FOLDER, help="Folder to write; an earlier export is replaced.")
+@click.option("--check", multiple=True, type=FILE, metavar="VIDEO", help="Compare on this video; repeatable.")
 @trust_option
 @as_json
 def export(**options: Any) -> None:
     """Write a finished RUN's student as an ONNX file, checked against the student itself.
 
     Input: views uint8 (B, T, S, S, 3) in RGB; output: logits by head. Class names and views are in its metadata.
+    Both are compared on the videos of --check, on the evaluation clips of --manifest, or on noise.
     """
-    from mmkd.student.export.export_run import export_run
+    from mmkd.student.export.export_run import ONNX_FILE, ExportOptions, export_run
 
-    found = export_run(options["run"], options["out"], trusted=options["trusted"])
-    clips = counted(found.clips, "clip")
-    line = f"{options['out']}: ONNX; logits of {clips} of noise differ by at most {found.largest:.2g}"
-    value = {"folder": str(options["out"]), "largest": found.largest, "mean": found.mean, "top1": found.top1}
+    data, as_data = named_data(options), None
+    if any(value is not None for value in data.values()):
+        as_data = load_recipe(StudentRecipe, files=(), overrides=(), named=data).data
+    chosen = ExportOptions(check=options["check"], data=as_data, trusted=options["trusted"])
+    card = export_run(options["run"], options["out"], chosen)
+    found, frames = card["check"][ONNX_FILE], card["check"]["frames"]
+    line = f"{options['out']}: {ONNX_FILE}; logits differ by at most {found['largest']:.2g}, on {frames}"
+    value = {"folder": str(options["out"]), "check": card["check"]}
     print_result(value, as_json=options["as_json"], lines=[line])
 
 

@@ -1,18 +1,22 @@
 """An exported file against the student that it was made from: the same frames through both, by ONNX Runtime."""
 
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from mmkd.cache_tools.frames.records import UInt8Array
+from mmkd.cache_tools.frames.records import Float32Array, UInt8Array
 from mmkd.data_manifests.errors import VerificationError
 from mmkd.student.evaluation.trained import TrainedStudent
-from mmkd.student.export.onnx_file import INPUT
+from mmkd.student.export.program import INPUT
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, as a share of the largest logit or of 1, with which an export is good."""
-MADE_CLIPS = 3
-"""An odd number other than the batch with which the file was traced."""
+BATCH = 3
+"""Views that are compared together: another number than that with which the file was traced."""
+
+Runner = Callable[[UInt8Array], Mapping[str, Float32Array]]
+"""From views, uint8 (B, T, S, S, 3), to head -> float32 (B, classes)."""
 
 
 @dataclass(frozen=True)
@@ -24,31 +28,50 @@ class Agreement:
     mean: float
     """Mean absolute difference."""
     top1: float
-    """Share of clips and heads whose best class is the same, 0 to 1."""
-    clips: int
-    """How many clips went through both."""
+    """Share of views and heads whose best class is the same, 0 to 1."""
+    views: int
+    """How many views went through both."""
 
 
-def made_frames(student: TrainedStudent) -> UInt8Array:
-    """Return uint8 (3, T, S, S, 3) of noise, the same every time: no real frames, and to be named so."""
-    size = student.policy.size_px
-    shape = (MADE_CLIPS, student.policy.frames, size, size, 3)
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-def check_onnx(file: bytes, student: TrainedStudent, frames: UInt8Array) -> Agreement:
-    """Run `frames`, uint8 (B, T, S, S, 3), through both; VerificationError where they differ by too much."""
+def onnx_runner(file: bytes, student: TrainedStudent) -> Runner:
+    """Return what runs an ONNX file on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    found = dict(zip(student.heads, session.run(list(student.heads), {INPUT: frames}), strict=True))
-    wanted = student.logits(frames)
-    gaps = np.concatenate([np.abs(found[head] - wanted[head]).ravel() for head in student.heads])
-    scale = max(1.0, *(float(np.abs(wanted[head]).max()) for head in student.heads))
-    same = [found[head].argmax(1) == wanted[head].argmax(1) for head in student.heads]
-    if not gaps.max() <= TOLERANCE * scale:  # so written, NaN is refused
+    heads = list(student.heads)
+    return lambda frames: dict(zip(heads, session.run(heads, {INPUT: frames}), strict=True))
+
+
+def check(run: Runner, student: TrainedStudent, views: Iterable[UInt8Array], *, what: str) -> Agreement:
+    """Run views, each uint8 (T, S, S, 3), through both; VerificationError, naming `what`, where they differ."""
+    largest = total = scale = 0.0
+    numbers = same = pairs = count = 0
+    for frames in batches(views):
+        found, wanted = run(frames), student.logits(frames)
+        count += len(frames)
+        for head in student.heads:
+            gap = np.abs(found[head].astype(np.float64) - wanted[head])
+            largest = float(np.maximum(largest, gap.max()))  # of NaN and a number: NaN
+            total, numbers = total + float(gap.sum()), numbers + gap.size
+            scale = max(scale, float(np.abs(wanted[head]).max()))
+            same += int((found[head].argmax(1) == wanted[head].argmax(1)).sum())
+            pairs += len(frames)
+    allowed = TOLERANCE * max(1.0, scale)
+    if not largest <= allowed:  # so written, NaN is refused
         raise VerificationError(
-            f"the ONNX file's logits differ from the student's by up to {gaps.max():.2g}, where "
-            f"{TOLERANCE * scale:.2g} is allowed; nothing was written"
+            f"the {what} file's logits differ from the student's by up to {largest:.2g}, where {allowed:.2g} is "
+            "allowed; nothing was written"
         )
-    return Agreement(float(gaps.max()), float(gaps.mean()), float(np.mean(same)), len(frames))
+    return Agreement(largest, total / numbers, same / pairs, count)
+
+
+def batches(views: Iterable[UInt8Array]) -> Iterator[UInt8Array]:
+    """Yield views, each (T, S, S, 3), as (B, T, S, S, 3) with B of `BATCH`, the last one smaller."""
+    waiting: list[UInt8Array] = []
+    for view in views:
+        waiting.append(view)
+        if len(waiting) == BATCH:
+            yield np.stack(waiting)
+            waiting = []
+    if waiting:
+        yield np.stack(waiting)

@@ -5,67 +5,67 @@ import warnings
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.evaluation.trained import TrainedStudent
+from mmkd.student.export.program import INPUT, not_exportable, parameter_bytes
 
-INPUT = "frames"
-"""Name of the input: uint8 (B, T, S, S, 3), canonical views in RGB."""
 METADATA = "mmkd"
 """Key of the file's metadata under which everything stands, as JSON."""
 MISSING = "needs the packages onnx, onnxruntime and onnxscript: pip install 'mmkd[export]'"
+MOST_BYTES = 2**31 - 2**20
+"""What one ONNX file can hold, less a MiB for its graph: it is a protocol buffer, whose sizes are signed 32-bit."""
 
 
-class FramesToLogits(nn.Module):
-    """A student from one tensor to a tuple of tensors, in the order of its heads: what exporters take."""
-
-    def __init__(self, student: TrainedStudent) -> None:
-        """Wrap the network of `student`, which stays in evaluation mode."""
-        super().__init__()
-        self.network = student.network
-        self.order = tuple(student.heads)
-        self.eval()
-
-    def forward(self, frames: Tensor) -> tuple[Tensor, ...]:
-        """Map uint8 (B, T, S, S, 3) to float32 (B, classes) of each head."""
-        logits = self.network({"rgb": frames})
-        return tuple(logits[head] for head in self.order)
-
-
-def onnx_bytes(student: TrainedStudent, description: dict[str, Any]) -> bytes:
-    """Return a student, which must lie on the CPU, as an ONNX file whose batch may have any size.
-
-    `description` becomes the metadata `METADATA`. Raises InputError where a package is missing, a head has the
-    input's name, or the network cannot be exported.
-    """
+def require_onnx() -> None:
+    """Raise InputError, with what to install, where a package is missing; to be asked before any work."""
     try:
-        import onnx
-        import onnxruntime  # noqa: F401 - the check needs it: say so before any work
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"`mmkd-student export` {MISSING}") from error
-    if INPUT in student.heads:
-        raise InputError(f"the student has a head named {INPUT!r}, as the input of an exported file is")
-    size = student.policy.size_px
-    example = torch.zeros(2, student.policy.frames, size, size, 3, dtype=torch.uint8)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own, about its own insides
-            program = torch.onnx.export(
-                FramesToLogits(student),
-                (example,),
-                dynamo=True,
-                verbose=False,
-                input_names=[INPUT],
-                output_names=list(student.heads),
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
+
+
+def refuse_large(student: TrainedStudent) -> None:
+    """Raise InputError for a student whose parameters no ONNX file can hold."""
+    size = parameter_bytes(student)
+    if size > MOST_BYTES:
         raise InputError(
-            f"this network cannot be exported to ONNX: {str(error).strip().splitlines()[0]}"
-        ) from error
-    model = cast(Any, program).model_proto
+            f"the student has {size / 2**30:.2f} GiB of parameters, and an ONNX file holds less than 2 GiB"
+        )
+
+
+def onnx_bytes(student: TrainedStudent, program: ExportedProgram, description: dict[str, Any]) -> bytes:
+    """Return the program of a student as an ONNX file whose batch may have any size.
+
+    `description` becomes the metadata `METADATA`. Raises InputError where a package is missing, the parameters are
+    too large for a file, or ONNX has no operator for something in the network.
+    """
+    require_onnx()
+    refuse_large(student)
+    import onnx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own, about its own insides
+        try:
+            found = torch.onnx.export(
+                program, dynamo=True, verbose=False, input_names=[INPUT], output_names=list(student.heads)
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise not_exportable(error, "torch.onnx") from error
+    model = cast(Any, found).model_proto
+    name_batch(model.graph)
     onnx.helper.set_model_props(model, {METADATA: json.dumps(description)})
     onnx.checker.check_model(model)
     return cast(bytes, model.SerializeToString())
+
+
+def name_batch(graph: Any) -> None:
+    """Call the first dimension `batch` wherever it stands: the exporter gives it a made-up name."""
+    made_up = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param == made_up:
+                dimension.dim_param = "batch"

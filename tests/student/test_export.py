@@ -1,7 +1,9 @@
-"""A student as an ONNX file: the same logits as the student's, and enough in it to name a class."""
+"""A student as files for other programs: the same logits as the student's, and enough in them to name a class."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -10,17 +12,25 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 
+from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.frames.clip_set import ClipSet, DataRecipe
 from mmkd.cache_tools.views.drawing import ViewPolicy
-from mmkd.data_manifests.errors import VerificationError
+from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
+from mmkd.student.data.split_data import open_split
 from mmkd.student.evaluation.trained import TrainedStudent, load_student
-from mmkd.student.export.check import check_onnx, made_frames
-from mmkd.student.export.onnx_file import onnx_bytes
-from mmkd.student.networks.networks import build_network
+from mmkd.student.export import export_run, folder, onnx_file, real_frames
+from mmkd.student.export.check import check, onnx_runner
+from mmkd.student.export.onnx_file import onnx_bytes, refuse_large
+from mmkd.student.export.program import exported_program
+from mmkd.student.export.real_frames import noise
+from mmkd.student.networks.networks import VideoClassifier, build_network
 from mmkd.student.recipes.train import TrainRecipe
 from tests.helpers.in_process import call_ok, refused
 from tests.helpers.places import unpack_before
 
+DATA = ("--manifest", "manifest.jsonl", "--videos", "videos", "--workers", "0")
 TRAIN = ("mmkd-student", "train", "-c", "student.yaml", "--cache", "cache", "--node-copies", "copies", "-o", "run")
 
 
@@ -36,10 +46,21 @@ def exported(tmp_path_factory):
     return root
 
 
-def test_from_the_onnx_file_alone_the_students_class_of_a_clip_comes_out_by_name(exported):
-    student = load_student(exported / "run")
-    frames = np.random.default_rng(5).integers(0, 256, made_frames(student).shape, dtype=np.uint8)[:1]
-    session = onnxruntime.InferenceSession(exported / "exported" / "model.onnx", providers=["CPUExecutionProvider"])
+@pytest.fixture
+def world(exported, monkeypatch):
+    """The folder with `run` and `exported`, as the current one."""
+    monkeypatch.chdir(exported)
+    return exported
+
+
+def noisy_views(student):
+    return np.concatenate([clip.pixels for clip in noise(student).read()])
+
+
+def test_from_the_onnx_file_alone_the_students_class_of_a_clip_comes_out_by_name(world):
+    student = load_student(world / "run")
+    frames = noisy_views(student)[:1]
+    session = onnxruntime.InferenceSession(world / "exported" / "model.onnx", providers=["CPUExecutionProvider"])
     told = json.loads(session.get_modelmeta().custom_metadata_map["mmkd"])
     (logits,) = session.run(["action"], {"frames": frames})
     wanted = student.logits(frames)["action"]
@@ -47,43 +68,217 @@ def test_from_the_onnx_file_alone_the_students_class_of_a_clip_comes_out_by_name
     assert told["classes"] == student.heads
     assert told["classes"]["action"][logits[0].argmax()] == student.heads["action"][wanted[0].argmax()]
     assert (told["views"]["frames"], told["views"]["size_px"]) == (student.policy.frames, student.policy.size_px)
+    assert session.get_inputs()[0].shape == ["batch", *frames.shape[1:]]
 
 
-def test_a_file_whose_weights_are_not_the_students_is_refused(exported):
-    student = load_student(exported / "run")
-    model = onnx.load(exported / "exported" / "model.onnx")
-    bias = next(value for value in model.graph.initializer if value.name.endswith("heads.action.bias"))
-    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 0.1, bias.name))
-    with pytest.raises(VerificationError, match=r"differ from the student's by up to 0\.1"):
-        check_onnx(model.SerializeToString(), student, made_frames(student))
+def test_files_are_checked_on_the_frames_that_are_named_and_say_which(world, tmp_path):
+    video = next(Path("videos").iterdir())
+    of_clips = json.loads(call_ok("mmkd-student", "export", "run", "-o", tmp_path / "a", *DATA, "--json"))["check"]
+    of_video = call_ok("mmkd-student", "export", "run", "-o", tmp_path / "b", "--check", video)
+    of_noise = json.loads((world / "exported" / "card.json").read_bytes())["check"]
+    assert of_clips["frames"] == "4 clips of standard of before"
+    assert of_clips["model.onnx"]["views"] == 4
+    assert of_clips["model.onnx"]["largest"] < 1e-5
+    assert of_clips["model.onnx"]["top1"] == 1
+    assert of_video.rstrip().endswith("on 1 video")
+    assert of_noise["frames"] == "noise, not real frames"
 
 
-def test_an_export_replaces_its_own_folder_and_refuses_anothers(exported, tmp_path, monkeypatch):
-    monkeypatch.chdir(exported)
+def test_the_frames_of_a_check_are_the_pixels_that_evaluation_sees(world):
+    student = load_student(Path("run"))
+    clip_set = ClipSet(DataRecipe(manifest="manifest.jsonl", videos="videos", workers=0))
+    frames = real_frames.of_clips(student, clip_set, ["standard"], most=2)
+    split = open_split(CacheReader(Path("cache")), clip_set, "standard", memory_bytes=0)
+    found = [clip.pixels for clip in frames.read()]
+    wanted = [split.data.item(row, 0)["rgb"] for row in (0, len(split.rows) - 1)]
+    np.testing.assert_array_equal(np.concatenate(found), np.stack(wanted))
+    of_video = real_frames.of_videos(student, [Path("videos") / split.clips[0].clip.video])
+    np.testing.assert_array_equal(next(of_video.read()).pixels[0], wanted[0])
+
+
+def test_what_cannot_be_checked_with_is_one_line_and_nothing_is_left(world, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "text.mp4").write_text("no video")
+    export = ("mmkd-student", "export", "run", "-o", out)
+    assert f"--check {tmp_path / 'text.mp4'}: " in refused(*export, "--check", tmp_path / "text.mp4")
+    assert "--check gone.mp4: video not found" in refused(*export, "--check", "gone.mp4")
+    assert "not both" in refused(*export, *DATA, "--check", "gone.mp4")
+    text = Path("manifest.jsonl").read_text()
+    (tmp_path / "other.jsonl").write_text(text.replace('["', '["other ', 1))
+    assert "other classes" in refused(*export, "--manifest", tmp_path / "other.jsonl", "--videos", "videos")
+    (tmp_path / "train.jsonl").write_text("".join(x for x in text.splitlines(True) if '"standard"' not in x))
+    line = refused(*export, "--manifest", tmp_path / "train.jsonl", "--videos", "videos")
+    assert "no split but 'train'" in line
+    assert not out.exists()
+
+
+def test_a_file_whose_weights_are_not_the_students_ends_with_exit_code_4_and_leaves_nothing(
+    world, tmp_path, monkeypatch
+):
+    real = export_run.onnx_bytes
+
+    def shifted(*arguments):
+        model = onnx.load_from_string(real(*arguments))
+        bias = next(value for value in model.graph.initializer if value.name.endswith("heads.action.bias"))
+        bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 0.1, bias.name))
+        return model.SerializeToString()
+
+    monkeypatch.setattr(export_run, "onnx_bytes", shifted)
+    line = refused("mmkd-student", "export", "run", "-o", tmp_path / "out", *DATA, code=4)
+    assert "the ONNX file's logits differ from the student's by up to 0.1" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_are_not_numbers_are_never_in_agreement(world):
+    student = load_student(Path("run"))
+    frames = list(noisy_views(student))
+    nan = {head: np.full((3, len(classes)), np.nan, np.float32) for head, classes in student.heads.items()}
+    with pytest.raises(VerificationError, match="nan"):
+        check(lambda frames: nan, student, frames, what="ONNX")
+
+
+def test_a_stop_signal_in_the_check_ends_with_exit_code_75_and_leaves_nothing(world, tmp_path, monkeypatch):
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal was not heard")
+
+    monkeypatch.setattr(real_frames, "views_of", stopped)
+    line = refused("mmkd-student", "export", "run", "-o", tmp_path / "out", *DATA, code=75)
+    assert "stopped by SIGTERM: nothing was written" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_replaces_its_own_folder_and_refuses_anothers(world, tmp_path):
     out = shutil.copytree("exported", tmp_path / "out")
-    (out / "labels.json").write_text("old")
-    call_ok("mmkd-student", "export", "run", "-o", out)
-    assert json.loads((out / "labels.json").read_bytes())["check"]["clips"] == 3
+    call_ok("mmkd-student", "export", "run", "-o", out, *DATA)
+    assert json.loads((out / "card.json").read_bytes())["check"]["frames"] == "4 clips of standard of before"
     (out / "diary.txt").write_text("mine")
-    assert "holds diary.txt" in refused("mmkd-student", "export", "run", "-o", out)
+    assert "holds diary.txt, which no export wrote" in refused("mmkd-student", "export", "run", "-o", out)
     assert (out / "diary.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_without_its_packages_export_names_the_extra(exported, tmp_path, monkeypatch):
-    monkeypatch.chdir(exported)
+def test_a_folder_is_an_export_by_what_its_card_says_not_by_the_names_of_its_files(world, tmp_path):
+    made = {name: tmp_path / name for name in ("card", "model", "changed", "named")}
+    made["named"].mkdir()
+    (made["named"] / "model.onnx").write_bytes(b"another's")
+    for name in ("card", "model", "changed"):
+        shutil.copytree("exported", made[name])
+    (made["card"] / "card.json").write_text('{"schema": "mmkd-export-1", "files": {"model.onnx": ""}}')
+    (made["model"] / "card.json").unlink()
+    (made["changed"] / "model.onnx").write_bytes(b"changed")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, said in (
+        ("named", "no export"),
+        ("card", "no export"),
+        ("model", "no export"),
+        ("changed", "changed"),
+    ):
+        assert said in refused("mmkd-student", "export", "run", "-o", made[name])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert "is no export of" in refused("mmkd-student", "export", "run", "-o", "run")
+    assert "the folder that you are in" in refused("mmkd-student", "export", "run", "-o", ".")
+
+
+class KilledError(BaseException):
+    """What stands for SIGKILL: nothing of the writer runs after it."""
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_a_kill_at_any_rename_loses_neither_the_old_export_nor_the_new_one(tmp_path, monkeypatch, moment):
+    out = tmp_path / "out"
+    folder.write_folder(out, {"number": 1}, {"model.onnx": b"old"})
+    real, calls = Path.rename, []
+
+    def rename(path, target):
+        calls.append(target)
+        if len(calls) > moment:
+            raise KilledError
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        patch.setattr(folder, "recover", lambda out: None)
+        patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
+        if moment < 2:
+            with pytest.raises(KilledError):
+                folder.write_folder(out, {"number": 2}, {"model.onnx": b"new"})
+        else:
+            folder.write_folder(out, {"number": 2}, {"model.onnx": b"new"})
+    folder.recover(out)
+    assert (out / "model.onnx").read_bytes() == (b"old" if moment < 2 else b"new")
+    folder.refuse_foreign(out)
+    folder.write_folder(out, {"number": 3}, {"model.onnx": b"third"})
+    assert (out / "model.onnx").read_bytes() == b"third"
+    assert list(tmp_path.glob("*.old")) == []
+
+
+def test_a_rename_that_the_disk_refuses_puts_the_old_export_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    folder.write_folder(out, {}, {"model.onnx": b"old"})
+    real = Path.rename
+
+    def rename(path, target):
+        if path.suffix == ".tmp":
+            raise OSError(28, "No space left on device")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(StorageError, match="free some space"):
+        folder.write_folder(out, {}, {"model.onnx": b"new"})
+    assert (out / "model.onnx").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_its_packages_export_names_the_extra(world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     line = refused("mmkd-student", "export", "run", "-o", tmp_path / "out")
     assert "pip install 'mmkd[export]'" in line
     assert not Path(tmp_path / "out").exists()
 
 
+def student_of(network, *, frames=8, size_px=32, heads=None):
+    """A student of an untrained network for RGB views."""
+    heads = heads or {"verb": list("abcd"), "noun": list("xyz")}
+    policy = ViewPolicy(frames=frames, size_px=size_px)
+    return TrainedStudent(network.eval(), policy, heads, torch.device("cpu"))
+
+
+def test_a_model_above_2_gib_is_refused_before_any_work():
+    with torch.device("meta"):
+        network = nn.Linear(2**15, 2**14, bias=False)  # 2 GiB that take no memory
+    with pytest.raises(InputError, match=r"2\.00 GiB of parameters, and an ONNX file holds less than 2 GiB"):
+        refuse_large(student_of(network))
+
+
+def test_a_student_that_is_too_large_for_a_file_is_one_line(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "MOST_BYTES", 1000)
+    assert "GiB of parameters" in refused("mmkd-student", "export", "run", "-o", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Branching(nn.Module):
+    """A network that looks at a value, which no graph can hold."""
+
+    def forward(self, clips):
+        logits = clips.mean((1, 2, 3, 4))[:, None].expand(-1, 4)
+        return {"action": logits if float(logits.sum()) > 0 else -logits}
+
+
+def test_a_network_that_cannot_be_exported_is_one_line():
+    student = student_of(VideoClassifier(Branching(), "rgb"), heads={"action": list("abcd")})
+    with pytest.raises(InputError, match=r"this network cannot be exported: torch\.export says") as raised:
+        exported_program(student)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
 def test_a_residual_network_of_torchvision_exports_with_the_same_logits():
     recipe = TrainRecipe(network="r3d_18")
-    network = build_network(recipe, heads={"verb": 4, "noun": 3}, modality="rgb", frames=8, size_px=32).eval()
-    student = TrainedStudent(
-        network, ViewPolicy(frames=8, size_px=32), {"verb": list("abcd"), "noun": list("xyz")}, torch.device("cpu")
-    )
-    found = check_onnx(onnx_bytes(student, {}), student, made_frames(student))
+    network = build_network(recipe, heads={"verb": 4, "noun": 3}, modality="rgb", frames=8, size_px=32)
+    student = student_of(network)
+    file = onnx_bytes(student, exported_program(student), {})
+    found = check(onnx_runner(file, student), student, list(noisy_views(student)), what="ONNX")
     assert found.largest < 1e-4
     assert found.top1 == 1
+    assert found.views == 3
