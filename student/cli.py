@@ -90,10 +90,14 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
     from mmkd.student.distil import train_student
     from mmkd.student.evaluation.table_text import metric_lines
     from mmkd.student.training.devices import choose_device
+    from mmkd.student.training.launcher import launched
+    from mmkd.student.training.ranks import own_device
 
-    report = train_student(
-        recipe, options["cache"], options["out"], mode=mode, device=choose_device(options["device"])
-    )
+    launch = launched()
+    device = choose_device(own_device(options["device"], launch))
+    report = train_student(recipe, options["cache"], options["out"], mode=mode, device=device)
+    if launch is not None and launch.rank > 0:
+        return
     metrics = json.loads((options["out"] / EVALUATION_FILE).read_bytes())["metrics"]
     value = {"run": str(options["out"]), "steps": report.steps, "metrics": metrics}
     print_result(value, as_json=options["as_json"], lines=metric_lines(metrics))

@@ -5,6 +5,7 @@ both -> the loop. Nothing here can load flow, boxes or experts.
 """
 
 import logging
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from mmkd.student.teacher.cached_targets import CachedTargets, copies_folder, sh
 from mmkd.student.teacher.mixing import HeadMixtures
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.training.loop import FitReport, fit
-from mmkd.student.training.one_process import refuse_several_processes
+from mmkd.student.training.ranks import ALONE, Ranks, joined
 
 log = logging.getLogger("mmkd")
 
@@ -44,22 +45,38 @@ def train_student(
     Raises InputError for a cache of another manifest and for a folder in which another process is at work,
     VerificationError for damaged data or other pixels.
     """
-    refuse_several_processes("mmkd-student train")
-    refuse_other_contents(out)
-    with folder_lock(out) as lock:
-        return train_in_folder(recipe, cache, out, mode=mode, device=device, lock=lock)
+    locks: list[FolderLock] = []
+    with joined(device) as ranks, ExitStack() as held:
+
+        def take() -> None:
+            refuse_other_contents(out)
+            locks.append(held.enter_context(folder_lock(out)))
+
+        ranks.same(take)  # of several processes the first one holds the folder
+        lock = locks[0] if locks else None
+        return train_in_folder(recipe, cache, out, mode=mode, device=device, lock=lock, ranks=ranks)
 
 
 def train_in_folder(
-    recipe: StudentRecipe, cache: Path | str, out: Path, *, mode: Mode, device: torch.device, lock: FolderLock
+    recipe: StudentRecipe,
+    cache: Path | str,
+    out: Path,
+    *,
+    mode: Mode,
+    device: torch.device,
+    lock: FolderLock | None,
+    ranks: Ranks = ALONE,
 ) -> FitReport:
-    """Train and evaluate in a folder that this process holds; raises as `train_student`."""
+    """Train and evaluate in a folder that the first process of a run holds; raises as `train_student`."""
     reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
     check_manifest(reader, clip_set.manifest)
     policy = reader.init.policy
     check_input(recipe.train.network, frames=policy.frames, size_px=policy.size_px)
-    split, targets, mixtures = training_data(recipe, reader, clip_set, cache=cache, mode=mode)
-    record = begin_or_continue(out, describe_student(recipe, reader, mode=mode, mixtures=mixtures), lock)
+    split, targets, mixtures = ranks.in_turn(
+        lambda: training_data(recipe, reader, clip_set, cache=cache, mode=mode)
+    )
+    begun = describe_student(recipe, reader, mode=mode, mixtures=mixtures)
+    record = ranks.same(lambda: begin_or_continue(out, begun, lock))
     start = starting_point(recipe.train, latest_checkpoint(out))
     network = new_network(start, reader, record.input)
     report = fit(
@@ -71,6 +88,7 @@ def train_in_folder(
         run_dir=out,
         lock=lock,
         device=device,
+        ranks=ranks,
         other_start=start != recipe.train,
         identity={
             "cache": reader.fingerprint,
@@ -78,16 +96,19 @@ def train_in_folder(
             "missing": None if mixtures is None else recipe.teacher.missing,
         },
     )
+    if lock is None:  # the first process of the run does the rest
+        return report
     lock.check()
     write_model(out, record, encode_network(network))
     evaluate_run(recipe, cache, out, device=device, may_be_empty=True, trusted=[recipe.train.network])
     return report
 
 
-def begin_or_continue(out: Path, record: RunRecord, lock: FolderLock) -> RunRecord:
+def begin_or_continue(out: Path, record: RunRecord, lock: FolderLock | None) -> RunRecord:
     """Write run.json before the first step; of a run with a checkpoint return what was written then."""
     if latest_checkpoint(out) is None:
-        lock.check()
+        if lock is not None:
+            lock.check()
         write_run(out, record)
     elif (out / RUN_FILE).exists():
         stored = read_run(out)

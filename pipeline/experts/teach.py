@@ -51,8 +51,8 @@ from mmkd.student.evaluation.metrics import average_views, evaluate
 from mmkd.student.evaluation.run_files import RUN_FILE
 from mmkd.student.network_table import before_it_was_stated, check_input
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
+from mmkd.student.training.launcher import refuse_several_processes
 from mmkd.student.training.loop import fit
-from mmkd.student.training.one_process import refuse_several_processes
 from mmkd.student.training.predict import predict
 
 log = logging.getLogger("mmkd")

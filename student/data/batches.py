@@ -105,6 +105,11 @@ class Schedule:
         """Number of views that an epoch sees."""
         return self.rows * self.repeats
 
+    def clips_of(self, step: int) -> int:
+        """Return how many views a step has."""
+        size, more = divmod(self.rows, self.steps_per_epoch)
+        return (size + (step % self.steps_per_epoch < more)) * self.repeats
+
     def steps(self, first: int, end: int) -> Iterator[Step]:
         """Yield (rows, views) of the run's steps `first` to `end` (exclusive), one epoch at a time."""
         while first < end:

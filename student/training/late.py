@@ -30,6 +30,8 @@ class StepResult:
     """The step's loss."""
     norm: float
     """Global norm of its gradient, before clipping."""
+    stop: bool
+    """Whether any process was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class _Pending:
     suspects: Tensor
     clips: int
     numbers: Tensor
-    """(2,) loss and norm, on the host once `ready` has happened."""
+    """(3,) loss, norm and whether to stop, on the host once `ready` has happened."""
     ready: "torch.cuda.Event | None"
 
 
@@ -50,11 +52,11 @@ class LateResults:
         """Nothing is out."""
         self._pending: deque[_Pending] = deque()
 
-    def add(self, step: int, rows: IntArray, suspects: Tensor, *, clips: int, loss: Tensor, norm: Tensor) -> None:
-        """Note a step that was queued; `loss` and `norm` are scalars on the device."""
-        numbers, ready = torch.stack([loss.detach().double(), norm.detach().double()]), None
+    def add(self, step: int, rows: IntArray, suspects: Tensor, *, clips: int, numbers: Tensor) -> None:
+        """Note a step that was queued; `numbers` (3,) float64, on the device: loss, norm, whether to stop."""
+        ready = None
         if numbers.device.type == "cuda":
-            here = torch.empty(2, dtype=torch.float64, pin_memory=True)
+            here = torch.empty(3, dtype=torch.float64, pin_memory=True)
             here.copy_(numbers, non_blocking=True)
             numbers, ready = here, torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             ready.record()
@@ -66,5 +68,5 @@ class LateResults:
             found = self._pending.popleft()
             if found.ready is not None:
                 found.ready.synchronize()
-            loss, norm = found.numbers.tolist()
-            yield StepResult(found.step, found.rows, found.suspects, found.clips, loss, norm)
+            loss, norm, stop = found.numbers.tolist()
+            yield StepResult(found.step, found.rows, found.suspects, found.clips, loss, norm, stop > 0)

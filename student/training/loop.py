@@ -28,7 +28,7 @@ from mmkd.student.teacher.targets import TargetSource
 from mmkd.student.training.best import Validate
 from mmkd.student.training.checkpoint import INITIAL_WEIGHTS, encode_network
 from mmkd.student.training.devices import keep_freed_memory, reproducible
-from mmkd.student.training.ranks import ALONE, Ranks
+from mmkd.student.training.ranks import ALONE, Ranks, told_when_lost
 from mmkd.student.training.run import Run
 
 OTHER_STOPPED = (
@@ -93,6 +93,7 @@ def fit(
     run.open(run_dir, run_identity, lock)
     resumed_at, began = run.position.step, time.perf_counter()
     with (
+        closing(run),
         stop_on_signals() as stop,
         reproducible(device, recipe.precision_mode),
         run.show(what, progress and ranks.is_first) as bar,
@@ -100,7 +101,8 @@ def fit(
     ):
         while not run.is_over:
             for batch in run.of_epoch(batches):
-                run.step(batch)
+                with told_when_lost(ranks):
+                    run.step(batch, stop=stop.requested)
                 bar.advance(run.clips_of_step, note=run.note)
                 if run.shall_stop(stop.requested):
                     run.save()

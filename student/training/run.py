@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.tasks.folder_lock import FolderLock
 from mmkd.data_manifests.atomic import write_atomically
-from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.errors import InputError, StorageError
 from mmkd.student.data.batches import Batch, Schedule, ViewDataset
 from mmkd.student.data.reading import Reading, read_batches
 from mmkd.student.networks.freezing import freeze, frozen_modules, train_all_but
@@ -73,12 +74,14 @@ class Run:
         self.average = Average(network, recipe.averaging) if recipe.averaging else None
         self.optimizer = make_optimizer(network, recipe)
         self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
-        self._forward = self._fast_network()
+        self._whole_batch = ranks.together(self._prepared(), device)
+        self._forward: Any = torch.compile(self._whole_batch) if recipe.compile else self._whole_batch
         self.position = Position(0)
         self.metrics: list[EpochMetrics] = []
         self.clips_of_step = 0
         self._best: bytes | None = None
-        self._late, self._settled, self._skipped = LateResults(), 0, 0
+        self._late, self._settled, self._skipped, self._asked = LateResults(), 0, 0, False
+        self._refuse_small_batches()
         self._last_loss = float("nan")
         self._run_dir: Path | None = None
         self._lock: FolderLock | None = None
@@ -86,8 +89,8 @@ class Run:
         self._since = (time.perf_counter(), 0)
         self._saved_seconds = time.perf_counter()
 
-    def _fast_network(self) -> Any:
-        """Return what computes the logits in training: the network, in the forms that the recipe asks for."""
+    def _prepared(self) -> nn.Module:
+        """Return the network in the forms that the recipe asks for."""
         recipe = self.recipe
         if recipe.rate_for_batch:
             log.info(
@@ -101,7 +104,7 @@ class Run:
             to_channels_last(self.network)
         if recipe.gradient_checkpointing:
             recompute_blocks(self.network)
-        return torch.compile(self.network) if recipe.compile else self.network
+        return self.network
 
     @property
     def total_steps(self) -> int:
@@ -129,6 +132,11 @@ class Run:
         found = load_latest(run_dir, self.network, self.optimizer, identity=identity)
         if found is not None:
             self._continue(found, run_dir)
+        if self.ranks.same(lambda: self.position.step) != self.position.step:
+            raise StorageError(
+                f"{run_dir}: the processes of this run find different checkpoints there; the folder must be on a "
+                "file system that all of them share. Run the same command again"
+            )
 
     def _continue(self, found: Checkpoint, run_dir: Path) -> None:
         state = found.state
@@ -159,9 +167,10 @@ class Run:
 
     def batches_left(self) -> Generator[Batch]:
         """Yield the batches that the run still lacks, of all its epochs: what reads ahead lives as long."""
-        steps = self.schedule.steps(self.position.step, self.total_steps)
-        views = (self.recipe.epochs - self._epoch) * self.schedule.views_per_epoch
-        return read_batches(self.dataset, steps, Reading.of(self.recipe, self.device.type), views=views)
+        whole = self.schedule.steps(self.position.step, self.total_steps)
+        own = ((rows[self.ranks.share(rows)], views[self.ranks.share(rows)]) for rows, views in whole)
+        views = (self.recipe.epochs - self._epoch) * self.schedule.views_per_epoch // self.ranks.count
+        return read_batches(self.dataset, own, Reading.of(self.recipe, self.device.type), views=views)
 
     def of_epoch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Return those of the next batches that the current epoch still lacks."""
@@ -169,8 +178,11 @@ class Run:
         each = self.schedule.steps_per_epoch
         return islice(batches, each - self.position.step % each)
 
-    def step(self, batch: Batch) -> None:
-        """Do one step of the optimiser; what the step before it gave is looked at now."""
+    def step(self, batch: Batch, *, stop: bool = False) -> None:
+        """Do one step of the optimiser; what the step before it gave is looked at now.
+
+        `stop` says that this process was asked to; the others learn of it with the step's loss.
+        """
         step, recipe = self.position.step, self.recipe
         torch.manual_seed(step_seed(recipe.seed, step, self.ranks.rank))  # a resumed run draws the same
         set_rate(self.optimizer, learning_rate(recipe, step, self.schedule.steps_per_epoch))
@@ -182,8 +194,10 @@ class Run:
         self._scaler.update()
         if self.average is not None:
             self.average.update(self.network)
-        self.clips_of_step = len(batch.rows)
-        self._late.add(step, batch.rows, suspects, clips=self.clips_of_step, loss=loss, norm=norm)
+        shared = self.ranks.sum(torch.stack([loss.double(), loss.new_tensor(stop).double()]))
+        numbers = torch.stack([shared[0], norm.detach().double(), shared[1]])
+        self.clips_of_step = self.schedule.clips_of(step)
+        self._late.add(step, batch.rows, suspects, clips=self.clips_of_step, numbers=numbers)
         self.position = replace(self.position, step=step + 1)
         self._settle(keep=1)
 
@@ -192,9 +206,10 @@ class Run:
         parts = cut(batch, self.recipe.accumulate)
         known = [self._labels_and_targets(part) for part in parts]
         shares: list[Mapping[str, Tensor] | None] = [None]
-        if len(parts) > 1:
+        if len(parts) > 1 or self.ranks.several:
             counts = [contributing_rows(labels, targets, options=self.loss) for labels, targets in known]
-            whole = {head: torch.stack([count[head] for count in counts]).sum(0).clamp_min(1) for head in counts[0]}
+            sums = torch.stack([torch.stack([count[head] for head in counts[0]]) for count in counts]).sum(0)
+            whole = dict(zip(counts[0], self.ranks.sum(sums).clamp_min(1), strict=True))
             shares = [{head: count[head] / whole[head] for head in whole} for count in counts]
         losses, suspects = [], []
         for part, (labels, targets), share in zip(parts, known, shares, strict=True):
@@ -202,13 +217,25 @@ class Run:
                 with autocast(self.device, self.recipe.precision):
                     logits = self._forward(to_device(part.inputs, self.device))
                 loss = total_loss(logits, labels, targets, options=self.loss, shares=share)
-                self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+                # Processes' gradients are averaged, and are wanted summed.
+                self._scaler.scale(loss * self.ranks.count).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             losses.append(loss.detach())
             suspects.append(not_finite(logits, targets))
         return torch.stack(losses).sum(), torch.cat(suspects)
 
     def _without_sync(self, *, last: bool) -> AbstractContextManager[None]:
-        return nullcontext()
+        """Return the context of a batch's part: processes exchange gradients with the last one alone."""
+        if last or not isinstance(self._whole_batch, DistributedDataParallel):
+            return nullcontext()
+        return self._whole_batch.no_sync()
+
+    def _refuse_small_batches(self) -> None:
+        each = self.schedule.clips_of(self.schedule.steps_per_epoch - 1)
+        if each < self.ranks.count:
+            raise InputError(
+                f"{self.ranks.count} processes cannot share a step of {each} clips: set a larger train.batch_size, "
+                "or start fewer"
+            )
 
     def _labels_and_targets(self, batch: Batch) -> tuple[dict[str, Tensor], Targets | None]:
         own = {head: values[batch.rows] for head, values in self.dataset.labels.items()}
@@ -221,7 +248,7 @@ class Run:
         """Look at the results of steps but for the last `keep`; raise InputError for one that is not finite."""
         for found in self._late.settled(keep=keep):
             self._refuse_not_finite(found)
-            self._last_loss = found.loss
+            self._last_loss, self._asked = found.loss, self._asked or found.stop
             position = self.position
             self.position = Position(
                 position.step, position.loss_sum + found.loss * found.clips, position.clips + found.clips
@@ -248,9 +275,13 @@ class Run:
             f"clips {', '.join(names)}{', ...' if len(rows) > NAMED_CLIPS else ''}. {advice}"
         )
 
+    def close(self) -> None:
+        """Let go of what holds on to the other processes, before the group of them is closed."""
+        self._whole_batch, self._forward = self.network, self.network
+
     def shall_stop(self, asked: bool) -> bool:
         """Return whether the run is to stop here, in all of its processes alike."""
-        return asked
+        return self._asked if self.ranks.several else asked
 
     def end_epoch(self, validate: Validate | None) -> None:
         """Note the epoch's metrics, and its weights where they are the best so far."""
@@ -264,7 +295,7 @@ class Run:
             clips_per_second=round((position.clips - self._since[1]) / seconds, 3),
         )
         if validate is not None:
-            found = replace(found, held_out=validate(self.network_to_keep))
+            found = replace(found, held_out=self.ranks.same(lambda: validate(self.network_to_keep)))
             train_all_but(self.network, self._frozen)
         self.metrics.append(found)
         if validate is not None and best_epoch(self.metrics) == found.epoch:

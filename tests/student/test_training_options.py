@@ -28,29 +28,11 @@ from mmkd.student.training.loop import fit
 from mmkd.student.training.optimiser import layer_depths, learning_rate, make_optimizer
 from mmkd.student.training.predict import predict
 from tests.helpers.array_targets import ArrayTargets
-from tests.helpers.moving_bars import FRAMES, SIZE_PX, Interrupting, MovingBars
+from tests.helpers.moving_bars import Interrupting, MovingBars
+from tests.helpers.plain_network import Plain, plain
 
 HEADS = {"direction": 4}
 SHORT = TrainRecipe(network="small3d", epochs=3, batch_size=4, learning_rate=1e-3, loader_threads=1)
-
-
-class Plain(nn.Module):
-    """A network without anything random or shared between clips, so that parts of a batch add up exactly."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Linear(FRAMES * SIZE_PX**2 * 3, 8)
-        self.layers = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 8)))
-        self.heads = nn.ModuleDict({"direction": nn.Linear(8, 4)})
-
-    def forward(self, inputs):
-        features = self.layers(torch.tanh(self.body(inputs["rgb"].flatten(1).float() / 255)))
-        return {name: head(features) for name, head in self.heads.items()}
-
-
-def plain():
-    torch.manual_seed(3)
-    return Plain()
 
 
 def changed(**fields):
@@ -286,11 +268,12 @@ def test_results_come_one_step_late_and_in_order():
     late = LateResults()
     told = []
     for step in range(3):
-        values = {"loss": torch.tensor(step + 0.5), "norm": torch.tensor(2.0)}
-        late.add(step, np.array([step]), torch.zeros(1, dtype=torch.bool), clips=1, **values)
+        numbers = torch.tensor([step + 0.5, 2.0, step == 2], dtype=torch.float64)
+        late.add(step, np.array([step]), torch.zeros(1, dtype=torch.bool), clips=1, numbers=numbers)
         told.append([found.step for found in late.settled(keep=1)])
     assert told == [[], [0], [1]]
-    assert [(found.step, found.loss, found.norm) for found in late.settled(keep=0)] == [(2, 2.5, 2.0)]
+    (last,) = late.settled(keep=0)
+    assert (last.step, last.loss, last.norm, last.stop) == (2, 2.5, 2.0, True)
 
 
 def test_a_step_that_is_not_finite_is_named_one_step_later_and_leaves_no_checkpoint(tmp_path):

@@ -1,0 +1,108 @@
+"""One run in two real processes, by gloo: the same as in one, stopped, killed, and continued by another number."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmkd.data_manifests.errors import EXIT_INTERRUPTED
+from mmkd.student.training.checkpoint import checkpoints
+from tests.helpers.commands import ENVIRONMENT
+from tests.helpers.several import finish, start, work
+
+
+def trained(out, *, count, options=None):
+    """The weights and the report of a run that ends well."""
+    if count == 1:
+        out.mkdir(exist_ok=True)
+        work(out, options or {})
+    else:
+        codes, said = finish(start(out, count=count, options=options))
+        assert codes == [0] * count, said
+    return torch.load(out / "weights.pt", weights_only=True), json.loads((out / "report.json").read_text())
+
+
+def assert_nearly_equal(one, other):
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("alone") / "run", count=1)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("two") / "run", count=2)
+
+
+def test_two_processes_are_one_with_the_same_batch(alone, two):
+    """Rows without targets or labels lie unevenly in the shares, whose sizes are 4 and 3 and more."""
+    assert_nearly_equal(alone[0], two[0])
+    assert two[1]["loss"] == pytest.approx(alone[1]["loss"], rel=1e-6)
+
+
+def test_each_share_may_be_computed_in_parts_and_validated_by_the_first(tmp_path, alone):
+    options = {"recipe": {"accumulate": 2}, "validate": True}
+    found = trained(tmp_path / "run", count=2, options=options)
+    first_epoch = trained(tmp_path / "one", count=1, options={"validate": True})
+    assert_nearly_equal(first_epoch[0], found[0])  # of equal epochs the first is the best one
+
+
+def test_a_signal_to_one_stops_all_at_the_same_step_and_the_run_continues(tmp_path, alone, two):
+    """By two processes to the same bits, and by one with the same batch."""
+    out = tmp_path / "run"
+    codes, said = finish(start(out, count=2, options={"at": {"1": 15}}))
+    assert codes == [EXIT_INTERRUPTED] * 2, said
+    assert "steps are kept; run the same command again" in said[1]
+    assert "another process of this run was asked to" in said[0]
+    step = int(checkpoints(out)[0].name[-9:])
+    assert 0 < step < 12
+    copy = shutil.copytree(out, tmp_path / "copy")
+    found = trained(out, count=2)
+    assert found[1]["resumed_at"] == step
+    assert all(torch.equal(value, two[0][name]) for name, value in found[0].items())
+    found = trained(copy, count=1)
+    assert found[1]["resumed_at"] == step
+    assert_nearly_equal(alone[0], found[0])
+
+
+def test_a_killed_process_ends_the_other_and_the_run_continues(tmp_path, two):
+    out = tmp_path / "run"
+    codes, said = finish(start(out, count=2, options={"at": {"1": 30}, "signal": signal.SIGKILL}))
+    assert codes == [EXIT_INTERRUPTED, -signal.SIGKILL]
+    assert "another process of this run has ended" in said[0]
+    assert "Traceback" not in said[0]
+    found = trained(out, count=2)
+    assert found[1]["resumed_at"] > 0
+    assert all(torch.equal(value, two[0][name]) for name, value in found[0].items())
+
+
+def test_more_processes_than_clips_of_a_step_are_refused_in_all_of_them(tmp_path):
+    codes, said = finish(start(tmp_path / "run", count=2, options={"recipe": {"batch_size": 1}}))
+    assert codes == [2, 2]
+    assert "2 processes cannot share a step of 1 clips" in said[0]
+
+
+def test_torchrun_trains_one_student_that_one_process_evaluates(tiny, tmp_path):
+    """The command itself: one folder, one writer, one result on stdout, and the same student within rounding."""
+    options = ["--set", "train.epochs=1", "--set", "train.batch_size=8", "--set", "train.warmup_epochs=0"]
+    arguments = ["train", *tiny.stage_two, *options, "-o", tmp_path / "run", "--json"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    program = Path(sys.executable).with_name("mmkd-student")
+    command = [*map(str, launch), str(program), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["steps"] == 2
+    assert set(json.loads((tmp_path / "run" / "evaluation.json").read_text())["metrics"]) == {
+        "standard",
+        "compositional",
+    }
+    assert done.stderr.count("training: 14/14 clips") == 1
+    assert not list((tmp_path / "run").glob(".mmkd-lock*"))
