@@ -4,6 +4,7 @@ Each of them computes its share of every batch; gradients are averaged by torch'
 on GPUs and gloo elsewhere. Process 0 alone writes and reports.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,10 +122,23 @@ def joined(device: torch.device, launch: Launch | None = None) -> Iterator[Ranks
         yield ALONE
         return
     _connect(launch, device)
+    ranks = Ranks(launch.rank, launch.count)
     try:
-        yield Ranks(launch.rank, launch.count)
+        yield ranks
+        _leave_together(ranks)
+    except InterruptedByUserError as error:
+        if str(error) != LOST:  # a clean stop, of all of them
+            _leave_together(ranks)
+        raise
     finally:
+        gc.collect()  # what still holds on to the group would outlive it, and end this process with an abort
         dist.destroy_process_group()
+
+
+def _leave_together(ranks: Ranks) -> None:
+    """Wait for the others: process 0 serves all of them, and a connection that it closes early is an error."""
+    with told_when_lost(ranks):
+        dist.barrier()
 
 
 def _connect(launch: Launch, device: torch.device) -> None:

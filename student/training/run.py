@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.tasks.folder_lock import FolderLock
 from mmkd.data_manifests.atomic import write_atomically
+from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError
 from mmkd.student.data.batches import Batch, Schedule, ViewDataset
 from mmkd.student.data.reading import Reading, read_batches
@@ -233,7 +234,7 @@ class Run:
         each = self.schedule.clips_of(self.schedule.steps_per_epoch - 1)
         if each < self.ranks.count:
             raise InputError(
-                f"{self.ranks.count} processes cannot share a step of {each} clips: set a larger train.batch_size, "
+                f"{self.ranks.count} processes cannot share a step of {counted(each, 'clip')}: set a larger train.batch_size, "
                 "or start fewer"
             )
 

@@ -87,7 +87,7 @@ def test_a_killed_process_ends_the_other_and_the_run_continues(tmp_path, two):
 def test_more_processes_than_clips_of_a_step_are_refused_in_all_of_them(tmp_path):
     codes, said = finish(start(tmp_path / "run", count=2, options={"recipe": {"batch_size": 1}}))
     assert codes == [2, 2]
-    assert "2 processes cannot share a step of 1 clips" in said[0]
+    assert "2 processes cannot share a step of 1 clip:" in said[0]
 
 
 def test_torchrun_trains_one_student_that_one_process_evaluates(tiny, tmp_path):
