@@ -234,8 +234,8 @@ class Run:
         each = self.schedule.clips_of(self.schedule.steps_per_epoch - 1)
         if each < self.ranks.count:
             raise InputError(
-                f"{self.ranks.count} processes cannot share a step of {counted(each, 'clip')}: set a larger train.batch_size, "
-                "or start fewer"
+                f"{self.ranks.count} processes cannot share a step of {counted(each, 'clip')}: set a larger "
+                "train.batch_size, or start fewer"
             )
 
     def _labels_and_targets(self, batch: Batch) -> tuple[dict[str, Tensor], Targets | None]:
