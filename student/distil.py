@@ -72,6 +72,7 @@ def train_in_folder(
     check_manifest(reader, clip_set.manifest)
     policy = reader.init.policy
     check_input(recipe.train.network, frames=policy.frames, size_px=policy.size_px)
+    recipe.loss.check_heads([head.name for head in reader.heads])
     split, targets, mixtures = ranks.in_turn(
         lambda: training_data(recipe, reader, clip_set, cache=cache, mode=mode)
     )

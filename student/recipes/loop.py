@@ -6,7 +6,9 @@ from pydantic import Field, field_validator, model_validator
 
 from mmkd.cache_tools.recipes.recipe import Recipe
 from mmkd.student.network_table import OWN_NETWORK
+from mmkd.student.recipes.balance import BalanceRecipe
 from mmkd.student.recipes.growing import GrowingRecipe
+from mmkd.student.recipes.mix import MixRecipe
 
 WITHOUT_EFFECT = frozenset(
     {"loader_threads", "loader_processes", "prefetch_batches", "decoded_clips_gib", "checkpoint_minutes"}
@@ -89,6 +91,15 @@ class LoopRecipe(GrowingRecipe):
     )
     freeze: Literal["backbone", "batch_norm"] | None = Field(
         None, description="what does not learn: all but the heads, or the batch norms (with their statistics)"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of each label that is spread over all classes of its head"
+    )
+    class_balance: BalanceRecipe | None = Field(
+        None, description="weights of classes or adjusted logits in the label term, for long tails; null: none"
+    )
+    mix: MixRecipe | None = Field(
+        None, description="clips mixed in pairs, with labels and targets, {mixup_alpha: 0.4}; null: none; rgb only"
     )
     averaging: AveragingRecipe | None = Field(None, description="moving average of the weights; null: none")
     accumulate: int = Field(

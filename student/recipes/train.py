@@ -11,7 +11,7 @@ from mmkd.student.network_table import Normalisation, is_own, known_network, own
 from mmkd.student.recipes.augment import ErasingRecipe, JitterRecipe, RandAugmentRecipe
 from mmkd.student.recipes.loop import LoopRecipe
 
-ONLY_RGB = ("permute_channels", "grey", "rand_augment", "erasing")
+ONLY_RGB = ("permute_channels", "grey", "rand_augment", "erasing", "mix")
 """Fields without effect on another modality."""
 
 

@@ -21,6 +21,7 @@ from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError
 from mmkd.student.data.batches import Batch, Schedule, ViewDataset
 from mmkd.student.data.reading import Reading, read_batches
+from mmkd.student.loss.criterion import Criterion
 from mmkd.student.networks.freezing import freeze, frozen_modules, train_all_but
 from mmkd.student.networks.recompute import recompute_blocks
 from mmkd.student.recipes.loop import LoopRecipe
@@ -41,7 +42,6 @@ from mmkd.student.training.checkpoint import (
 from mmkd.student.training.devices import autocast, to_device
 from mmkd.student.training.epoch_metrics import METRICS_FILE, EpochMetrics, metrics_lines, old_metrics
 from mmkd.student.training.late import LateResults, StepResult
-from mmkd.student.training.losses import contributing_rows, total_loss
 from mmkd.student.training.optimiser import learning_rate, make_optimizer, set_rate, step_seed
 from mmkd.student.training.ranks import Ranks
 
@@ -74,6 +74,7 @@ class Run:
         train_all_but(network, self._frozen)
         self.average = Average(network, recipe.averaging) if recipe.averaging else None
         self.optimizer = make_optimizer(network, recipe)
+        self._criterion = Criterion(recipe, loss, dataset.labels, device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         self._whole_batch = ranks.together(self._prepared(), device)
         self._forward: Any = torch.compile(self._whole_batch) if recipe.compile else self._whole_batch
@@ -205,19 +206,21 @@ class Run:
     def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Add up the gradient of a batch, in as many parts as the recipe says; return its loss and its suspects."""
         parts = cut(batch, self.recipe.accumulate)
+        criterion = self._criterion.at(self.position.step / self.total_steps)
         known = [self._labels_and_targets(part) for part in parts]
         shares: list[Mapping[str, Tensor] | None] = [None]
         if len(parts) > 1 or self.ranks.several:
-            counts = [contributing_rows(labels, targets, options=self.loss) for labels, targets in known]
+            counts = [criterion.counts(labels, targets) for labels, targets in known]
             sums = torch.stack([torch.stack([count[head] for head in counts[0]]) for count in counts]).sum(0)
             whole = dict(zip(counts[0], self.ranks.sum(sums).clamp_min(1), strict=True))
             shares = [{head: count[head] / whole[head] for head in whole} for count in counts]
         losses, suspects = [], []
         for part, (labels, targets), share in zip(parts, known, shares, strict=True):
             with self._without_sync(last=part is parts[-1]):
+                inputs, loss_of = criterion.prepare(to_device(part.inputs, self.device), labels, targets)
                 with autocast(self.device, self.recipe.precision):
-                    logits = self._forward(to_device(part.inputs, self.device))
-                loss = total_loss(logits, labels, targets, options=self.loss, shares=share)
+                    logits = self._forward(inputs)
+                loss = loss_of(logits, share)
                 # Processes' gradients are averaged, and are wanted summed.
                 self._scaler.scale(loss * self.ranks.count).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             losses.append(loss.detach())

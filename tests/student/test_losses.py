@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every torch user expects
 
+from mmkd.student.loss.losses import distillation_rows, total_loss
 from mmkd.student.recipes.loss import LossOptions
 from mmkd.student.teacher.targets import Targets
-from mmkd.student.training.losses import distillation_rows, total_loss
 
 
 def logits(seed, *shape, scale=3.0):
@@ -74,7 +74,7 @@ def targets(values, valid):
 def test_without_targets_it_is_cross_entropy_over_the_labelled_rows():
     student, labels = {"action": logits(0, 4, 3)}, {"action": torch.tensor([2, -1, 0, 1])}
     expected = F.cross_entropy(student["action"], labels["action"], ignore_index=-1)
-    options = LossOptions(label_weight=0.0)
+    options = LossOptions(label_weight=0.0).at(0)
     torch.testing.assert_close(total_loss(student, labels, None, options=options), expected)
 
 
@@ -82,7 +82,7 @@ def test_mean_over_heads_with_absent_labels_per_head():
     student = {"verb": logits(0, 4, 3), "noun": logits(1, 4, 5)}
     teacher = {"verb": logits(2, 4, 3), "noun": logits(3, 4, 5)}
     labels = {"verb": torch.tensor([2, -1, 0, 1]), "noun": torch.tensor([-1, -1, -1, -1])}
-    options = LossOptions(temperature=2.0, label_weight=0.25)
+    options = LossOptions(temperature=2.0, label_weight=0.25).at(0)
     result = total_loss(student, labels, targets(teacher, [True] * 4), options=options)
     verb = 0.75 * distillation_loss(student["verb"], teacher["verb"], 2.0)
     verb += 0.25 * F.cross_entropy(student["verb"], labels["verb"], ignore_index=-1, reduction="sum") / 4
@@ -96,7 +96,7 @@ def test_rows_without_target_are_dropped_or_learn_from_the_label(without_target)
     teacher = logits(2, 4, 3)
     teacher[1] = float("nan")
     labels = torch.tensor([2, 1, 0, 1])
-    options = LossOptions(temperature=2.0, without_target=without_target)
+    options = LossOptions(temperature=2.0, without_target=without_target).at(0)
     given = targets({"action": teacher}, [True, False, True, True])
     result = total_loss({"action": student}, {"action": labels}, given, options=options)
     distill = distillation_rows(student, teacher.nan_to_num(), 2.0)[[0, 2, 3]].sum()
@@ -111,7 +111,7 @@ def test_rows_without_target_are_dropped_or_learn_from_the_label(without_target)
 def test_a_batch_without_anything_to_learn_gives_zero_and_no_nan():
     student = logits(0, 2, 3).requires_grad_()
     given = targets({"action": torch.full((2, 3), float("nan"))}, [False, False])
-    result = total_loss({"action": student}, {"action": torch.tensor([-1, 1])}, given, options=LossOptions())
+    result = total_loss({"action": student}, {"action": torch.tensor([-1, 1])}, given, options=LossOptions().at(0))
     result.backward()
     assert result.item() == 0
     assert not student.grad.any()

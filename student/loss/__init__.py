@@ -1,0 +1,1 @@
+"""The loss of a step: distillation and labels, balanced over classes, of clips as they are or mixed in pairs."""
