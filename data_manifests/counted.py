@@ -1,11 +1,13 @@
 """Numbers of things in sentences: `1 clip`, `2 clips`, `0 classes`."""
 
 ENDINGS_WITH_ES = ("s", "x", "z", "ch", "sh")
+SOUNDED_AS_K = frozenset({"epoch"})
 
 
 def plural(noun: str) -> str:
     """Return the plural of a regular noun."""
-    return noun + ("es" if noun.endswith(ENDINGS_WITH_ES) else "s")
+    with_es = noun.endswith(ENDINGS_WITH_ES) and noun not in SOUNDED_AS_K
+    return noun + ("es" if with_es else "s")
 
 
 def counted(count: int, noun: str, verb: tuple[str, str] | None = None) -> str:

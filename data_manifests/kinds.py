@@ -32,6 +32,12 @@ TEACHER_RECIPE = "a teacher's recipe, which `mmkd-cache` takes with -c"
 STUDENT_RECIPE = "a student's recipe, which `mmkd-student` takes with -c"
 PER_CLASS = "a table of classes that `mmkd-student evaluate --per-class` wrote"
 PER_CLASS_COLUMNS = ("split", "head", "class", "name", "clips", "top1", "top5")
+CURVES = "a picture that `mmkd-student show` drew"
+CURVES_MARK = "mmkd-student show"
+"""Stands in a picture of ours, as the software that made it."""
+CURVE_NUMBERS = "a table of epochs that `mmkd-student show --csv` wrote"
+CURVE_COLUMNS = ("run", "epoch", "steps", "loss", "learning_rate", "clips_per_second")
+"""Those that it has at least, and first."""
 SUBMISSION = "a submission that `mmkd-student submission` wrote"
 SUBMISSION_ENTRY = "test.json"
 RECIPES = {
@@ -54,6 +60,8 @@ def what_is(path: Path) -> str | None:
         return None
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return HDF5
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return CURVES if CURVES_MARK.encode() in head else None
     if head.startswith(b"PK\x03\x04"):  # ZIP: its first entry's name stands behind 30 bytes
         return SUBMISSION if head[30:].startswith(SUBMISSION_ENTRY.encode()) else None
     # replace: the bytes that were read may end in the middle of a character.
@@ -82,6 +90,8 @@ def refuse_another(out: Path, kind: str, option: str = "-o") -> None:
 def _kind_of_text(path: Path, head: str) -> str | None:
     if head.splitlines()[:1] == [",".join(PER_CLASS_COLUMNS)]:
         return PER_CLASS
+    if head.startswith(",".join(CURVE_COLUMNS)):
+        return CURVE_NUMBERS
     schema = re.search(r'"schema"\s*:\s*"([a-z-]+)-\d', head)
     if schema and schema[1] in SCHEMAS:
         return SCHEMAS[schema[1]]

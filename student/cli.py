@@ -27,7 +27,7 @@ from mmkd.cache_tools.recipes.recipe import load_recipe, resolved_with_origins
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.kinds import PER_CLASS, SUBMISSION, TABLE, refuse_another
+from mmkd.data_manifests.kinds import CURVE_NUMBERS, PER_CLASS, SUBMISSION, TABLE, refuse_another
 from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_run
 from mmkd.student.recipes.student import Missing, Mode, StudentRecipe
@@ -288,6 +288,34 @@ def _table(options: dict[str, Any]) -> Any:
         train_split=options["train_split"],
         common=options["common"],
     )
+
+
+@cli.command(epilog=example("mmkd-student show runs/baseline runs/student -o curves.png"))
+@click.argument("runs", nargs=-1, required=True, type=FOLDER, metavar="RUN...")
+@click.option("-o", "--out", type=FILE, help="PNG file to draw their curves into.")
+@click.option("--csv", "csv_file", type=FILE, help="Write the numbers of every epoch as CSV.")
+@as_json
+def show(runs: tuple[Path, ...], out: Path | None, csv_file: Path | None, as_json: bool) -> None:
+    """Show what each RUN did: how far it came, its loss, its accuracies, and its curves as a picture.
+
+    RUN is a folder of `mmkd-student train`, or an expert of `mmkd-cache teach`; unfinished ones are shown as they
+    are now.
+    """
+    from mmkd.student.looking.curves import check_picture, write_curves
+    from mmkd.student.looking.history import read_histories
+    from mmkd.student.looking.history_text import history_csv, history_lines
+
+    if out is not None:
+        check_picture(out)
+    if csv_file is not None:
+        refuse_another(csv_file, CURVE_NUMBERS, "--csv")
+    histories = read_histories(runs)
+    if out is not None:
+        write_curves(out, histories)
+    if csv_file is not None:
+        write_atomically(csv_file, history_csv(histories).encode())
+    lines = history_lines(histories, shutil.get_terminal_size().columns)
+    print_result({"runs": [history.to_json() for history in histories]}, as_json=as_json, lines=lines)
 
 
 @cli.group(epilog=example("mmkd-student config example demo > student.yaml"))
