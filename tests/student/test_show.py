@@ -89,7 +89,7 @@ def test_runs_and_experts_stand_side_by_side_with_their_accuracies(tmp_path, mon
     assert (
         "standard action: top-1 25.0, top-5 50.0, ECE 17.3 (4 clips); says what the teacher says on 0.0 %" in text
     )
-    assert "stopped: student, not finished, 1 of 3 epochs" in text
+    assert "stopped: student, not finished, 1 of 30 epochs, loss 0.0385" in text
     assert "rgb: expert, finished, 1 of 1 epoch, loss 2.6530, 36.1 clips/s" in text
     assert "half: expert, not finished, 1 of 1 epoch" in text
     assert "boxes: expert, finished" in text
