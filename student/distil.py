@@ -17,9 +17,14 @@ import torch
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.tasks.folder_lock import FolderLock, folder_lock
+from mmkd.data_manifests.counted import counted
+from mmkd.student.data.evaluation_views import evaluation_data, one_view
+from mmkd.student.data.held_out_clips import held_out_mask
+from mmkd.student.data.reading import Reading
 from mmkd.student.data.split_data import SplitData, check_manifest, open_split
 from mmkd.student.data.thumbprints import check_thumbprints
 from mmkd.student.evaluation.evaluate import evaluation_splits
+from mmkd.student.evaluation.held_out_metrics import after_epochs
 from mmkd.student.evaluation.own_folder import refuse_other_contents
 from mmkd.student.evaluation.run_evaluation import chosen_mixtures, evaluate_run, new_network
 from mmkd.student.evaluation.run_files import RUN_FILE, RunRecord, StudentInput, read_run, write_model, write_run
@@ -29,6 +34,7 @@ from mmkd.student.recipes.student import Mode, StudentRecipe
 from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.teacher.cached_targets import CachedTargets, copies_folder, shared_targets
 from mmkd.student.teacher.mixing import HeadMixtures
+from mmkd.student.training.best import Validate
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.training.loop import FitReport, fit
 from mmkd.student.training.ranks import ALONE, Ranks, joined
@@ -76,6 +82,7 @@ def train_in_folder(
     split, targets, mixtures = ranks.in_turn(
         lambda: training_data(recipe, reader, clip_set, cache=cache, mode=mode)
     )
+    validate = ranks.in_turn(lambda: validation(recipe, reader, clip_set, device))
     begun = describe_student(recipe, reader, mode=mode, mixtures=mixtures)
     record = ranks.same(lambda: begin_or_continue(out, begun, lock))
     start = starting_point(recipe.train, latest_checkpoint(out))
@@ -91,6 +98,7 @@ def train_in_folder(
         device=device,
         ranks=ranks,
         other_start=start != recipe.train,
+        validate=validate,
         identity={
             "cache": reader.fingerprint,
             "weights": None if mixtures is None else mixtures_json(mixtures),
@@ -164,12 +172,19 @@ def training_data(
 
 def open_training(recipe: StudentRecipe, reader: CacheReader, clip_set: ClipSet, mode: Mode) -> SplitData:
     """Open the training clips and compare a sample of their pixels with the teacher's."""
-    memory_bytes = int(recipe.train.decoded_clips_gib * 2**30)
+    learned, held_out = training_ids(recipe, clip_set)
     split = open_split(
-        reader, clip_set, recipe.train_split, memory_bytes=memory_bytes, fresh_views=mode.fresh_views
+        reader,
+        clip_set,
+        recipe.train_split,
+        memory_bytes=decoded_bytes(recipe.train, 1 - recipe.train.held_out),
+        fresh_views=mode.fresh_views,
+        only=learned,
     )
     clips = len(split.rows) + split.left_out
-    if clips < split.table.rows:
+    if held_out:
+        log.info("training on %s; %d tell which epoch is the best", counted(clips, "clip"), len(held_out))
+    elif clips < split.table.rows:
         log.info("training on %d of the cache's %d training clips: those of the manifest", clips, split.table.rows)
     if split.left_out:
         log.warning("%d of %d training clips are left out: unreadable", split.left_out, clips)
@@ -185,6 +200,39 @@ def open_training(recipe: StudentRecipe, reader: CacheReader, clip_set: ClipSet,
                 found.checked,
             )
     return split
+
+
+def training_ids(recipe: StudentRecipe, clip_set: ClipSet) -> tuple[set[str] | None, set[str]]:
+    """Return the ids of the training clips to learn from (None: all), and of those that tell the best epoch."""
+    if not recipe.train.held_out:
+        return None, set()
+    clips = clip_set.manifest.split(recipe.train_split)
+    mask = held_out_mask(clips, recipe.train, clip_set.manifest.dataset)
+    held_out = {clip.clip_id for clip, out in zip(clips, mask, strict=True) if out}
+    return {clip.clip_id for clip in clips} - held_out, held_out
+
+
+def decoded_bytes(train: TrainRecipe, share: float) -> int:
+    """Return a share of the memory for clips that are kept decoded."""
+    return int(train.decoded_clips_gib * share * 2**30)
+
+
+def validation(
+    recipe: StudentRecipe, reader: CacheReader, clip_set: ClipSet, device: torch.device
+) -> Validate | None:
+    """Return what tells after each epoch how the network does on held-out clips, by the view in their middle."""
+    _, held_out = training_ids(recipe, clip_set)
+    if not held_out:
+        return None
+    split = open_split(reader, clip_set, recipe.train_split, memory_bytes=0, only=held_out)
+    data = evaluation_data(
+        clip_set.source,
+        split.clips,
+        reader.heads,
+        one_view(reader.init.policy),
+        memory_bytes=decoded_bytes(recipe.train, recipe.train.held_out),
+    )
+    return after_epochs(data, reader.heads, device, Reading.of(recipe.train, device.type))
 
 
 def report_unlabelled(split: SplitData) -> None:

@@ -5,10 +5,12 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideo, kind_of
@@ -21,7 +23,7 @@ from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
 from mmkd.data_manifests.leaks import TrainedOn, trained_on
-from mmkd.data_manifests.manifest import Head
+from mmkd.data_manifests.manifest import Manifest
 from mmkd.pipeline.audio.sound_views import check_sound
 from mmkd.pipeline.experts.expert import (
     CARD_FILE,
@@ -46,14 +48,16 @@ from mmkd.pipeline.inputs.prepare import FlowFill, FlowJob, fill_flow
 from mmkd.pipeline.missing import BoxesMissingError, FlowMissingError, SoundMissingError
 from mmkd.pipeline.recipe import ExpertRecipe, LayoutRecipe, TeacherRecipe
 from mmkd.student.data.batches import ViewDataset
-from mmkd.student.data.view_streams import DrawnViews
-from mmkd.student.evaluation.metrics import average_views, evaluate
+from mmkd.student.data.evaluation_views import evaluation_stream, one_view
+from mmkd.student.data.held_out_clips import held_out_mask
+from mmkd.student.data.reading import Reading
+from mmkd.student.data.view_streams import DrawnViews, ViewStream
+from mmkd.student.evaluation.held_out_metrics import after_epochs, held_out_metrics
 from mmkd.student.evaluation.run_files import RUN_FILE
 from mmkd.student.network_table import before_it_was_stated, check_input
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.training.launcher import refuse_several_processes
 from mmkd.student.training.loop import fit
-from mmkd.student.training.predict import predict
 
 log = logging.getLogger("mmkd")
 TRAINING = "training"
@@ -95,7 +99,10 @@ def teach_expert(recipe: TeacherRecipe, name: str, out: Path, device: torch.devi
 
 
 def trained_clips(recipe: TeacherRecipe, clip_set: ClipSet) -> TrainedOn:
-    """Return which clips an expert learns from: the training split without the held-out part."""
+    """Return which clips formed an expert: the training split without the part held out for weights.
+
+    Those by which its best epoch was told are among them.
+    """
     manifest = clip_set.manifest
     ids = [clip.clip_id for clip in manifest.split(recipe.train_split)]
     held = HeldOut(**recipe.held_out.model_dump()).mask(manifest.dataset, ids)
@@ -139,11 +146,22 @@ def train_expert(
     items = clip_set.probe(clips)
     if line := short_views_line(recipe.views, [items]):
         log.warning(line)
-    held = HeldOut(**recipe.held_out.model_dump()).mask(clip_set.manifest.dataset, [c.clip_id for c in clips])
-    seen_items = [item for item, out_ in zip(items, held, strict=True) if not out_]
+    parts = training_parts(recipe, expert, clip_set.manifest)
+    seen_items, told_by, held_items = (
+        [items[row] for row in np.flatnonzero(parts == part).tolist()] for part in Part
+    )
     if unlabelled := clip_set.manifest.unlabelled(recipe.train_split):
         log.warning("%d of %s have no label, and teach nothing", unlabelled, counted(len(clips), "training clip"))
     training = expert_data(recipe, expert, clip_set, items=seen_items, device=device)
+    validate = None
+    if told_by:
+        log.info(
+            "training on %s; %d tell which epoch is the best", counted(training.data.rows, "clip"), len(told_by)
+        )
+        looked_at = expert_data(recipe, expert, clip_set, items=told_by, device=device, evaluation=True)
+        validate = after_epochs(
+            looked_at.data, clip_set.manifest.heads, device, Reading.of(expert.train, device.type)
+        )
     torch.manual_seed(expert.train.seed)
     heads = {head.name: len(head.classes) for head in clip_set.manifest.heads}
     network = make_network(expert, heads, recipe.views)
@@ -156,14 +174,36 @@ def train_expert(
         lock=lock,
         device=device,
         identity=run_identity(seen),
+        validate=validate,
         what=name,
     )
-    held_items = [i for i, h in zip(items, held, strict=True) if h]
     report: dict[str, Any] = {"steps": fitted.steps, "clips": training.data.rows, "skipped": training.skipped}
     if held_items:
         held_data = expert_data(recipe, expert, clip_set, items=held_items, device=device).data
         report["held_out"] = held_out_metrics(network, held_data, clip_set.manifest.heads, device)
     return encode_network(network), report
+
+
+class Part(IntEnum):
+    """What a clip of the training split is for."""
+
+    LEARNED = 0
+    """The expert learns from it."""
+    BEST_EPOCH = 1
+    """It tells which epoch is the best (`train.held_out`)."""
+    WEIGHTS = 2
+    """No expert learns from it, so that weights of experts can be fitted on it (`held_out`)."""
+
+
+def training_parts(recipe: TeacherRecipe, expert: ExpertRecipe, manifest: Manifest) -> npt.NDArray[np.int64]:
+    """Return (rows,) the `Part` of each clip of the training split; that for weights is every expert's."""
+    clips = manifest.split(recipe.train_split)
+    held = HeldOut(**recipe.held_out.model_dump()).mask(manifest.dataset, [clip.clip_id for clip in clips])
+    parts = np.where(held, Part.WEIGHTS, Part.LEARNED)
+    left = np.flatnonzero(~held)
+    mask = held_out_mask([clips[row] for row in left], expert.train, manifest.dataset)
+    parts[left[mask]] = Part.BEST_EPOCH
+    return parts
 
 
 def expert_identity(recipe: TeacherRecipe, expert: ExpertRecipe, clip_set: ClipSet) -> dict[str, Any]:
@@ -225,8 +265,12 @@ def expert_data(
     *,
     items: Sequence[ClipVideo | VideoError],
     device: torch.device,
+    evaluation: bool = False,
 ) -> ExpertData:
-    """Open clips for an expert; those that it cannot use are counted, logged and left out."""
+    """Open clips for an expert; those that it cannot use are counted, logged and left out.
+
+    Their views are those to learn from, or for `evaluation` the one in the middle of each clip.
+    """
     clips = [item for item in items if isinstance(item, ClipVideo)]
     reasons = [str(item) for item in items if not isinstance(item, ClipVideo)]
     boxes, modality = None, MODALITIES[expert.modality]
@@ -248,7 +292,8 @@ def expert_data(
     if reasons:
         kinds = "; ".join(f"{kind}: {count}" for kind, count in Counter(map(kind_of, reasons)).most_common())
         log.warning("%d of %s are left out (%s)", len(reasons), counted(len(items), "clip"), kinds)
-    return ExpertData(view_dataset(recipe, expert, clip_set, clips=clips, boxes=boxes, device=device), len(reasons))
+    data = view_dataset(recipe, expert, clip_set, clips=clips, boxes=boxes, device=device, evaluation=evaluation)
+    return ExpertData(data, len(reasons))
 
 
 def view_dataset(
@@ -259,17 +304,23 @@ def view_dataset(
     clips: Sequence[ClipVideo],
     boxes: BoxFile | None,
     device: torch.device,
+    evaluation: bool = False,
 ) -> ViewDataset:
     """Return the data set of a modality over usable clips."""
     manifest = clip_set.manifest
-    stream = DrawnViews(
-        clips,
-        recipe.views,
-        dataset=manifest.dataset,
-        seed=recipe.view_seed,
-        flip_allowed=manifest.flip_allowed,
-        views=expert.views,
-    )
+    stream: ViewStream
+    if evaluation:
+        stream = evaluation_stream(clips, manifest.heads, one_view(recipe.views))
+    else:
+        stream = DrawnViews(
+            clips,
+            recipe.views,
+            dataset=manifest.dataset,
+            seed=recipe.view_seed,
+            flip_allowed=manifest.flip_allowed,
+            views=expert.views,
+        )
+    share = expert.train.held_out if evaluation else 1 - expert.train.held_out
     modality = MODALITIES[expert.modality]
     taught = TaughtClips(
         clips=clips,
@@ -277,7 +328,7 @@ def view_dataset(
         heads=manifest.heads,
         size_px=expert.look.size_px or recipe.views.size_px,
         source=clip_set.source,
-        memory_bytes=int(expert.train.decoded_clips_gib * 2**30),
+        memory_bytes=int(expert.train.decoded_clips_gib * share * 2**30),
         flow=open_flow(recipe, str(device)) if modality.needs_flow else None,
         boxes=boxes,
         flow_stack=expert.flow_stack,
@@ -364,13 +415,3 @@ def fill_store(
             results.close()
     usable = [item for position, item in enumerate(clips) if position not in failed]
     return usable, list(failed.values())
-
-
-def held_out_metrics(
-    network: torch.nn.Module, data: ViewDataset, heads: Sequence[Head], device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Return head -> top-1 and cross-entropy on held-out clips, from view 0 of each."""
-    rows = np.arange(data.rows)
-    logits = predict(network, data, rows, np.zeros(1, np.int64), batch_size=32, device=device)
-    found = {head.name: evaluate(average_views(logits[head.name]), data.labels[head.name]) for head in heads}
-    return {head: {"clips": m.count, "top1": m.top1, "nll": m.nll} for head, m in found.items()}

@@ -1,6 +1,6 @@
 """Joining a cache, a manifest and RGB videos, by clip id, for training and for evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,16 +61,23 @@ def is_whole(reader: CacheReader, manifest: Manifest) -> bool:
 
 
 def open_split(
-    reader: CacheReader, clip_set: ClipSet, split: str, *, memory_bytes: int, fresh_views: bool = False
+    reader: CacheReader,
+    clip_set: ClipSet,
+    split: str,
+    *,
+    memory_bytes: int,
+    fresh_views: bool = False,
+    only: Collection[str] | None = None,
 ) -> SplitData:
     """Open the manifest's clips of a split that the teacher's build could read, under their stored views.
 
     They come in the order of the cache, whatever the manifest's. `fresh_views` draws a new view every epoch by the
-    cache's policy instead. Raises VerificationError when a video is not the one that the cache was built from, or
-    cannot be read any more, InputError when a clip's times are not the cache's.
+    cache's policy instead. With `only` (ids) the other clips are passed over. Raises VerificationError when a
+    video is not the one that the cache was built from, or cannot be read any more, InputError when a clip's times
+    are not the cache's.
     """
     table = reader.split(split)
-    by_id = {clip.clip_id: clip for clip in clip_set.manifest.split(split)}
+    by_id = {clip.clip_id: clip for clip in clip_set.manifest.split(split) if only is None or clip.clip_id in only}
     wanted = np.fromiter((clip_id in by_id for clip_id in table.clip_ids), np.bool_, table.rows)
     rows = np.flatnonzero(wanted & usable_rows(reader, table))
     if not len(rows):

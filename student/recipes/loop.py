@@ -123,6 +123,11 @@ class LoopRecipe(GrowingRecipe):
     patience_epochs: int | None = Field(
         None, ge=1, description="stop after so many epochs without a better held-out accuracy; null: never early"
     )
+    keep: Literal["best", "last"] | None = Field(
+        None,
+        description="the epoch whose weights the run leaves, best by its held-out clips; null: the best where "
+        "clips are held out, else the last",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="of initial weights, clips' order, views, jitter and dropout")
     loader_threads: int = Field(4, ge=1, le=256, description="threads that read ahead; they change no number")
     loader_processes: int | None = Field(
@@ -160,6 +165,12 @@ class LoopRecipe(GrowingRecipe):
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be below epochs ({self.epochs})")
         return self
+
+    def asks_for_held_out(self) -> str | None:
+        """Return the setting that needs held-out clips after each epoch, or None."""
+        if self.patience_epochs is not None:
+            return f"patience_epochs={self.patience_epochs}"
+        return "keep=best" if self.keep == "best" else None
 
     @property
     def peak_rate(self) -> float:

@@ -75,6 +75,14 @@ class TrainRecipe(LoopRecipe):
     erasing: ErasingRecipe | None = Field(
         None, description="a window erased in all frames of some clips, {probability: 0.25}; null: none; rgb only"
     )
+    held_out: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="share of the training clips on which this network does not learn, and which tell after each "
+        "epoch how good it is: whole videos, of each class its share; 0: none",
+    )
+    held_out_seed: int = Field(0, ge=0, lt=2**32, description="of the choice of these clips")
     decoded_clips_gib: float = Field(
         2.0,
         ge=0,
@@ -95,6 +103,12 @@ class TrainRecipe(LoopRecipe):
     def _options_are_of_own_networks(self) -> Self:
         if self.network_options and not is_own(self.network):
             raise ValueError(f"network_options: {self.network} takes none; they are for networks of your own")
+        return self
+
+    @model_validator(mode="after")
+    def _best_epoch_is_told(self) -> Self:
+        if not self.held_out and (asked := self.asks_for_held_out()):
+            raise ValueError(f"{asked} needs clips that tell the best epoch: set held_out, such as 0.1")
         return self
 
     def only_rgb(self) -> list[str]:

@@ -76,7 +76,7 @@ def fit(
     is the hold on the run's folder: it is looked at before each write there. `other_start` says that the network
     does not have its initial weights, so that a checkpoint must be there, and is not asked for them. `validate`
     tells after each epoch how the network does on held-out clips: the run leaves the weights of the best epoch,
-    and otherwise the last ones (averaged ones, if the recipe averages).
+    unless the recipe keeps the last; without it the last ones (averaged ones, if the recipe averages).
     Raises InterruptedByUserError after a clean stop, InputError for a data set without anything to learn from
     or a loss that is not finite.
     """
@@ -121,8 +121,8 @@ def fit(
 
 def check_validation(recipe: LoopRecipe, validate: Validate | None) -> None:
     """Raise InputError for a recipe that needs held-out clips where there are none."""
-    if recipe.patience_epochs is not None and validate is None:
-        raise InputError("patience_epochs needs held-out clips: set held_out.fraction, or leave it out")
+    if validate is None and (asked := recipe.asks_for_held_out()):
+        raise InputError(f"{asked} needs clips that tell the best epoch: set train.held_out, or leave it out")
 
 
 def describe_run(

@@ -302,7 +302,8 @@ class Run:
             found = replace(found, held_out=self.ranks.same(lambda: validate(self.network_to_keep)))
             train_all_but(self.network, self._frozen)
         self.metrics.append(found)
-        if validate is not None and best_epoch(self.metrics) == found.epoch:
+        keeps_best = validate is not None and self.recipe.keep != "last"
+        if keeps_best and best_epoch(self.metrics) == found.epoch:
             self._best = encode_network(self.network_to_keep)
         self.position = Position(position.step)
 

@@ -93,6 +93,7 @@ def test_more_processes_than_clips_of_a_step_are_refused_in_all_of_them(tmp_path
 def test_torchrun_trains_one_student_that_one_process_evaluates(tiny, tmp_path):
     """The command itself: one folder, one writer, one result on stdout, and the same student within rounding."""
     options = ["--set", "train.epochs=1", "--set", "train.batch_size=8", "--set", "train.warmup_epochs=0"]
+    options += ["--set", "train.held_out=0.25"]
     arguments = ["train", *tiny.stage_two, *options, "-o", tmp_path / "run", "--json"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     program = Path(sys.executable).with_name("mmkd-student")
@@ -104,5 +105,6 @@ def test_torchrun_trains_one_student_that_one_process_evaluates(tiny, tmp_path):
         "standard",
         "compositional",
     }
-    assert done.stderr.count("training: 14/14 clips") == 1
+    assert done.stderr.count("training: 11/11 clips") == 1
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["held_out"]["action"]["clips"] == 3
     assert not list((tmp_path / "run").glob(".mmkd-lock*"))

@@ -377,7 +377,7 @@ def test_a_run_stops_early_leaves_the_best_epoch_and_stays_finished(tmp_path):
     again, second = run(recipe, MovingBars(8), run_dir=tmp_path, validate=validate)
     assert (second.resumed_at, len(seen)) == (8, 4)
     assert same_weights(network, again)
-    with pytest.raises(InputError, match="patience_epochs needs held-out clips"):
+    with pytest.raises(InputError, match="patience_epochs=2 needs clips that tell the best epoch"):
         run(recipe, MovingBars(8))
 
 
