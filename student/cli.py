@@ -222,12 +222,18 @@ def export(**options: Any) -> None:
 )
 @click.option("--train-split", help="A split that the table leaves out [default: the cache's training split].")
 @click.option("--common", is_flag=True, help="Compare over those clips alone that every row has.")
+@click.option(
+    "--baseline",
+    metavar="NAME",
+    help="The row that each run is set beside, with an interval [default: the first run on labels alone].",
+)
 @click.option("--tables", multiple=True, type=FILE, help="Merge tables of several seeds instead; repeatable.")
 @click.option("--out", type=FILE, help="Write the table as JSON, for --tables.")
 @as_json
 def compare(**options: Any) -> None:
     """Print one table: each expert and the teacher (from cached logits), then the runs.
 
+    Below stands how much oftener each run is right than the baseline, with a bootstrap interval over the clips.
     With --tables, merge the tables of several seeds into means and standard deviations.
     """
     from mmkd.student.evaluation.table import load_table, merge_tables
@@ -237,21 +243,22 @@ def compare(**options: Any) -> None:
         raise click.UsageError(
             "--common needs the clips: give it when each seed's table is made, not with --tables"
         )
+    if options["tables"] and options["baseline"]:
+        raise click.UsageError("--baseline is for the table of one seed; tables that --tables merges have theirs")
     if options["out"]:
         refuse_another(options["out"], TABLE, "--out")
     table = merge_tables([load_table(path) for path in options["tables"]]) if options["tables"] else _table(options)
     if options["out"]:
         write_atomically(options["out"], f"{json.dumps(table.to_json(), indent=1)}\n".encode())
-    print_result(
-        table.to_json(), as_json=options["as_json"], lines=[render(table, width=shutil.get_terminal_size().columns)]
-    )
+    lines = [render(table, width=shutil.get_terminal_size().columns)]
+    print_result(table.to_json(single_clips=False), as_json=options["as_json"], lines=lines)
 
 
 def _table(options: dict[str, Any]) -> Any:
     from mmkd.cache_tools.cache.reader import CacheReader
     from mmkd.student.data.split_data import check_manifest
     from mmkd.student.evaluation.evaluate import left_out_splits
-    from mmkd.student.evaluation.table import compare_runs, mixtures_of_runs
+    from mmkd.student.evaluation.table import compare_runs, mixtures_of_runs, usual_baseline
     from mmkd.student.teacher.cached_teacher import choose_mixtures
 
     if options["cache"] is None or options["manifest"] is None:
@@ -287,6 +294,7 @@ def _table(options: dict[str, Any]) -> Any:
         missing="renormalise",
         train_split=options["train_split"],
         common=options["common"],
+        baseline=options["baseline"] or usual_baseline(runs),
     )
 
 

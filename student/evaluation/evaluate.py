@@ -76,24 +76,28 @@ class SplitScores:
         `among` (head -> clip ids) narrows down which of them count. Clips that do not count, for whatever reason,
         are left out, never right or wrong.
         """
-        groups = {clip.clip_id: clip.groups for clip in clips}
         labels = {clip.clip_id: clip.labels for clip in clips}
+        own_labels = [labels.get(clip_id, {}) for clip_id in self.clip_ids]
+        return {
+            part: {
+                head: self._part(head, members, own_labels, None if among is None else among[head])
+                for head in self.heads_of(part)
+                if among is None or head in among
+            }
+            for part, members in self.parts(clips).items()
+        }
+
+    def parts(self, clips: Sequence[Clip]) -> dict[str, Mask]:
+        """Return the split and each evaluation group of `clips` -> (rows,) which of its clips are in it."""
+        groups = {clip.clip_id: clip.groups for clip in clips}
         names = dict.fromkeys(name for clip in clips for name in clip.groups)
         parts = {self.split: np.array([clip_id in groups for clip_id in self.clip_ids], np.bool_)}
         for name in names:
             members = [name in groups.get(clip_id, ()) for clip_id in self.clip_ids]
             parts[f"{self.split}/{name}"] = np.array(members, np.bool_)
-        own_labels = [labels.get(clip_id, {}) for clip_id in self.clip_ids]
-        return {
-            part: {
-                head: self._part(head, members, own_labels, None if among is None else among[head])
-                for head in self._heads_of(part)
-                if among is None or head in among
-            }
-            for part, members in parts.items()
-        }
+        return parts
 
-    def _heads_of(self, part: str) -> list[str]:
+    def heads_of(self, part: str) -> list[str]:
         """Return the heads that a split or group is about: the one that its name ends with, or all."""
         named = [head for head in self.heads if part.endswith(f"_{head}") and "/" in part]
         return named or list(self.heads)
@@ -130,6 +134,12 @@ class SplitScores:
             found = self.heads[head]
             right &= found.scores.rank[keep[found.counted]] < k
         return float(right.mean()) if len(right) else math.nan
+
+    def right(self, head: str, members: Mask) -> dict[str, bool]:
+        """Return the ids of those `members` (rows,) that count for a head -> whether its label came first."""
+        found = self.heads[head]
+        rows, ranks = np.flatnonzero(found.counted).tolist(), found.scores.rank.tolist()
+        return {self.clip_ids[row]: rank == 0 for row, rank in zip(rows, ranks, strict=True) if members[row]}
 
     def counted_ids(self, head: str) -> set[str]:
         """Return the ids of the clips that count for a head."""

@@ -1,7 +1,8 @@
 """The comparison table: experts and teacher from cached logits, students from their runs, side by side."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mmkd.data_manifests.manifest import Clip, Manifest
 from mmkd.data_manifests.regular_file import read_regular
 from mmkd.data_manifests.typed_json import typed
 from mmkd.student.data.split_data import check_manifest
+from mmkd.student.evaluation.differences import Pair, differences, pairs_of
 from mmkd.student.evaluation.evaluate import (
     SplitMetrics,
     SplitScores,
@@ -19,10 +21,11 @@ from mmkd.student.evaluation.evaluate import (
     score_cached,
 )
 from mmkd.student.evaluation.evaluation_file import check_metrics, defined, read_evaluation, read_scores
-from mmkd.student.evaluation.run_files import evaluation_path, run_mixtures
+from mmkd.student.evaluation.run_files import evaluation_path, read_run, run_mixtures
 from mmkd.student.recipes.student import Missing
 from mmkd.student.teacher.mixing import HeadMixtures, Mixture
 
+log = logging.getLogger("mmkd")
 SCHEMA = "mmkd-table-1"
 
 
@@ -32,10 +35,17 @@ class Table:
 
     rows: dict[str, list[SplitMetrics]]
     """Model -> metrics of each seed."""
+    pairs: list[Pair] = field(default_factory=list)
+    """Of each seed, the runs beside the baseline, clip by clip; none without a baseline."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the table for `load_table`."""
-        return {"schema": SCHEMA, "rows": self.rows}
+    def to_json(self, *, single_clips: bool = True) -> dict[str, Any]:
+        """Return the table; `load_table` needs the single clips of its pairs where it has such."""
+        found: dict[str, Any] = {"schema": SCHEMA, "rows": self.rows}
+        if self.pairs:
+            found["differences"] = [asdict(value) for value in differences(self.pairs)]
+        if self.pairs and single_clips:
+            found["pairs"] = [asdict(pair) for pair in self.pairs]
+        return found
 
     def parts(self) -> list[tuple[str, str]]:
         """Return the (split or split/group, head) pairs that some model has metrics of, in order."""
@@ -72,11 +82,12 @@ def compare_runs(
     missing: Missing,
     train_split: str | None = None,
     common: bool = False,
+    baseline: str | None = None,
 ) -> Table:
     """Return one seed's table: each expert, the teacher, then the runs (name -> directory) in order.
 
     It is over the manifest's clips of the evaluation splits, without `train_split`; with `common`, over those of
-    them that every row has.
+    them that every row has. Each run is set beside the row `baseline`, where one is named.
     """
     check_manifest(reader, manifest)
     names = evaluation_splits(reader, manifest, train_split)
@@ -95,7 +106,43 @@ def compare_runs(
             raise InputError(f"a run may not be named {name!r}: the table has a row of that name")
         rows[name] = run_row(directory, reader)
     among = common_clips(rows, names) if common else None
-    return Table({name: [row.metrics(splits, among)] for name, row in rows.items()})
+    pairs = [] if baseline is None else list(run_pairs(rows, list(runs), baseline, splits, among))
+    return Table({name: [row.metrics(splits, among)] for name, row in rows.items()}, pairs)
+
+
+def run_pairs(
+    rows: Mapping[str, TableRow],
+    runs: Sequence[str],
+    baseline: str,
+    splits: Mapping[str, Sequence[Clip]],
+    among: Mapping[str, Any] | None,
+) -> Iterator[Pair]:
+    """Yield each run beside the row `baseline`, split by split; InputError where there is no such row.
+
+    Without single clips there is no pair: that is said.
+    """
+    if baseline not in rows:
+        raise InputError(f"--baseline {baseline!r} is no row of the table; it has {', '.join(rows)}")
+    for name in dict.fromkeys((baseline, *runs)):
+        if rows[name].scores is None:
+            log.warning(
+                "%s: its evaluation does not keep single clips, so its differences from %s are left out; run "
+                "`mmkd-student evaluate` on it again",
+                name,
+                baseline if name != baseline else "others",
+            )
+    others = rows[baseline].scores or {}
+    for name in runs:
+        own = rows[name].scores or {}
+        for split, clips in splits.items():
+            if name != baseline and split in own and split in others:
+                both = (own[split], others[split])
+                yield from pairs_of(name, baseline, both, clips, None if among is None else among[split])
+
+
+def usual_baseline(runs: Mapping[str, Path]) -> str | None:
+    """Return the name of the first run (name -> directory) that learned from labels alone; None where none did."""
+    return next((name for name, directory in runs.items() if read_run(directory).labels_only), None)
 
 
 def common_clips(rows: Mapping[str, TableRow], splits: Sequence[str]) -> dict[str, dict[str, set[str]]]:
@@ -155,7 +202,9 @@ def load_table(path: Path) -> Table:
     if not isinstance(value, dict) or value.get("schema") != SCHEMA or not value.get("rows"):
         raise InputError(f"{path} is not a table of `mmkd-student compare --out`")
     try:
-        table = Table(typed(dict[str, list[SplitMetrics]], value["rows"]))
+        pairs = typed(list[Pair], value.get("pairs", []))
+        table = Table(typed(dict[str, list[SplitMetrics]], value["rows"]), pairs)
+        differences(pairs)  # whose bits it needs
         if not all(table.rows.values()):
             raise ValueError("rows: one has no metrics")
         for metrics in (seed for seeds in table.rows.values() for seed in seeds):
@@ -173,4 +222,21 @@ def merge_tables(tables: Sequence[Table]) -> Table:
             raise InputError(f"the tables hold other models: {names} and {list(table.rows)}")
         if table.parts() != parts:
             raise InputError(f"the tables hold other splits: {parts} and {table.parts()}")
-    return Table({name: [metrics for table in tables for metrics in table.rows[name]] for name in names})
+    rows = {name: [metrics for table in tables for metrics in table.rows[name]] for name in names}
+    return Table(rows, merge_pairs(tables))
+
+
+def merge_pairs(tables: Sequence[Table]) -> list[Pair]:
+    """Return the pairs of all seeds, without those that some seed lacks, which is said."""
+    baselines = sorted({pair.baseline for table in tables for pair in table.pairs})
+    if len(baselines) > 1:
+        raise InputError(f"the tables have other baselines: {', '.join(baselines)}; give each the same --baseline")
+    keys = [{pair.key() for pair in table.pairs} for table in tables]
+    everywhere = set.intersection(*keys)
+    if lacking := set.union(*keys) - everywhere:
+        log.warning(
+            "differences from %s that not every table has are left out: %s",
+            baselines[0],
+            ", ".join(sorted({f"{model} on {part} {head}" for model, _, part, head in lacking})),
+        )
+    return [pair for table in tables for pair in table.pairs if pair.key() in everywhere]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmkd.data_manifests.counted import counted
+from mmkd.student.evaluation.differences import LEVEL, RESAMPLES, SEED, Difference, differences
 from mmkd.student.evaluation.evaluate import SplitMetrics
 from mmkd.student.evaluation.table import Table
 
@@ -37,7 +38,7 @@ def render(table: Table, width: int | None = None) -> str:
         for note in (*averaged_lines(seeds), *different_clips(table))
         for line in textwrap.wrap(note, width or 10_000)
     ]
-    return "\n\n".join("\n".join(lines) for lines in (*texts, notes) if lines)
+    return "\n\n".join("\n".join(lines) for lines in (*texts, notes, *difference_blocks(table, width)) if lines)
 
 
 def split_columns(table: Table, parts: Sequence[Part], width: int) -> list[list[Part]]:
@@ -75,6 +76,46 @@ def _lines(table: Table, block: Sequence[Part], named: tuple[bool, bool]) -> lis
         for row, seeds in zip(grid[1:], table.rows.values(), strict=True):
             own = [seed.get(part[0], {}).get(part[1], {}) for seed in seeds]
             row += [count_cell(own), *(cell([seed.get(key) for seed in own]) for key, _ in COLUMNS)]
+    return _aligned(grid)
+
+
+def difference_blocks(table: Table, width: int | None = None) -> list[list[str]]:
+    """Return a block for each model that is set beside a baseline: points of top-1, spread over seeds, interval."""
+    blocks: dict[str, list[Difference]] = {}
+    for value in differences(table.pairs):
+        blocks.setdefault(f"**{value.model} beside {value.baseline}**", []).append(value)
+    if not blocks:
+        return []
+    heads = len({value.head for values in blocks.values() for value in values}) > 1
+    found = []
+    for caption, values in blocks.items():
+        grid = [["of", "clips", "top-1 more by", f"{100 * LEVEL:.0f} %"]]
+        for value in values:
+            of = f"{value.part} {value.head}" if heads else value.part
+            grid.append([of, _span(sorted(set(value.counts))), points(value), interval(value)])
+        found.append([caption, "", *_aligned(grid)])
+    note = (
+        f"{100 * LEVEL:.0f} %: of {RESAMPLES:,} resamples of the clips that both have (paired bootstrap, "
+        f"percentile interval, seed {SEED}); it tells what other clips would change, a ± what other seeds would"
+    )
+    return [*found, textwrap.wrap(note, width or 10_000)]
+
+
+def points(value: Difference) -> str:
+    """Return a difference in points of percent, and its sample standard deviation over several seeds."""
+    if value.top1 is None:
+        return NONE
+    return f"{100 * value.top1:+.1f}" + ("" if value.spread is None else f" ± {100 * value.spread:.1f}")
+
+
+def interval(value: Difference) -> str:
+    """Return the ends of a difference's interval in points."""
+    if value.low is None or value.high is None:
+        return NONE
+    return f"{100 * value.low:+.1f} to {100 * value.high:+.1f}"
+
+
+def _aligned(grid: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in grid) for column in range(len(grid[0]))]
     lines = [
         "| " + " | ".join(text.ljust(size) for text, size in zip(row, widths, strict=True)) + " |" for row in grid

@@ -134,7 +134,9 @@ def test_a_cache_for_evaluation_alone_serves_students_baselines_and_the_table(wo
     compared = call(*table, *named)
     assert compared.code == 0, compared.err
     assert "the runs learned from boxes, which this cache lacks: the teacher's row has uniform" in compared.err
-    assert [line.split("|")[1].strip() for line in compared.out.splitlines()[2:] if "|" in line] == [
+    rows, *_, beside, _ = compared.out.split("\n\n")
+    assert beside.startswith("| of")
+    assert [line.split("|")[1].strip() for line in rows.splitlines()[2:]] == [
         "rgb expert", "teacher", "student", "baseline",
     ]  # fmt: skip
     heldout = call(*table, "--weights", "heldout")
