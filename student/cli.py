@@ -177,26 +177,33 @@ def submission(files: tuple[Path, ...], overrides: tuple[str, ...], **options: A
 @data_options
 @click.argument("run", type=FOLDER)
 @click.option("-o", "--out", required=True, type=FOLDER, help="Folder to write; an earlier export is replaced.")
+@click.option(
+    "--format", type=click.Choice(["onnx", "pt2", "both"]), default="onnx", show_default=True, help="Files."
+)
 @click.option("--check", multiple=True, type=FILE, metavar="VIDEO", help="Compare on this video; repeatable.")
+@click.option("--license", default="unknown", show_default=True, help="Licence for the card, such as apache-2.0.")
 @trust_option
 @as_json
 def export(**options: Any) -> None:
-    """Write a finished RUN's student as an ONNX file, checked against the student itself.
+    """Write a finished RUN's student as files for other programs, checked against the student itself, with its card.
 
-    Input: views uint8 (B, T, S, S, 3) in RGB; output: logits by head. Class names and views are in its metadata.
+    Input: views uint8 (B, T, S, S, 3) in RGB; output: logits by head. Class names and views are in every file.
     Both are compared on the videos of --check, on the evaluation clips of --manifest, or on noise.
     """
-    from mmkd.student.export.export_run import ONNX_FILE, ExportOptions, export_run
+    from mmkd.student.export.export_run import ExportOptions, export_run
 
     data, as_data = named_data(options), None
     if any(value is not None for value in data.values()):
         as_data = load_recipe(StudentRecipe, files=(), overrides=(), named=data).data
-    chosen = ExportOptions(check=options["check"], data=as_data, trusted=options["trusted"])
-    card = export_run(options["run"], options["out"], chosen)
-    found, frames = card["check"][ONNX_FILE], card["check"]["frames"]
-    line = f"{options['out']}: {ONNX_FILE}; logits differ by at most {found['largest']:.2g}, on {frames}"
-    value = {"folder": str(options["out"]), "check": card["check"]}
-    print_result(value, as_json=options["as_json"], lines=[line])
+    chosen = {name: options[name] for name in ("format", "check", "license", "trusted")}
+    card = export_run(options["run"], options["out"], ExportOptions(data=as_data, **chosen))
+    found = card["check"]
+    lines = [
+        f"{options['out']}/{name}: logits differ by at most {own['largest']:.2g}, on {found['frames']}"
+        for name, own in found["files"].items()
+    ]
+    value = {"folder": str(options["out"]), "check": found}
+    print_result(value, as_json=options["as_json"], lines=lines)
 
 
 @cli.command(

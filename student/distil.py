@@ -263,6 +263,7 @@ def describe_student(
     return RunRecord(
         recipe=recipe.model_dump(mode="json"),
         cache=reader.fingerprint,
+        dataset=reader.dataset,
         heads={head.name: list(head.classes) for head in reader.heads},
         labels_only=mode.labels_only,
         fresh_views=mode.fresh_views,

@@ -74,6 +74,8 @@ class RunRecord:
     """Hash of model.safetensors; None while the run is not finished, and in one of an earlier version."""
     schema: str = SCHEMA
     """Version of this form."""
+    dataset: str | None = None
+    """Name of the data set; None in a run of an earlier version."""
 
 
 _RECORDS = TypeAdapter(RunRecord)

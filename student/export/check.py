@@ -59,8 +59,8 @@ def check(run: Runner, student: TrainedStudent, views: Iterable[UInt8Array], *, 
     allowed = TOLERANCE * max(1.0, scale)
     if not largest <= allowed:  # so written, NaN is refused
         raise VerificationError(
-            f"the {what} file's logits differ from the student's by up to {largest:.2g}, where {allowed:.2g} is "
-            "allowed; nothing was written"
+            f"{what}: its logits differ from the student's by up to {largest:.2g}, where {allowed:.2g} is allowed; "
+            "nothing was written"
         )
     return Agreement(largest, total / numbers, same / pairs, count)
 

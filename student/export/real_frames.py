@@ -47,6 +47,8 @@ class Frames:
     """Views of each."""
     read: Callable[[], Iterator[ClipViews]]
     """Reads them, from the first on; InputError, naming it, for one that cannot be read."""
+    real: bool = True
+    """Whether a camera took them."""
 
 
 def noise(student: TrainedStudent) -> Frames:
@@ -58,7 +60,7 @@ def noise(student: TrainedStudent) -> Frames:
         words = np.random.default_rng(0)
         return (ClipViews(words.integers(0, 256, shape, dtype=np.uint8)) for _ in range(NOISE_CLIPS))
 
-    return Frames(NOISE, NOISE_CLIPS, 1, read)
+    return Frames(NOISE, NOISE_CLIPS, 1, read, real=False)
 
 
 def of_videos(student: TrainedStudent, paths: Sequence[Path]) -> Frames:

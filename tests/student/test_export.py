@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 
 from mmkd.cache_tools.cache.reader import CacheReader
@@ -19,12 +21,17 @@ from mmkd.cache_tools.frames.clip_set import ClipSet, DataRecipe
 from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.data_manifests.errors import InputError, StorageError, VerificationError
 from mmkd.student.data.split_data import open_split
+from mmkd.student.evaluation.run_files import read_run
 from mmkd.student.evaluation.trained import TrainedStudent, load_student
 from mmkd.student.export import export_run, folder, onnx_file, real_frames
+from mmkd.student.export.card import card_of
+from mmkd.student.export.card_text import card_text
 from mmkd.student.export.check import check, onnx_runner
 from mmkd.student.export.onnx_file import onnx_bytes, refuse_large
 from mmkd.student.export.program import exported_program
+from mmkd.student.export.pt2_file import pt2_bytes, pt2_runner
 from mmkd.student.export.real_frames import noise
+from mmkd.student.network_table import NETWORKS
 from mmkd.student.networks.networks import VideoClassifier, build_network
 from mmkd.student.recipes.train import TrainRecipe
 from tests.helpers.in_process import call_ok, refused
@@ -41,8 +48,8 @@ def exported(tmp_path_factory):
     shutil.rmtree(root / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        call_ok(*TRAIN, "--weights", "rgb=1,boxes=3")
-        call_ok("mmkd-student", "export", "run", "-o", "exported")
+        call_ok(*TRAIN, "--weights", "rgb=1,boxes=3", "--set", "train.weights=null")
+        call_ok("mmkd-student", "export", "run", "-o", "exported", "--format", "both")
     return root
 
 
@@ -71,15 +78,99 @@ def test_from_the_onnx_file_alone_the_students_class_of_a_clip_comes_out_by_name
     assert session.get_inputs()[0].shape == ["batch", *frames.shape[1:]]
 
 
+def test_the_torch_export_file_gives_the_students_logits_for_any_batch_with_class_names_in_it(world):
+    student = load_student(Path("run"))
+    extra = {"mmkd.json": ""}
+    module = torch.export.load("exported/model.pt2", extra_files=extra).module()
+    frames = noisy_views(student)
+    for batch in (1, 3):
+        (logits,) = module(torch.from_numpy(frames[:batch]))
+        np.testing.assert_allclose(logits.detach().numpy(), student.logits(frames[:batch])["action"], atol=1e-5)
+    assert json.loads(extra["mmkd.json"])["classes"] == student.heads
+
+
+def test_a_torch_export_file_of_other_weights_or_class_names_is_refused(world):
+    student, other = (load_student(Path("run")) for _ in range(2))
+    with torch.no_grad():
+        other.network.network.heads["action"].bias += 0.1
+    file = pt2_bytes(exported_program(other), {"classes": student.heads})
+    with pytest.raises(VerificationError, match=r"differ from the student's by up to 0\.1"):
+        check(pt2_runner(file, student), student, list(noisy_views(student)), what="model.pt2")
+    swapped = {"action": student.heads["action"][::-1]}
+    with pytest.raises(VerificationError, match="other class names"):
+        pt2_runner(pt2_bytes(exported_program(student), {"classes": swapped}), student)
+
+
+def test_the_lines_of_the_card_run_and_name_the_students_classes(world, monkeypatch, capsys):
+    student = load_student(Path("run"))
+    frames = noisy_views(student)
+    best = student.logits(frames)["action"].argmax(1)
+    blocks = (world / "exported" / "README.md").read_text().split("```python\n")[1:]
+    monkeypatch.chdir("exported")
+    for block in blocks:
+        exec(block.split("```")[0], {"frames": frames, "torch": torch})
+    line = f"action {[student.heads['action'][number] for number in best]}"
+    assert capsys.readouterr().out.splitlines() == [line, line]
+
+
+def test_the_card_tells_data_teacher_accuracies_with_their_views_and_checks(world):
+    text = (world / "exported" / "README.md").read_text()
+    card = json.loads((world / "exported" / "card.json").read_bytes())
+    run = json.loads(Path("run/run.json").read_bytes())
+    metrics = json.loads(Path("run/evaluation.json").read_bytes())["metrics"]
+    hub = ModelCard(text).data
+    assert (hub.license, hub.datasets, hub.metrics) == ("unknown", ["before"], ["accuracy"])
+    assert {"onnx", "pt2", "knowledge-distillation"} <= set(hub.tags)
+    assert [found.metric_value for found in hub.eval_results] == [metrics["standard"]["action"]["top1"]]
+    assert hub.eval_results[0].metric_name == "top-1, action, 1 position x 1 crop"
+    assert card["evaluations"] == [{"cache": run["cache"], "metrics": metrics}]
+    assert card["teacher"] == run["weights"] == {"action": {"rgb": 0.25, "boxes": 0.75}}
+    assert (card["cache"], card["dataset"], card["starting_weights"]) == (run["cache"], "before", None)
+    top1, top5 = (f"{100 * metrics['standard']['action'][name]:.1f}" for name in ("top1", "top5"))
+    assert f"| `standard` | action | {top1} | {top5} | 4 | 1 position x 1 crop |" in text
+    assert "experts: rgb 0.25, boxes 0.75." in text
+    assert f"`{run['cache']}`" in text
+    assert "**Fill in the licence**" in text
+    assert "compared with the student on noise" in text
+    assert set(card["files"]) == {"model.onnx", "model.pt2", "README.md"}
+    assert str(world) not in text + json.dumps(card), "no path of this machine"
+
+
+def test_a_named_licence_stands_in_the_card_and_one_that_is_none_is_refused(world, tmp_path):
+    export = ("mmkd-student", "export", "run", "-o", tmp_path / "out", "--format", "pt2")
+    call_ok(*export, "--license", "cc-by-nc-4.0")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert ModelCard(text).data.license == "cc-by-nc-4.0"
+    assert "Fill in" not in text
+    assert "no identifier of a licence" in refused(*export, "--license", "my own: all\nrights")
+    (tmp_path / "out" / "README.md").write_text(text + "mine")
+    assert "README.md was changed after its export" in refused(*export)
+    assert (tmp_path / "out" / "README.md").read_text() == text + "mine"
+
+
+def test_a_baseline_without_evaluation_has_a_card_that_says_so(world):
+    student = load_student(Path("run"))
+    run = read_run(Path("run"))
+    started = {**run.recipe, "train": {**run.recipe["train"], "weights": "/home/me/kinetics.pth"}}
+    record = replace(run, recipe=started, labels_only=True, weights=None, dataset=None)
+    card = card_of(Path("cache"), record, student, "unknown")
+    text = card_text({**card, "check": {"frames": "1 video", "real": True, "files": {}}})
+    assert "labels alone" in text
+    assert "Not evaluated" in text
+    assert "from the weights file `kinetics.pth`, whose licence counts" in text
+    assert "/home/me" not in text + json.dumps(card)
+    assert ModelCard(text).data.datasets is None
+
+
 def test_files_are_checked_on_the_frames_that_are_named_and_say_which(world, tmp_path):
     video = next(Path("videos").iterdir())
     of_clips = json.loads(call_ok("mmkd-student", "export", "run", "-o", tmp_path / "a", *DATA, "--json"))["check"]
     of_video = call_ok("mmkd-student", "export", "run", "-o", tmp_path / "b", "--check", video)
     of_noise = json.loads((world / "exported" / "card.json").read_bytes())["check"]
     assert of_clips["frames"] == "4 clips of standard of before"
-    assert of_clips["model.onnx"]["views"] == 4
-    assert of_clips["model.onnx"]["largest"] < 1e-5
-    assert of_clips["model.onnx"]["top1"] == 1
+    assert of_clips["files"]["model.onnx"]["views"] == 4
+    assert 0 < of_clips["files"]["model.onnx"]["largest"] < 1e-5, "0 were a student that sees nothing"
+    assert of_clips["files"]["model.onnx"]["top1"] == 1
     assert of_video.rstrip().endswith("on 1 video")
     assert of_noise["frames"] == "noise, not real frames"
 
@@ -125,7 +216,7 @@ def test_a_file_whose_weights_are_not_the_students_ends_with_exit_code_4_and_lea
 
     monkeypatch.setattr(export_run, "onnx_bytes", shifted)
     line = refused("mmkd-student", "export", "run", "-o", tmp_path / "out", *DATA, code=4)
-    assert "the ONNX file's logits differ from the student's by up to 0.1" in line
+    assert "model.onnx: its logits differ from the student's by up to 0.1" in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -230,10 +321,11 @@ def test_a_rename_that_the_disk_refuses_puts_the_old_export_back(tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_without_its_packages_export_names_the_extra(world, tmp_path, monkeypatch):
+def test_without_the_packages_of_onnx_export_names_the_extra(world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    line = refused("mmkd-student", "export", "run", "-o", tmp_path / "out")
-    assert "pip install 'mmkd[export]'" in line
+    for name in ("onnx", "both"):
+        line = refused("mmkd-student", "export", "run", "-o", tmp_path / "out", "--format", name)
+        assert "pip install 'mmkd[export]'" in line
     assert not Path(tmp_path / "out").exists()
 
 
@@ -273,12 +365,21 @@ def test_a_network_that_cannot_be_exported_is_one_line():
     assert len(str(raised.value)) < 500
 
 
-def test_a_residual_network_of_torchvision_exports_with_the_same_logits():
-    recipe = TrainRecipe(network="r3d_18")
-    network = build_network(recipe, heads={"verb": 4, "noun": 3}, modality="rgb", frames=8, size_px=32)
-    student = student_of(network)
-    file = onnx_bytes(student, exported_program(student), {})
-    found = check(onnx_runner(file, student), student, list(noisy_views(student)), what="ONNX")
-    assert found.largest < 1e-4
-    assert found.top1 == 1
-    assert found.views == 3
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_of_the_table_exports_with_the_same_logits(name):
+    entry = NETWORKS[name]
+    shape = {"frames": entry.frames, "size_px": entry.size_px}
+    heads = {"verb": list("abcd"), "noun": list("xyz")}
+    sizes = {head: len(classes) for head, classes in heads.items()}
+    student = student_of(
+        build_network(TrainRecipe(network=name), heads=sizes, modality="rgb", **shape), heads=heads, **shape
+    )
+    program, frames = exported_program(student), list(noisy_views(student))[:1]
+    for runner, file in (
+        (onnx_runner, onnx_bytes(student, program, {})),
+        (pt2_runner, pt2_bytes(program, {"classes": heads})),
+    ):
+        found = check(runner(file, student), student, frames, what=name)
+        assert found.largest < 1e-4
+        assert found.top1 == 1
