@@ -185,7 +185,7 @@ def submission(files: tuple[Path, ...], overrides: tuple[str, ...], **options: A
 @trust_option
 @as_json
 def export(**options: Any) -> None:
-    """Write a finished RUN's student as files for other programs, checked against the student itself, with its card.
+    """Write a finished RUN's student as files for other programs, each checked against it, with a model card.
 
     Input: views uint8 (B, T, S, S, 3) in RGB; output: logits by head. Class names and views are in every file.
     Both are compared on the videos of --check, on the evaluation clips of --manifest, or on noise.

@@ -1,4 +1,4 @@
-"""What is known of a student, for its card: data set, classes, teacher, accuracies and their views, where it is from.
+"""What is known of a student, for its card: data set, classes, teacher, accuracies with their views, origin.
 
 All of it is read from the run's folder, and no path of this machine goes along: a card is for other people.
 """
