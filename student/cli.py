@@ -181,6 +181,7 @@ def submission(files: tuple[Path, ...], overrides: tuple[str, ...], **options: A
     "--format", type=click.Choice(["onnx", "pt2", "both"]), default="onnx", show_default=True, help="Files."
 )
 @click.option("--check", multiple=True, type=FILE, metavar="VIDEO", help="Compare on this video; repeatable.")
+@click.option("--no-latency", is_flag=True, help="Do not measure time and memory on this machine.")
 @click.option("--license", default="unknown", show_default=True, help="Licence for the card, such as apache-2.0.")
 @trust_option
 @as_json
@@ -190,19 +191,25 @@ def export(**options: Any) -> None:
     Input: views uint8 (B, T, S, S, 3) in RGB; output: logits by head. Class names and views are in every file.
     Both are compared on the videos of --check, on the evaluation clips of --manifest, or on noise.
     """
-    from mmkd.student.export.export_run import ExportOptions, export_run
+    from mmkd.student.export.export_run import export_run
+    from mmkd.student.export.options import ExportOptions
 
     data, as_data = named_data(options), None
     if any(value is not None for value in data.values()):
         as_data = load_recipe(StudentRecipe, files=(), overrides=(), named=data).data
     chosen = {name: options[name] for name in ("format", "check", "license", "trusted")}
-    card = export_run(options["run"], options["out"], ExportOptions(data=as_data, **chosen))
+    chosen |= {"data": as_data, "latency": not options["no_latency"]}
+    card = export_run(options["run"], options["out"], ExportOptions(**chosen))
     found = card["check"]
     lines = [
         f"{options['out']}/{name}: logits differ by at most {own['largest']:.2g}, on {found['frames']}"
         for name, own in found["files"].items()
     ]
-    value = {"folder": str(options["out"]), "check": found}
+    lines += [
+        f"{row['form']}, batch {row['batch']}: {row['median_ms']:.3g} ms, {row['clips_per_second']:.3g} clips/s"
+        for row in (card["cost"] or {"rows": []})["rows"]
+    ]
+    value = {"folder": str(options["out"]), "check": found, "cost": card["cost"]}
     print_result(value, as_json=options["as_json"], lines=lines)
 
 

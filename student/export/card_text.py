@@ -20,7 +20,16 @@ FILL_IN = (
 def card_text(card: Mapping[str, Any]) -> str:
     """Return README.md of an exported student."""
     front = yaml.safe_dump(front_matter(card), sort_keys=False, allow_unicode=True, width=1000)
-    parts = (title(card), usage(card), data(card), teacher(card), accuracies(card), checks(card), limits(card))
+    parts = (
+        title(card),
+        usage(card),
+        data(card),
+        teacher(card),
+        accuracies(card),
+        checks(card),
+        cost(card),
+        limits(card),
+    )
     return f"---\n{front}---\n\n" + "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
@@ -183,6 +192,35 @@ def checks(card: Mapping[str, Any]) -> list[str]:
         f"Each file against the student itself, on {card['check']['frames']}.",
         "",
         *table(head, rows),
+    ]
+
+
+def cost(card: Mapping[str, Any]) -> list[str]:
+    """Return what it costs on the machine where it was exported."""
+    found = card["cost"]
+    if not found:
+        return ["## Cost", "", "Not measured."]
+    where = found["machine"]
+    gpu = f", {where['gpu']}" if "gpu" in where else ""
+    sizes = ", ".join(f"`{name}` {size:.1f} MiB" for name, size in found["file_mib"].items())
+    rows = [
+        [
+            row["form"],
+            str(row["batch"]),
+            *(f"{row[name]:.3g}" for name in ("median_ms", "p95_ms", "clips_per_second")),
+            "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    return [
+        "## Cost",
+        "",
+        f"{found['million_parameters']:.2f} million parameters, {found['gmac']:.3g} GMAC a view; {sizes}.",
+        "",
+        f"On {where['processor']}{gpu}, {counted(where['torch_threads'], 'thread')}, torch {where['torch']}; the "
+        "views are in memory.",
+        "",
+        *table(["form", "batch", "median, ms", "95 % below, ms", "clips/s", "memory, MiB"], rows),
     ]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from mmkd.cache_tools.frames.records import Float32Array, UInt8Array
 from mmkd.data_manifests.errors import VerificationError
@@ -31,19 +32,35 @@ class Agreement:
     """Share of views and heads whose best class is the same, 0 to 1."""
     views: int
     """How many views went through both."""
+    scale: float
+    """Largest absolute logit of the student's."""
 
 
 def onnx_runner(file: bytes, student: TrainedStudent) -> Runner:
-    """Return what runs an ONNX file on the CPU."""
+    """Return what runs an ONNX file on the CPU, with as many threads as torch has."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     heads = list(student.heads)
     return lambda frames: dict(zip(heads, session.run(heads, {INPUT: frames}), strict=True))
 
 
 def check(run: Runner, student: TrainedStudent, views: Iterable[UInt8Array], *, what: str) -> Agreement:
     """Run views, each uint8 (T, S, S, 3), through both; VerificationError, naming `what`, where they differ."""
+    found = agreement(run, student, views)
+    allowed = TOLERANCE * max(1.0, found.scale)
+    if not found.largest <= allowed:  # so written, NaN is refused
+        raise VerificationError(
+            f"{what}: its logits differ from the student's by up to {found.largest:.2g}, where {allowed:.2g} is "
+            "allowed; nothing was written"
+        )
+    return found
+
+
+def agreement(run: Runner, student: TrainedStudent, views: Iterable[UInt8Array]) -> Agreement:
+    """Return how far a file is from the student on views, each uint8 (T, S, S, 3)."""
     largest = total = scale = 0.0
     numbers = same = pairs = count = 0
     for frames in batches(views):
@@ -56,13 +73,7 @@ def check(run: Runner, student: TrainedStudent, views: Iterable[UInt8Array], *, 
             scale = max(scale, float(np.abs(wanted[head]).max()))
             same += int((found[head].argmax(1) == wanted[head].argmax(1)).sum())
             pairs += len(frames)
-    allowed = TOLERANCE * max(1.0, scale)
-    if not largest <= allowed:  # so written, NaN is refused
-        raise VerificationError(
-            f"{what}: its logits differ from the student's by up to {largest:.2g}, where {allowed:.2g} is allowed; "
-            "nothing was written"
-        )
-    return Agreement(largest, total / numbers, same / pairs, count)
+    return Agreement(largest, total / numbers, same / pairs, count, scale)
 
 
 def batches(views: Iterable[UInt8Array]) -> Iterator[UInt8Array]:

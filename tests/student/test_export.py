@@ -23,7 +23,7 @@ from mmkd.data_manifests.errors import InputError, StorageError, VerificationErr
 from mmkd.student.data.split_data import open_split
 from mmkd.student.evaluation.run_files import read_run
 from mmkd.student.evaluation.trained import TrainedStudent, load_student
-from mmkd.student.export import export_run, folder, onnx_file, real_frames
+from mmkd.student.export import cost, export_run, folder, onnx_file, real_frames
 from mmkd.student.export.card import card_of
 from mmkd.student.export.card_text import card_text
 from mmkd.student.export.check import check, onnx_runner
@@ -38,6 +38,7 @@ from tests.helpers.in_process import call_ok, refused
 from tests.helpers.places import unpack_before
 
 DATA = ("--manifest", "manifest.jsonl", "--videos", "videos", "--workers", "0")
+EXPORT = ("mmkd-student", "export", "run", "--no-latency")
 TRAIN = ("mmkd-student", "train", "-c", "student.yaml", "--cache", "cache", "--node-copies", "copies", "-o", "run")
 
 
@@ -49,6 +50,7 @@ def exported(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         call_ok(*TRAIN, "--weights", "rgb=1,boxes=3", "--set", "train.weights=null")
+        patch.setattr(cost, "ENOUGH_SECONDS", 0.0)
         call_ok("mmkd-student", "export", "run", "-o", "exported", "--format", "both")
     return root
 
@@ -136,8 +138,25 @@ def test_the_card_tells_data_teacher_accuracies_with_their_views_and_checks(worl
     assert str(world) not in text + json.dumps(card), "no path of this machine"
 
 
+def test_the_card_has_the_cost_of_each_form_on_this_machine(world, tmp_path):
+    text = (world / "exported" / "README.md").read_text()
+    card = json.loads((world / "exported" / "card.json").read_bytes())
+    found = card["cost"]
+    forms = [(row["form"], row["batch"]) for row in found["rows"] if "CUDA" not in row["form"]]
+    assert forms == [("eager fp32", 1), ("eager fp32", 8), ("ONNX fp32", 1), ("ONNX fp32", 8)]
+    for name in ("model.onnx", "model.pt2"):
+        assert found["file_mib"][name] == (world / "exported" / name).stat().st_size / 2**20
+    weights = load_student(Path("run")).network.parameters()
+    assert found["million_parameters"] == sum(value.numel() for value in weights) / 1e6
+    for row in found["rows"]:
+        assert f"| {row['form']} | {row['batch']} | {row['median_ms']:.3g} |" in text
+    call_ok(*EXPORT, "-o", tmp_path / "out", "--format", "pt2")
+    assert json.loads((tmp_path / "out" / "card.json").read_bytes())["cost"] is None
+    assert "Not measured." in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_named_licence_stands_in_the_card_and_one_that_is_none_is_refused(world, tmp_path):
-    export = ("mmkd-student", "export", "run", "-o", tmp_path / "out", "--format", "pt2")
+    export = (*EXPORT, "-o", tmp_path / "out", "--format", "pt2")
     call_ok(*export, "--license", "cc-by-nc-4.0")
     text = (tmp_path / "out" / "README.md").read_text()
     assert ModelCard(text).data.license == "cc-by-nc-4.0"
@@ -154,7 +173,7 @@ def test_a_baseline_without_evaluation_has_a_card_that_says_so(world):
     started = {**run.recipe, "train": {**run.recipe["train"], "weights": "/home/me/kinetics.pth"}}
     record = replace(run, recipe=started, labels_only=True, weights=None, dataset=None)
     card = card_of(Path("cache"), record, student, "unknown")
-    text = card_text({**card, "check": {"frames": "1 video", "real": True, "files": {}}})
+    text = card_text({**card, "cost": None, "check": {"frames": "1 video", "real": True, "files": {}}})
     assert "labels alone" in text
     assert "Not evaluated" in text
     assert "from the weights file `kinetics.pth`, whose licence counts" in text
@@ -164,8 +183,8 @@ def test_a_baseline_without_evaluation_has_a_card_that_says_so(world):
 
 def test_files_are_checked_on_the_frames_that_are_named_and_say_which(world, tmp_path):
     video = next(Path("videos").iterdir())
-    of_clips = json.loads(call_ok("mmkd-student", "export", "run", "-o", tmp_path / "a", *DATA, "--json"))["check"]
-    of_video = call_ok("mmkd-student", "export", "run", "-o", tmp_path / "b", "--check", video)
+    of_clips = json.loads(call_ok(*EXPORT, "-o", tmp_path / "a", *DATA, "--json"))["check"]
+    of_video = call_ok(*EXPORT, "-o", tmp_path / "b", "--check", video)
     of_noise = json.loads((world / "exported" / "card.json").read_bytes())["check"]
     assert of_clips["frames"] == "4 clips of standard of before"
     assert of_clips["files"]["model.onnx"]["views"] == 4
@@ -190,7 +209,7 @@ def test_the_frames_of_a_check_are_the_pixels_that_evaluation_sees(world):
 def test_what_cannot_be_checked_with_is_one_line_and_nothing_is_left(world, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "text.mp4").write_text("no video")
-    export = ("mmkd-student", "export", "run", "-o", out)
+    export = (*EXPORT, "-o", out)
     assert f"--check {tmp_path / 'text.mp4'}: " in refused(*export, "--check", tmp_path / "text.mp4")
     assert "--check gone.mp4: video not found" in refused(*export, "--check", "gone.mp4")
     assert "not both" in refused(*export, *DATA, "--check", "gone.mp4")
@@ -215,7 +234,7 @@ def test_a_file_whose_weights_are_not_the_students_ends_with_exit_code_4_and_lea
         return model.SerializeToString()
 
     monkeypatch.setattr(export_run, "onnx_bytes", shifted)
-    line = refused("mmkd-student", "export", "run", "-o", tmp_path / "out", *DATA, code=4)
+    line = refused(*EXPORT, "-o", tmp_path / "out", *DATA, code=4)
     assert "model.onnx: its logits differ from the student's by up to 0.1" in line
     assert list(tmp_path.iterdir()) == []
 
@@ -234,17 +253,17 @@ def test_a_stop_signal_in_the_check_ends_with_exit_code_75_and_leaves_nothing(wo
         raise AssertionError("the signal was not heard")
 
     monkeypatch.setattr(real_frames, "views_of", stopped)
-    line = refused("mmkd-student", "export", "run", "-o", tmp_path / "out", *DATA, code=75)
+    line = refused(*EXPORT, "-o", tmp_path / "out", *DATA, code=75)
     assert "stopped by SIGTERM: nothing was written" in line
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_replaces_its_own_folder_and_refuses_anothers(world, tmp_path):
     out = shutil.copytree("exported", tmp_path / "out")
-    call_ok("mmkd-student", "export", "run", "-o", out, *DATA)
+    call_ok(*EXPORT, "-o", out, *DATA)
     assert json.loads((out / "card.json").read_bytes())["check"]["frames"] == "4 clips of standard of before"
     (out / "diary.txt").write_text("mine")
-    assert "holds diary.txt, which no export wrote" in refused("mmkd-student", "export", "run", "-o", out)
+    assert "holds diary.txt, which no export wrote" in refused(*EXPORT, "-o", out)
     assert (out / "diary.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -265,10 +284,10 @@ def test_a_folder_is_an_export_by_what_its_card_says_not_by_the_names_of_its_fil
         ("model", "no export"),
         ("changed", "changed"),
     ):
-        assert said in refused("mmkd-student", "export", "run", "-o", made[name])
+        assert said in refused(*EXPORT, "-o", made[name])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert "is no export of" in refused("mmkd-student", "export", "run", "-o", "run")
-    assert "the folder that you are in" in refused("mmkd-student", "export", "run", "-o", ".")
+    assert "is no export of" in refused(*EXPORT, "-o", "run")
+    assert "the folder that you are in" in refused(*EXPORT, "-o", ".")
 
 
 class KilledError(BaseException):
@@ -324,7 +343,7 @@ def test_a_rename_that_the_disk_refuses_puts_the_old_export_back(tmp_path, monke
 def test_without_the_packages_of_onnx_export_names_the_extra(world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     for name in ("onnx", "both"):
-        line = refused("mmkd-student", "export", "run", "-o", tmp_path / "out", "--format", name)
+        line = refused(*EXPORT, "-o", tmp_path / "out", "--format", name)
         assert "pip install 'mmkd[export]'" in line
     assert not Path(tmp_path / "out").exists()
 
@@ -345,7 +364,7 @@ def test_a_model_above_2_gib_is_refused_before_any_work():
 
 def test_a_student_that_is_too_large_for_a_file_is_one_line(world, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "MOST_BYTES", 1000)
-    assert "GiB of parameters" in refused("mmkd-student", "export", "run", "-o", tmp_path / "out")
+    assert "GiB of parameters" in refused(*EXPORT, "-o", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

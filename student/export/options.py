@@ -1,0 +1,51 @@
+"""What an export may be asked for beside its run and its folder."""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmkd.cache_tools.frames.clip_set import DataRecipe
+from mmkd.data_manifests.errors import InputError
+from mmkd.student.export.card_text import UNKNOWN
+
+CARD_TEXT_FILE = "README.md"
+ONNX_FILE, PT2_FILE = "model.onnx", "model.pt2"
+FORMATS = {"onnx": (ONNX_FILE,), "pt2": (PT2_FILE,), "both": (ONNX_FILE, PT2_FILE)}
+"""What --format takes -> the files that it makes."""
+LICENSE = re.compile("[a-z0-9][a-z0-9.-]*")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to write, what to try it on, and what to measure."""
+
+    format: str = "onnx"
+    """A key of `FORMATS`."""
+    check: Sequence[Path] = ()
+    """Videos whose frames the files are checked with."""
+    data: DataRecipe | None = None
+    """Manifest and videos whose evaluation clips they are checked with."""
+    latency: bool = True
+    """Whether to measure times and memory on this machine."""
+    license: str = UNKNOWN
+    """Identifier of the licence, as Hugging Face's hub has them: lower case, such as apache-2.0."""
+    trusted: Collection[str] = ()
+    """Networks that are not mmkd's and may run."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for options that exclude each other, and for a licence that is no identifier."""
+        if self.check and self.data is not None:
+            raise InputError(
+                "give --check or --manifest, not both: each says which frames the files are checked with"
+            )
+        if not LICENSE.fullmatch(self.license):
+            raise InputError(
+                f"--license {self.license!r} is no identifier of a licence: lower case, such as apache-2.0, "
+                "cc-by-nc-4.0, or other"
+            )
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files in 32 bits."""
+        return FORMATS[self.format]
