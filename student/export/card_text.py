@@ -86,8 +86,8 @@ def title(card: Mapping[str, Any]) -> list[str]:
     lines = [f"# {name_of(card)}", ""]
     views = card["views"]
     lines.append(
-        f"Action recognition from RGB video: {views['frames']} frames of {views['size_px']} x {views['size_px']} "
-        "pixels in, one score for each class out. Made by `mmkd-student export`."
+        f"Action recognition from RGB video: {counted(views['frames'], 'frame')} of {views['size_px']} x "
+        f"{views['size_px']} pixels in, one score for each class out. Made by `mmkd-student export`."
     )
     if card["license"] == UNKNOWN:
         lines += ["", FILL_IN]
