@@ -126,6 +126,8 @@ class ExpertRecipe(Recipe):
             raise ValueError(f"flow_stack {self.flow_stack} is for flow experts; this one sees {self.modality}")
         if self.modality != "rgb" and (names := self.train.only_rgb()):
             raise ValueError(f"train.{names[0]} is for rgb experts; this one sees {self.modality}: leave it out")
+        if self.train.input is not None:
+            raise ValueError("train.input is for students; say look.frames and look.size_px of an expert")
         if self.modality == "boxes" and self.look.size_px is not None:
             raise ValueError("look.size_px is for rgb and flow; boxes have no size: leave it out")
         if self.modality == "boxes" and (self.look.frames or 0) > LAYOUT_FRAMES:

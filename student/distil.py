@@ -29,7 +29,7 @@ from mmkd.student.evaluation.own_folder import refuse_other_contents
 from mmkd.student.evaluation.run_evaluation import chosen_mixtures, evaluate_run, new_network
 from mmkd.student.evaluation.run_files import RUN_FILE, RunRecord, StudentInput, read_run, write_model, write_run
 from mmkd.student.evaluation.trained import without_weights
-from mmkd.student.network_table import before_it_was_stated, check_input
+from mmkd.student.network_table import before_it_was_stated
 from mmkd.student.recipes.student import Mode, StudentRecipe
 from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.teacher.cached_targets import CachedTargets, copies_folder, shared_targets
@@ -77,7 +77,7 @@ def train_in_folder(
     reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
     check_manifest(reader, clip_set.manifest)
     policy = reader.init.policy
-    check_input(recipe.train.network, frames=policy.frames, size_px=policy.size_px)
+    recipe.train.check_views(frames=policy.frames, size_px=policy.size_px)
     recipe.loss.check_heads([head.name for head in reader.heads])
     split, targets, mixtures = ranks.in_turn(
         lambda: training_data(recipe, reader, clip_set, cache=cache, mode=mode)

@@ -7,6 +7,8 @@ these numbers alone. Where torchvision publishes weights they are those of its `
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import cast
 
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
@@ -35,6 +37,8 @@ DECIBELS = Normalisation((-28.1125,), (16.5627,))
 """Log-mel spectrograms, as the authors' code has it."""
 AS_IT_IS = Normalisation((0.0,), (1.0,))
 """Flow, scaled and clipped to -1..1."""
+DIFFERENCES = Normalisation((0.0,), (0.2,))
+"""Differences of frames, which are small: five times as large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +65,11 @@ class Network:
     """Whether it takes views of `size_px` and no other side: its tables of positions are made for them."""
     drop_path: float | None = None
     """Stochastic depth of its last block, less before, linearly; None: it has none."""
-    first_conv: str
-    """The parameter that has the input's channels in its second dimension."""
+    first_conv: str | None
+    """The parameter that has the input's channels in its second dimension; None: the backbone's `first_conv`."""
     classifier: str | None = None
     """The module that maps features to classes, which our heads replace; None: the factory leaves it out."""
-    million_parameters: float
+    million_parameters: float | None = None
     """With torchvision's classifier of 400 classes."""
     gmac: float | None = None
     """Billion multiplications and additions for a clip of that size."""
@@ -144,13 +148,25 @@ NETWORKS: Mapping[str, Network] = {
     ),
 }
 """Name in recipes -> network."""
+TIMM_SHIFT = "tsm/"
+"""Before the name of one of timm's 2D networks, which then sees time by shifts."""
+TIMM_NAME = re.compile(r"tsm/[a-z]\w*")
+TIMM_NETWORK = Network(
+    factory="mmkd.student.networks.timm_shift:timm_shift",
+    frames=8,
+    first_conv=None,
+)
+"""Each of them."""
 
 
 def known_network(name: str) -> Network:
-    """Return a network of the table; InputError names those that there are."""
+    """Return a network of the table, or any tsm/MODEL; InputError names those that there are."""
+    if TIMM_NAME.fullmatch(name):
+        return TIMM_NETWORK
     if name not in NETWORKS:
         raise InputError(
-            f"there is no network {name!r}; choose among {', '.join(NETWORKS)}, or name your own as module:factory"
+            f"there is no network {name!r}; choose among {', '.join(NETWORKS)}, or name one of timm's as "
+            "tsm/MODEL, or your own as module:factory"
         )
     return NETWORKS[name]
 
@@ -180,12 +196,29 @@ def check_input(name: str, *, frames: int, size_px: int) -> None:
 
 
 def own_normalisation(name: str, modality: str) -> Normalisation:
-    """Return what a network's input is normalised with; of one that is not in the table as Video Swin's."""
+    """Return what a network's input is normalised with; of one whose code does not say as Video Swin's.
+
+    Raises InputError for code that cannot be imported, or states no numbers.
+    """
+    if modality == "rgb" and (stated := stated_in_code(name)):
+        return stated
     if is_own(name):
         return before_it_was_stated(modality)
     network = known_network(name)
     own = {"rgb": network.normalisation, "flow": network.flow_normalisation}
     return own.get(modality) or before_it_was_stated(modality)
+
+
+def stated_in_code(name: str) -> Normalisation | None:
+    """Return the numbers that one of timm's networks, or one's own, states for RGB; None where none are stated."""
+    if is_own(name):
+        module, function = "own_networks", "factory_normalisation"
+    elif name.startswith(TIMM_SHIFT):
+        module, function = "timm_shift", "timm_normalisation"
+    else:
+        return None
+    stated = getattr(import_module(f"mmkd.student.networks.{module}"), function)(name)
+    return cast(Normalisation | None, stated)
 
 
 def before_it_was_stated(modality: str) -> Normalisation:

@@ -104,6 +104,8 @@ class ExpertCard:
         # As below: what every expert had before there was a choice is not named.
         options = self.recipe["train"].get("network_options")
         fields = {"network_options": options} if options else {}
+        if (stem := self.recipe["train"].get("stem", "frames")) != "frames":
+            fields["stem"] = stem
         usual = numbers_of(before_it_was_stated(self.recipe["modality"]))
         return fields | ({"normalisation": self.normalisation} if self.normalisation not in (None, usual) else {})
 

@@ -5,5 +5,5 @@ from mmkd.student.key_maps.key_map import KeyMap
 SAME_NAMES = KeyMap(
     name="same",
     source="torchvision's weights and training programs, networks trained here",
-    classifier=r"^(head|fc|classifier|head\.1|classifier\.1|heads\.(?P<head>\w+))\.(?P<part>weight|bias)$",
+    classifier=r"^(head|fc|classifier|head\.1|head\.fc|classifier\.1|heads\.(?P<head>\w+))\.(?P<part>weight|bias)$",
 )

@@ -19,6 +19,7 @@ from mmkd.student.augment.augment import NO_AUGMENT, augment_of
 from mmkd.student.network_table import Normalisation, before_it_was_stated, check_input, is_own, known_network
 from mmkd.student.networks.own_networks import DictNetwork, build_own, check_logits
 from mmkd.student.networks.pretrained import load_backbone
+from mmkd.student.networks.seen import Downscale, differences
 from mmkd.student.recipes.train import TrainRecipe
 
 USUAL_FRAMES, USUAL_SIZE_PX = 16, 224
@@ -68,7 +69,7 @@ def headed_network(
     if entry.drop_path is not None:
         set_drop_path(backbone, entry.drop_path if drop_path is None else drop_path)
     if weights is not None:
-        load_backbone(backbone, weights, first_conv=entry.first_conv)
+        load_backbone(backbone, weights, first_conv=entry.first_conv or cast(str, backbone.first_conv))
     return HeadedNetwork(backbone, heads)
 
 
@@ -124,12 +125,16 @@ class VideoClassifier(nn.Module):
         flow_scale_px: float = 20.0,
         augment: Callable[[Tensor, Tensor], Tensor] = NO_AUGMENT,
         size_px: int = USUAL_SIZE_PX,
+        every: int = 1,
+        downscale: nn.Module | None = None,
+        of_differences: bool = False,
     ) -> None:
         """Wrap a network for a modality.
 
         `normalisation` is by default ImageNet's for RGB, and none for flow. `flow_scale_px` is the flow in pixels
         per step that maps to 1; larger keeps fast motion and loses resolution of slow motion (I3D: 20). In training
-        mode `augment` maps RGB clips (B, 3, T, S, S) in 0..1, and the mean, to changed ones.
+        mode `augment` maps RGB clips (B, 3, T, S, S) in 0..1, and the mean, to changed ones. Of RGB it can leave
+        out frames (`every` k-th stays), `downscale` the others, and take differences of frames in their place.
         """
         super().__init__()
         if modality not in CHANNELS:
@@ -141,6 +146,7 @@ class VideoClassifier(nn.Module):
         self.flow_scale_px = flow_scale_px
         self.augment = augment
         self.size_px = size_px
+        self.every, self.downscale, self.of_differences = every, downscale, of_differences
         self.set_normalisation(normalisation or before_it_was_stated(modality))
 
     def set_normalisation(self, normalisation: Normalisation) -> None:
@@ -162,12 +168,16 @@ class VideoClassifier(nn.Module):
     def prepare_rgb(self, frames: Tensor) -> Tensor:
         """Augment (in training) and normalise frames (B, T, S, S, 3) in 0..255 to (B, 3, T, S, S).
 
-        They are uint8, or float where views were mixed.
+        They are uint8, or float where views were mixed. What the recipe's `input` and `stem` say comes before and
+        after that.
         """
-        clips = frames.permute(0, 4, 1, 2, 3).float() / 255
+        clips = frames[:, :: self.every].permute(0, 4, 1, 2, 3).float() / 255
+        if self.downscale is not None:
+            clips = self.downscale(clips)
         if self.training:
             clips = self.augment(clips, cast(Tensor, self.mean))
-        return self.normalised(clips)
+        clips = self.normalised(clips)
+        return differences(clips) if self.of_differences else clips
 
     def prepare_flow(self, flow_px: Tensor) -> Tensor:
         """Scale and clip flow (B, T, 2k, S, S) in pixels per step to [-1, 1], and normalise it, as (B, 2k, T, S,
@@ -207,6 +217,11 @@ def build_network(
     """
     channels = CHANNELS.get(modality, 3) * (flow_stack if modality == "flow" else 1)
     shape: dict[str, Any] = {"channels": channels, "frames": frames, "size_px": size_px}
+    downscale = None
+    if recipe.input is not None:
+        of_view = frames or usual(recipe.network)[0], size_px or usual(recipe.network)[1]
+        shape["frames"], shape["size_px"] = recipe.seen_shape(*of_view)
+        downscale = Downscale(of_view[1], shape["size_px"]) if recipe.input.size_px else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         if is_own(recipe.network):
@@ -223,5 +238,16 @@ def build_network(
         normalisation=normalisation or recipe.normalised(modality),
         flow_scale_px=recipe.flow_scale_px,
         augment=augment,
-        size_px=size_px or (USUAL_SIZE_PX if is_own(recipe.network) else known_network(recipe.network).size_px),
+        size_px=size_px or usual(recipe.network)[1],
+        every=1 if recipe.input is None else recipe.input.every,
+        downscale=downscale,
+        of_differences=recipe.stem == "differences",
     )
+
+
+def usual(name: str) -> tuple[int, int]:
+    """Return T and S that a network is built for where no view says so."""
+    if is_own(name):
+        return USUAL_FRAMES, USUAL_SIZE_PX
+    entry = known_network(name)
+    return entry.frames, entry.size_px

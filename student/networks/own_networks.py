@@ -3,10 +3,10 @@
     factory(*, channels, frames, size_px, heads, **options) -> nn.Module
 
 The module maps clips (B, channels, T, S, S) either to a dict of logits {head: (B, classes)}, or, with an attribute
-`feature_count`, to features (B, feature_count), on which linear heads are put. Its RGB input is normalised with
-ImageNet's numbers, or those of `train.normalisation`. Its code cannot be fingerprinted: what a cache keeps is its
-name, its options and its weights. So a recipe that names it is consent, and a file of somebody else that does is
-not.
+`feature_count`, to features (B, feature_count), on which linear heads are put. Its RGB input is normalised with the
+factory's own numbers (its attributes `mean` and `std`), ImageNet's where it has none, or those of
+`train.normalisation`. Its code cannot be fingerprinted: what a cache keeps is its name, its options and its
+weights. So a recipe that names it is consent, and a file of somebody else that does is not.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.checkpoints.checkpoint_file import read_state
 from mmkd.student.checkpoints.fit import fit_of
-from mmkd.student.network_table import is_own
+from mmkd.student.network_table import Normalisation, is_own
 
 
 class DictNetwork(nn.Module):
@@ -78,6 +78,27 @@ def find_factory(name: str, what: str = "network") -> Any:
     if not callable(factory):
         raise InputError(f"{what} {name}: module {module_name!r} has no function {function!r}")
     return factory
+
+
+def factory_normalisation(name: str) -> Normalisation | None:
+    """Return the numbers that a factory states for RGB in 0..1; None where it has no `mean` and `std`.
+
+    Raises InputError where it has one of the two, or what are no numbers.
+    """
+    factory = find_factory(name)
+    stated = [getattr(factory, part, None) for part in ("mean", "std")]
+    if stated == [None, None]:
+        return None
+    try:
+        mean, std = (tuple(float(value) for value in part) for part in stated)
+    except (TypeError, ValueError):
+        mean, std = (), ()
+    if not mean or not std or min(std) <= 0:
+        raise InputError(
+            f"network {name}: its factory's mean and std must be sequences of numbers, std above 0; they are "
+            f"{stated[0]!r} and {stated[1]!r}"
+        )
+    return Normalisation(mean, std)
 
 
 def check_logits(name: str, network: nn.Module, clips: Tensor, heads: Mapping[str, int]) -> None:

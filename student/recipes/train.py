@@ -1,29 +1,25 @@
 """One training run of a network: student, baseline or expert."""
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mmkd.cache_tools.recipes.recipe import Recipe
 from mmkd.data_manifests.errors import InputError
-from mmkd.student.network_table import Normalisation, is_own, known_network, own_normalisation
+from mmkd.student.network_table import (
+    DIFFERENCES,
+    Normalisation,
+    check_input,
+    is_own,
+    known_network,
+    own_normalisation,
+)
 from mmkd.student.recipes.augment import ErasingRecipe, JitterRecipe, RandAugmentRecipe
 from mmkd.student.recipes.loop import LoopRecipe
+from mmkd.student.recipes.seen import InputRecipe, NormalisationRecipe
 
-ONLY_RGB = ("permute_channels", "grey", "rand_augment", "erasing", "mix")
+ONLY_RGB = ("input", "permute_channels", "grey", "rand_augment", "erasing", "mix")
 """Fields without effect on another modality."""
-
-
-class NormalisationRecipe(Recipe):
-    """What is subtracted from each channel, and what it is divided by then; one number is for all channels."""
-
-    mean: tuple[float, ...] = Field(min_length=1, description="of values in 0..1 (rgb) or -1..1 (flow)")
-    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1, description="as mean")
-
-    def numbers(self) -> Normalisation:
-        """Return the numbers alone."""
-        return Normalisation(self.mean, self.std)
 
 
 class TrainRecipe(LoopRecipe):
@@ -56,6 +52,14 @@ class TrainRecipe(LoopRecipe):
     )
     normalisation: NormalisationRecipe | None = Field(
         None, description="mean and std of the input's channels, {mean: [...], std: [...]}; null: the network's own"
+    )
+    input: InputRecipe | None = Field(
+        None, description="a cheaper look at the views, {every: 2, size_px: 160}; null: the whole; rgb only"
+    )
+    stem: Literal["frames", "differences"] = Field(
+        "frames",
+        description="what the network sees: frames, or differences between them (five times as large), which leave "
+        "motion alone; rgb only",
     )
     flow_scale_px: float = Field(
         20.0, gt=0, description="flow in pixels per step that maps to 1, clipped beyond (I3D: 20); flow only"
@@ -113,12 +117,19 @@ class TrainRecipe(LoopRecipe):
 
     def only_rgb(self) -> list[str]:
         """Return the fields that are set and change RGB alone, but for the jitter, which is on by default."""
-        return [name for name in ONLY_RGB if getattr(self, name)]
+        return [name for name in ONLY_RGB if getattr(self, name)] + ["stem"] * (self.stem != "frames")
+
+    def seen_shape(self, frames: int, size_px: int) -> tuple[int, int]:
+        """Return T and S of what the network sees of views; InputError where `input` leaves nothing out."""
+        return (frames, size_px) if self.input is None else self.input.shape(frames, size_px)
+
+    def check_views(self, *, frames: int, size_px: int) -> None:
+        """Raise InputError where the network cannot see views of T frames and S x S pixels."""
+        seen_frames, seen_px = self.seen_shape(frames, size_px)
+        check_input(self.network, frames=seen_frames, size_px=seen_px)
 
     def normalised(self, modality: str) -> Normalisation:
         """Return what a new network's input is normalised with."""
-        return (
-            own_normalisation(self.network, modality)
-            if self.normalisation is None
-            else self.normalisation.numbers()
-        )
+        if self.normalisation is not None:
+            return self.normalisation.numbers()
+        return DIFFERENCES if self.stem == "differences" else own_normalisation(self.network, modality)
