@@ -86,7 +86,7 @@ def factory_normalisation(name: str) -> Normalisation | None:
     Raises InputError where it has one of the two, or what are no numbers.
     """
     factory = find_factory(name)
-    stated = [getattr(factory, part, None) for part in ("mean", "std")]
+    stated: list[Any] = [getattr(factory, part, None) for part in ("mean", "std")]
     if stated == [None, None]:
         return None
     try:

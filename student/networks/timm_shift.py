@@ -44,7 +44,7 @@ class TemporalShift:
 
     def average(self, model: nn.Module, args: tuple[Tensor], features: Tensor) -> Tensor:
         """Return the mean (B, F) of the features (B * T, F) of a clip's frames."""
-        return features.unflatten(0, (-1, self.frames)).mean(1)
+        return features.reshape(-1, self.frames, features.shape[1]).mean(1)
 
 
 def timm_shift(name: str, *, channels: int, frames: int, size_px: int) -> nn.Module:

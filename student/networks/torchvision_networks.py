@@ -18,7 +18,7 @@ def torchvision_network(name: str, *, channels: int, frames: int, size_px: int) 
     entry = NETWORKS[name]
     network = cast(nn.Module, getattr(video, name)(weights=None))
     take_classifier(network, cast(str, entry.classifier))
-    set_channels(network, entry.first_conv.removesuffix(".weight"), channels)
+    set_channels(network, cast(str, entry.first_conv).removesuffix(".weight"), channels)
     return network
 
 
