@@ -224,7 +224,7 @@ def test_a_factory_that_is_none_is_one_line(own, name, message):
 def test_options_are_for_networks_of_ones_own():
     with pytest.raises(ValidationError, match="network_options: swin3d_t takes none"):
         TrainRecipe(network="swin3d_t", network_options={"width": 1})
-    with pytest.raises(ValidationError, match="or name your own as module:factory"):
+    with pytest.raises(ValidationError, match="or your own as module:factory"):
         TrainRecipe(network="swin3d_x")
     assert "network_options" not in TrainRecipe().model_dump()
     assert "normalisation" not in ExpertRecipe(modality="rgb").model_dump()["train"]
