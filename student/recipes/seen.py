@@ -37,7 +37,7 @@ class InputRecipe(Recipe):
     def shape(self, frames: int, size_px: int) -> tuple[int, int]:
         """Return T and S that remain of a view; InputError where nothing of it can be left out."""
         if self.every >= frames > 1 or (self.every > 1 and frames == 1):
-            raise InputError(f"input.every={self.every} leaves one frame of a view of {frames}: choose a smaller one")
+            raise InputError(f"input.every={self.every} leaves one frame of a view: choose a smaller one")
         if self.size_px is not None and self.size_px >= size_px:
             raise InputError(
                 f"input.size_px={self.size_px} is not below the views' {size_px} px: leave it out, or choose a "

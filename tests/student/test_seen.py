@@ -79,7 +79,7 @@ def test_a_network_is_held_to_the_frames_that_it_sees(frames, every, seen):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"every": 8}, r"input.every=8 leaves one frame of a view of 8: choose a smaller one"),
+        ({"every": 8}, r"input.every=8 leaves one frame of a view: choose a smaller one"),
         ({"size_px": 32}, r"input.size_px=32 is not below the views' 32 px"),
     ],
 )
