@@ -73,6 +73,13 @@ def cli() -> None:
     type=FOLDER,
     help="Folder on a local disk for mixed targets [default: below $SLURM_TMPDIR, $TMPDIR or ~/.cache].",
 )
+@click.option(
+    "--profile",
+    "profile_steps",
+    type=click.IntRange(1, 100),
+    metavar="N",
+    help="Write a Chrome trace of N steps after a warm-up of 5, trace.json, and say where their time went.",
+)
 @device_option
 @as_json
 def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
@@ -95,7 +102,8 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
 
     launch = launched()
     device = choose_device(own_device(options["device"], launch))
-    report = train_student(recipe, options["cache"], options["out"], mode=mode, device=device)
+    look = {name: options[name] for name in ("profile_steps",)}
+    report = train_student(recipe, options["cache"], options["out"], mode=mode, device=device, **look)
     if launch is not None and launch.rank > 0:
         return
     metrics = json.loads((options["out"] / EVALUATION_FILE).read_bytes())["metrics"]

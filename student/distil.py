@@ -29,6 +29,7 @@ from mmkd.student.evaluation.own_folder import refuse_other_contents
 from mmkd.student.evaluation.run_evaluation import chosen_mixtures, evaluate_run, new_network
 from mmkd.student.evaluation.run_files import RUN_FILE, RunRecord, StudentInput, read_run, write_model, write_run
 from mmkd.student.evaluation.trained import without_weights
+from mmkd.student.looking.step_profile import TRACE_FILE, StepProfile
 from mmkd.student.network_table import before_it_was_stated
 from mmkd.student.recipes.student import Mode, StudentRecipe
 from mmkd.student.recipes.train import TrainRecipe
@@ -38,12 +39,19 @@ from mmkd.student.training.best import Validate
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.training.loop import FitReport, fit
 from mmkd.student.training.ranks import ALONE, Ranks, joined
+from mmkd.student.training.watch import NOBODY, Watch
 
 log = logging.getLogger("mmkd")
 
 
 def train_student(
-    recipe: StudentRecipe, cache: Path | str, out: Path, *, mode: Mode, device: torch.device
+    recipe: StudentRecipe,
+    cache: Path | str,
+    out: Path,
+    *,
+    mode: Mode,
+    device: torch.device,
+    profile_steps: int | None = None,
 ) -> FitReport:
     """Train into the directory `out` (or finish the run there), and evaluate on the cache's other splits.
 
@@ -60,7 +68,9 @@ def train_student(
 
         ranks.same(take)  # of several processes the first one holds the folder
         lock = locks[0] if locks else None
-        return train_in_folder(recipe, cache, out, mode=mode, device=device, lock=lock, ranks=ranks)
+        return train_in_folder(
+            recipe, cache, out, mode=mode, device=device, lock=lock, ranks=ranks, profile_steps=profile_steps
+        )
 
 
 def train_in_folder(
@@ -72,6 +82,7 @@ def train_in_folder(
     device: torch.device,
     lock: FolderLock | None,
     ranks: Ranks = ALONE,
+    profile_steps: int | None = None,
 ) -> FitReport:
     """Train and evaluate in a folder that the first process of a run holds; raises as `train_student`."""
     reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
@@ -99,6 +110,7 @@ def train_in_folder(
         ranks=ranks,
         other_start=start != recipe.train,
         validate=validate,
+        watch=watch_of(out, lock, profile_steps=profile_steps),
         identity={
             "cache": reader.fingerprint,
             "weights": None if mixtures is None else mixtures_json(mixtures),
@@ -111,6 +123,13 @@ def train_in_folder(
     write_model(out, record, encode_network(network))
     evaluate_run(recipe, cache, out, device=device, may_be_empty=True, trusted=[recipe.train.network])
     return report
+
+
+def watch_of(out: Path, lock: FolderLock | None, *, profile_steps: int | None) -> Watch:
+    """Return what looks on in the process that holds the run's folder, as the command asks; nobody in others."""
+    if lock is None or profile_steps is None:
+        return NOBODY
+    return StepProfile(out / TRACE_FILE, profile_steps, lock.check)
 
 
 def begin_or_continue(out: Path, record: RunRecord, lock: FolderLock | None) -> RunRecord:

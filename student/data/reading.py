@@ -2,14 +2,18 @@
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
+from torch.profiler import record_function
+
 from mmkd.student.data.batches import Batch, Item, Step, ViewDataset, clips_of, read_items, stack
 from mmkd.student.recipes.loop import LoopRecipe
 
+READING = "mmkd: reading"
+"""What a trace shows where a thread reads a clip."""
 LEAST_CORES = 4
 """Cores for each process that trains, below which threads read: the network wants them, too."""
 MOST_PROCESSES = 16
@@ -82,10 +86,14 @@ def read_by_threads(
     waiting: deque[tuple[Step, list[Future[list[Item]]]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="read-clips")
 
+    def read(row: int, views: Sequence[int]) -> list[Item]:
+        with record_function(READING):  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            return read_items(dataset, row, views)
+
     def submit_next() -> None:
         with suppress(StopIteration):
             step = next(remaining)
-            waiting.append((step, [pool.submit(read_items, dataset, *clip) for clip in clips_of(step)]))
+            waiting.append((step, [pool.submit(read, *clip) for clip in clips_of(step)]))
 
     try:
         for _ in range(ahead + 1):

@@ -30,6 +30,7 @@ from mmkd.student.training.checkpoint import INITIAL_WEIGHTS, encode_network
 from mmkd.student.training.devices import keep_freed_memory, reproducible
 from mmkd.student.training.ranks import ALONE, Ranks, told_when_lost
 from mmkd.student.training.run import Run
+from mmkd.student.training.watch import KEEPING, NOBODY, Watch, part
 
 OTHER_STOPPED = (
     "stopped: another process of this run was asked to; all is kept; run the same command again to go on"
@@ -66,6 +67,7 @@ def fit(
     other_start: bool = False,
     validate: Validate | None = None,
     ranks: Ranks = ALONE,
+    watch: Watch = NOBODY,
     progress: bool = True,
     what: str = "training",
 ) -> FitReport:
@@ -77,6 +79,7 @@ def fit(
     does not have its initial weights, so that a checkpoint must be there, and is not asked for them. `validate`
     tells after each epoch how the network does on held-out clips: the run leaves the weights of the best epoch,
     unless the recipe keeps the last; without it the last ones (averaged ones, if the recipe averages).
+    `watch` is told of each step.
     Raises InterruptedByUserError after a clean stop, InputError for a data set without anything to learn from
     or a loss that is not finite.
     """
@@ -98,19 +101,23 @@ def fit(
         reproducible(device, recipe.precision_mode),
         run.show(what, progress and ranks.is_first) as bar,
         closing(run.batches_left()) as batches,  # what reads them ends here, also on a stop or a fault
+        watch.over(run.position.step, run.total_steps),
     ):
         while not run.is_over:
             for batch in run.of_epoch(batches):
                 with told_when_lost(ranks):
                     run.step(batch, stop=stop.requested)
+                watch.step_done()
                 bar.advance(run.clips_of_step, note=run.note)
                 if run.shall_stop(stop.requested):
                     run.save()
                     stop.check(f"{run.position.step} of {counted(run.total_steps, 'step')} are kept")
                     raise InterruptedByUserError(OTHER_STOPPED)
-                run.save_sometimes()
-            run.end_epoch(validate)
-            run.save()
+                with part(KEEPING):
+                    run.save_sometimes()
+            with part(KEEPING):
+                run.end_epoch(validate)
+                run.save()
         rate = bar.units_per_second
     run.leave_weights()
     network.eval()

@@ -44,6 +44,7 @@ from mmkd.student.training.epoch_metrics import METRICS_FILE, EpochMetrics, metr
 from mmkd.student.training.late import LateResults, StepResult
 from mmkd.student.training.optimiser import learning_rate, make_optimizer, set_rate, step_seed
 from mmkd.student.training.ranks import Ranks
+from mmkd.student.training.watch import BACKWARD, FORWARD, OPTIMISER, SETTLING, TARGETS, WAITING, part
 
 log = logging.getLogger("mmkd")
 NAMED_CLIPS = 8
@@ -178,7 +179,7 @@ class Run:
         """Return those of the next batches that the current epoch still lacks."""
         self._since = (time.perf_counter(), self.position.clips)  # a resumed epoch: clips of before are no speed
         each = self.schedule.steps_per_epoch
-        return islice(batches, each - self.position.step % each)
+        return islice(waiting(batches), each - self.position.step % each)
 
     def step(self, batch: Batch, *, stop: bool = False) -> None:
         """Do one step of the optimiser; what the step before it gave is looked at now.
@@ -190,39 +191,43 @@ class Run:
         set_rate(self.optimizer, learning_rate(recipe, step, self.schedule.steps_per_epoch))
         self.optimizer.zero_grad(set_to_none=True)
         loss, suspects = self._backward(batch)
-        self._scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip_norm)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        if self.average is not None:
-            self.average.update(self.network)
+        with part(OPTIMISER):
+            self._scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip_norm)
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+            if self.average is not None:
+                self.average.update(self.network)
         shared = self.ranks.sum(torch.stack([loss.double(), loss.new_tensor(stop).double()]))
         numbers = torch.stack([shared[0], norm.detach().double(), shared[1]])
         self.clips_of_step = self.schedule.clips_of(step)
         self._late.add(step, batch.rows, suspects, clips=self.clips_of_step, numbers=numbers)
         self.position = replace(self.position, step=step + 1)
-        self._settle(keep=1)
+        with part(SETTLING):
+            self._settle(keep=1)
 
     def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Add up the gradient of a batch, in as many parts as the recipe says; return its loss and its suspects."""
-        parts = cut(batch, self.recipe.accumulate)
+        pieces = cut(batch, self.recipe.accumulate)
         criterion = self._criterion.at(self.position.step / self.total_steps)
-        known = [self._labels_and_targets(part) for part in parts]
+        with part(TARGETS):
+            known = [self._labels_and_targets(piece) for piece in pieces]
         shares: list[Mapping[str, Tensor] | None] = [None]
-        if len(parts) > 1 or self.ranks.several:
+        if len(pieces) > 1 or self.ranks.several:
             counts = [criterion.counts(labels, targets) for labels, targets in known]
             sums = torch.stack([torch.stack([count[head] for head in counts[0]]) for count in counts]).sum(0)
             whole = dict(zip(counts[0], self.ranks.sum(sums).clamp_min(1), strict=True))
             shares = [{head: count[head] / whole[head] for head in whole} for count in counts]
         losses, suspects = [], []
-        for part, (labels, targets), share in zip(parts, known, shares, strict=True):
-            with self._without_sync(last=part is parts[-1]):
-                inputs, loss_of = criterion.prepare(to_device(part.inputs, self.device), labels, targets)
-                with autocast(self.device, self.recipe.precision):
-                    logits = self._forward(inputs)
-                loss = loss_of(logits, share)
-                # Processes' gradients are averaged, and are wanted summed.
-                self._scaler.scale(loss * self.ranks.count).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        for piece, (labels, targets), share in zip(pieces, known, shares, strict=True):
+            with self._without_sync(last=piece is pieces[-1]):
+                with part(FORWARD):
+                    inputs, loss_of = criterion.prepare(to_device(piece.inputs, self.device), labels, targets)
+                    with autocast(self.device, self.recipe.precision):
+                        logits = self._forward(inputs)
+                    loss = loss_of(logits, share)
+                with part(BACKWARD):  # processes' gradients are averaged, and are wanted summed
+                    self._scaler.scale(loss * self.ranks.count).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             losses.append(loss.detach())
             suspects.append(not_finite(logits, targets))
         return torch.stack(losses).sum(), torch.cat(suspects)
@@ -372,6 +377,16 @@ class Run:
 
 SCALER = "scaler."
 """Begins the names of the loss scaler's numbers in a checkpoint."""
+
+
+def waiting(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield the batches; a trace shows how long each was waited for."""
+    while True:
+        with part(WAITING):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def cut(batch: Batch, parts: int) -> list[Batch]:
