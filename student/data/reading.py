@@ -87,7 +87,7 @@ def read_by_threads(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="read-clips")
 
     def read(row: int, views: Sequence[int]) -> list[Item]:
-        with record_function(READING):  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        with record_function(READING):
             return read_items(dataset, row, views)
 
     def submit_next() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile, schedule
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from mmkd.data_manifests.atomic import atomic_path
 from mmkd.data_manifests.counted import counted
