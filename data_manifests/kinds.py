@@ -32,6 +32,8 @@ TEACHER_RECIPE = "a teacher's recipe, which `mmkd-cache` takes with -c"
 STUDENT_RECIPE = "a student's recipe, which `mmkd-student` takes with -c"
 PER_CLASS = "a table of classes that `mmkd-student evaluate --per-class` wrote"
 PER_CLASS_COLUMNS = ("split", "head", "class", "name", "clips", "top1", "top5")
+PREDICTIONS = "a table of predictions that `mmkd-student predict --csv` wrote"
+PREDICTION_COLUMNS = ("video", "start_seconds", "end_seconds", "head", "rank", "class", "probability", "logit")
 CURVES = "a picture that `mmkd-student show` drew"
 CURVES_MARK = "mmkd-student show"
 """Stands in a picture of ours, as the software that made it."""
@@ -90,6 +92,8 @@ def refuse_another(out: Path, kind: str, option: str = "-o") -> None:
 def _kind_of_text(path: Path, head: str) -> str | None:
     if head.splitlines()[:1] == [",".join(PER_CLASS_COLUMNS)]:
         return PER_CLASS
+    if head.splitlines()[:1] == [",".join(PREDICTION_COLUMNS)]:
+        return PREDICTIONS
     if head.startswith(",".join(CURVE_COLUMNS)):
         return CURVE_NUMBERS
     schema = re.search(r'"schema"\s*:\s*"([a-z-]+)-\d', head)

@@ -30,6 +30,7 @@ from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.kinds import CURVE_NUMBERS, PER_CLASS, SUBMISSION, TABLE, refuse_another
 from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_run
+from mmkd.student.prediction.command import predict
 from mmkd.student.recipes.student import Missing, Mode, StudentRecipe
 
 cache_option = click.option(
@@ -346,6 +347,9 @@ def show(runs: tuple[Path, ...], out: Path | None, csv_file: Path | None, as_jso
         write_atomically(csv_file, history_csv(histories).encode())
     lines = history_lines(histories, shutil.get_terminal_size().columns)
     print_result({"runs": [history.to_json() for history in histories]}, as_json=as_json, lines=lines)
+
+
+cli.add_command(predict)
 
 
 @cli.group(epilog=example("mmkd-student config example demo > student.yaml"))

@@ -26,7 +26,7 @@ ORDER = (
     "cache_tools/upkeep student/loss",
     "student/training",
     "student/evaluation",
-    "student/looking",
+    "student/looking student/prediction",
     "student/distil student/export student/weighing pipeline/flow pipeline/audio pipeline/detections",
     "student/cli pipeline/flow_command pipeline/inputs pipeline/pack",
     "pipeline/experts pipeline/detecting",

@@ -107,8 +107,8 @@ def flow(videos: tuple[str, ...], **options: Any) -> None:
 
 def flow_request(videos: tuple[str, ...], values: dict[str, Any]) -> "FlowRequest":
     """Return what click's values ask for; InputError for those that do not go together."""
+    from mmkd.data_manifests.video_files import Naming
     from mmkd.pipeline.flow_command.options import FlowOptions, FlowRequest, is_one_file
-    from mmkd.pipeline.flow_command.videos import Naming
 
     return FlowRequest(
         videos=videos,

@@ -8,6 +8,7 @@ import numpy as np
 from mmkd.cache_tools.frames.records import IntArray, UInt8Array, VideoFacts
 from mmkd.cache_tools.frames.source import frame_interval_seconds
 from mmkd.data_manifests.errors import InputError
+from mmkd.data_manifests.video_files import PLAIN, Naming
 from mmkd.pipeline.flow.conventions import (
     I3D_BOUND_PX,
     I3D_FPS,
@@ -22,7 +23,6 @@ from mmkd.pipeline.flow.conventions import (
 )
 from mmkd.pipeline.flow.file_names import LAYOUTS
 from mmkd.pipeline.flow.flow_method import FlowMethod
-from mmkd.pipeline.flow_command.videos import PLAIN, Naming
 
 MOST_PX = 16384
 """Pixels, or frames, that an option may ask for at most: more than any video has."""

@@ -9,6 +9,7 @@ from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.process.stages import Stages
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import StorageError, VideoError
+from mmkd.data_manifests.video_files import NamedVideo
 from mmkd.pipeline.flow_command.blocks import FlowBlock, ShownPair, VideoPlan
 from mmkd.pipeline.flow_command.claims import Holder
 from mmkd.pipeline.flow_command.colours import png_of, strip
@@ -17,7 +18,6 @@ from mmkd.pipeline.flow_command.faults import fault_of, is_of_all
 from mmkd.pipeline.flow_command.options import FlowOptions
 from mmkd.pipeline.flow_command.output import DoneVideo, FlowOutput
 from mmkd.pipeline.flow_command.report import FlowReport
-from mmkd.pipeline.flow_command.videos import NamedVideo
 from mmkd.pipeline.flow_command.writers import FlowWriter
 
 log = logging.getLogger(__name__)

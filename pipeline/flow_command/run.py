@@ -29,6 +29,7 @@ from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.process.stages import Stages
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
+from mmkd.data_manifests.video_files import NamedVideo, find_videos
 from mmkd.pipeline.flow.flow_method import FlowMethod
 from mmkd.pipeline.flow_command.blocks import (
     BlockResult,
@@ -46,7 +47,6 @@ from mmkd.pipeline.flow_command.options import FlowOptions, FlowRequest
 from mmkd.pipeline.flow_command.output import FlowOutput
 from mmkd.pipeline.flow_command.report import FlowReport
 from mmkd.pipeline.flow_command.results import FlowResults
-from mmkd.pipeline.flow_command.videos import NamedVideo, find_videos
 from mmkd.pipeline.tvl1.dispatch import chosen_path
 from mmkd.student.training.devices import choose_device
 

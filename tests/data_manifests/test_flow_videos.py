@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from mmkd.data_manifests.errors import InputError
-from mmkd.pipeline.flow_command.videos import Naming, find_videos
+from mmkd.data_manifests.video_files import Naming, find_videos
 from tests.helpers.flow_videos import write_texture
 from tests.helpers.in_process import call_ok, refused
 

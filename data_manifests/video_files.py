@@ -60,10 +60,17 @@ PLAIN = Naming()
 def find_videos(
     arguments: Sequence[str], *, lists: Sequence[Path] = (), naming: Naming = PLAIN
 ) -> list[NamedVideo]:
+    """Return videos as `named_videos`, each once; InputError for two whose results would have one name, too."""
+    return _without_repeats(named_videos(arguments, lists=lists, naming=naming), naming)
+
+
+def named_videos(
+    arguments: Sequence[str], *, lists: Sequence[Path] = (), naming: Naming = PLAIN
+) -> list[NamedVideo]:
     """Return the videos of files, folders (searched whole) and `@LIST` files (a path a line), in that order.
 
     A file's result is called by `naming`; a folder's videos keep their path below it. Raises InputError for what
-    is not there and for two videos of one name, StorageError for a folder that cannot be read.
+    is not there, StorageError for a folder that cannot be read.
     """
     found: list[NamedVideo] = []
     for argument in arguments:
@@ -77,7 +84,7 @@ def find_videos(
         found += _listed(path, naming)
     if not found:
         raise InputError("no video is named; give files, folders, or @LIST, a text file with a path on each line")
-    return _without_repeats(found, naming)
+    return found
 
 
 def _file(path: Path, naming: Naming) -> NamedVideo:

@@ -1,0 +1,1 @@
+"""What a finished student says of videos that no manifest lists."""
