@@ -11,7 +11,14 @@ from mmkd.student.recipes.growing import GrowingRecipe
 from mmkd.student.recipes.mix import MixRecipe
 
 WITHOUT_EFFECT = frozenset(
-    {"loader_threads", "loader_processes", "prefetch_batches", "decoded_clips_gib", "checkpoint_minutes"}
+    {
+        "loader_threads",
+        "loader_processes",
+        "prefetch_batches",
+        "decoded_clips_gib",
+        "checkpoint_minutes",
+        "log_steps",
+    }
 )
 """Fields that change no number: a stopped run may be resumed with other values."""
 
@@ -119,6 +126,9 @@ class LoopRecipe(GrowingRecipe):
     channels_last: bool = Field(False, description="channels innermost in memory: faster convolutions on CUDA")
     checkpoint_minutes: float | None = Field(
         10, gt=0, description="minutes between checkpoints within an epoch; null: at epochs' ends alone"
+    )
+    log_steps: int = Field(
+        50, ge=1, description="steps to each row of steps.csv; further rows end at epochs' ends and checkpoints"
     )
     patience_epochs: int | None = Field(
         None, ge=1, description="stop after so many epochs without a better held-out accuracy; null: never early"

@@ -92,7 +92,9 @@ def fit(
     run_identity = describe_run(network, dataset, recipe, loss=loss if targets else None, extra=identity)
     if other_start:
         del run_identity[INITIAL_WEIGHTS]
-    run = Run(network.to(device), dataset, recipe, targets=targets, loss=loss, device=device, ranks=ranks)
+    run = Run(
+        network.to(device), dataset, recipe, targets=targets, loss=loss, device=device, ranks=ranks, watch=watch
+    )
     run.open(run_dir, run_identity, lock)
     resumed_at, began = run.position.step, time.perf_counter()
     with (

@@ -44,7 +44,8 @@ from mmkd.student.training.epoch_metrics import METRICS_FILE, EpochMetrics, metr
 from mmkd.student.training.late import LateResults, StepResult
 from mmkd.student.training.optimiser import learning_rate, make_optimizer, set_rate, step_seed
 from mmkd.student.training.ranks import Ranks
-from mmkd.student.training.watch import BACKWARD, FORWARD, OPTIMISER, SETTLING, TARGETS, WAITING, part
+from mmkd.student.training.step_log import STEPS_FILE, StepLog
+from mmkd.student.training.watch import BACKWARD, FORWARD, OPTIMISER, SETTLING, TARGETS, WAITING, Watch, part
 
 log = logging.getLogger("mmkd")
 NAMED_CLIPS = 8
@@ -65,6 +66,7 @@ class Run:
         loss: LossOptions,
         device: torch.device,
         ranks: Ranks,
+        watch: Watch,
     ) -> None:
         """Start at step 0."""
         self.network, self.dataset, self.recipe = network, dataset, recipe
@@ -91,6 +93,7 @@ class Run:
         self._identity: Mapping[str, Any] = {}
         self._since = (time.perf_counter(), 0)
         self._saved_seconds = time.perf_counter()
+        self._watch, self._log = watch, StepLog(recipe.log_steps, watch.interval_done)
 
     def _prepared(self) -> nn.Module:
         """Return the network in the forms that the recipe asks for."""
@@ -140,6 +143,9 @@ class Run:
                 f"{run_dir}: the processes of this run find different checkpoints there; the folder must be on a "
                 "file system that all of them share. Run the same command again"
             )
+        if self.ranks.is_first:
+            check = (lambda: None) if lock is None else lock.check
+            self._log.open(run_dir / STEPS_FILE, self.position.step, check)
 
     def _continue(self, found: Checkpoint, run_dir: Path) -> None:
         state = found.state
@@ -178,6 +184,7 @@ class Run:
     def of_epoch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Return those of the next batches that the current epoch still lacks."""
         self._since = (time.perf_counter(), self.position.clips)  # a resumed epoch: clips of before are no speed
+        self._log.begin()
         each = self.schedule.steps_per_epoch
         return islice(waiting(batches), each - self.position.step % each)
 
@@ -262,7 +269,9 @@ class Run:
             self.position = Position(
                 position.step, position.loss_sum + found.loss * found.clips, position.clips + found.clips
             )
-            self._settled = found.step + 1
+            self._settled, each = found.step + 1, self.schedule.steps_per_epoch
+            rate = learning_rate(self.recipe, found.step, each)
+            self._log.add(found, epoch=found.step // each, learning_rate=rate)
 
     def _refuse_not_finite(self, found: StepResult) -> None:
         overflows = self._scaler.is_enabled() and np.isfinite(found.loss) and not np.isfinite(found.norm)
@@ -295,6 +304,7 @@ class Run:
     def end_epoch(self, validate: Validate | None) -> None:
         """Note the epoch's metrics, and its weights where they are the best so far."""
         self._settle(keep=0)
+        self._log.end_interval()
         seconds, position = time.perf_counter() - self._since[0], self.position
         found = EpochMetrics(
             epoch=self._epoch - 1,
@@ -311,6 +321,7 @@ class Run:
         if keeps_best and best_epoch(self.metrics) == found.epoch:
             self._best = encode_network(self.network_to_keep)
         self.position = Position(position.step)
+        self._watch.epoch_done(found)
 
     @property
     def network_to_keep(self) -> nn.Module:
@@ -333,10 +344,12 @@ class Run:
     def save(self) -> None:
         """Write metrics and checkpoint, where the run has a directory."""
         self._settle(keep=0)
+        self._log.end_interval()
         self._saved_seconds = time.perf_counter()
         if self._run_dir is None or not self.ranks.is_first:
             return
         self._write_metrics()
+        self._log.write()
         save_checkpoint(
             self._run_dir,
             self.network,
@@ -347,6 +360,7 @@ class Run:
             weights=dict(self._weights_kept()),
             numbers=self._numbers_kept(),
         )
+        self._log.begin()
 
     def _weights_kept(self) -> Iterator[tuple[str, bytes]]:
         if self.average is not None:

@@ -5,6 +5,9 @@ from contextlib import ExitStack, contextmanager
 
 from torch.profiler import record_function
 
+from mmkd.student.training.epoch_metrics import EpochMetrics
+from mmkd.student.training.step_log import Interval
+
 PARTS = "mmkd: "
 """Begins the names of a step's parts in a trace."""
 WAITING, TARGETS, FORWARD, BACKWARD, OPTIMISER, SETTLING, KEEPING = (
@@ -30,6 +33,12 @@ class Watch:
     def step_done(self) -> None:
         """Learn that a step was queued."""
 
+    def interval_done(self, interval: Interval) -> None:
+        """Learn how some steps went."""
+
+    def epoch_done(self, metrics: EpochMetrics) -> None:
+        """Learn how an epoch went."""
+
 
 NOBODY = Watch()
 
@@ -53,6 +62,16 @@ class Watches(Watch):
         """Tell all of them."""
         for watch in self._watches:
             watch.step_done()
+
+    def interval_done(self, interval: Interval) -> None:
+        """Tell all of them."""
+        for watch in self._watches:
+            watch.interval_done(interval)
+
+    def epoch_done(self, metrics: EpochMetrics) -> None:
+        """Tell all of them."""
+        for watch in self._watches:
+            watch.epoch_done(metrics)
 
 
 def part(name: str) -> record_function:
