@@ -32,6 +32,7 @@ from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_run
 from mmkd.student.prediction.command import predict
 from mmkd.student.recipes.student import Missing, Mode, StudentRecipe
+from mmkd.student.training.launcher import refuse_several_processes
 
 cache_option = click.option(
     "--cache",
@@ -132,10 +133,16 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
     from mmkd.student.evaluation.run_evaluation import evaluate_run
     from mmkd.student.evaluation.table_text import metric_lines
     from mmkd.student.training.devices import choose_device
+    from mmkd.student.training.launcher import launched
+    from mmkd.student.training.ranks import joined, own_device
 
-    device = choose_device(options["device"])
+    launch = launched()
+    device = choose_device(own_device(options["device"], launch))
     chosen = {name: options[name] for name in ("per_class", "trusted")}
-    metrics = evaluate_run(recipe, options["cache"], options["run"], device=device, **chosen)
+    with joined(device, launch) as ranks:
+        metrics = evaluate_run(recipe, options["cache"], options["run"], device=device, ranks=ranks, **chosen)
+    if not ranks.is_first:
+        return
     print_result(metrics, as_json=options["as_json"], lines=metric_lines(metrics))
 
 
@@ -170,6 +177,7 @@ def submission(files: tuple[Path, ...], overrides: tuple[str, ...], **options: A
 
     The default levels say: public image and video data, full temporal supervision, the training set.
     """
+    refuse_several_processes("mmkd-student submission")
     refuse_another(options["out"], SUBMISSION)
     recipe = _recipe_of_run(files, overrides, options)
     from mmkd.student.evaluation.run_evaluation import submit_run
@@ -200,6 +208,7 @@ def export(**options: Any) -> None:
     Input: views uint8 (B, T, S, S, 3) in RGB; output: logits by head. Class names and views are in every file.
     Both are compared on the videos of --check, on the evaluation clips of --manifest, or on noise.
     """
+    refuse_several_processes("mmkd-student export")
     from mmkd.student.export.export_run import export_run
     from mmkd.student.export.options import ExportOptions
 
@@ -259,6 +268,7 @@ def compare(**options: Any) -> None:
     Below stands how much oftener each run is right than the baseline, with a bootstrap interval over the clips.
     With --tables, merge the tables of several seeds into means and standard deviations.
     """
+    refuse_several_processes("mmkd-student compare")
     from mmkd.student.evaluation.table import load_table, merge_tables
     from mmkd.student.evaluation.table_text import render
 

@@ -5,7 +5,6 @@ both -> the loop. Nothing here can load flow, boxes or experts.
 """
 
 import logging
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import load
 
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.clip_set import ClipSet
-from mmkd.cache_tools.tasks.folder_lock import FolderLock, folder_lock
+from mmkd.cache_tools.tasks.folder_lock import FolderLock
 from mmkd.data_manifests.counted import counted
 from mmkd.student.data.evaluation_views import evaluation_data, one_view
 from mmkd.student.data.held_out_clips import held_out_mask
@@ -38,7 +38,7 @@ from mmkd.student.teacher.mixing import HeadMixtures
 from mmkd.student.training.best import Validate
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.training.loop import FitReport, fit
-from mmkd.student.training.ranks import ALONE, Ranks, joined
+from mmkd.student.training.ranks import ALONE, Ranks, held_by_first, joined
 from mmkd.student.training.watch import NOBODY, Watch
 
 log = logging.getLogger("mmkd")
@@ -59,18 +59,12 @@ def train_student(
     Raises InputError for a cache of another manifest and for a folder in which another process is at work,
     VerificationError for damaged data or other pixels.
     """
-    locks: list[FolderLock] = []
-    with joined(device) as ranks, ExitStack() as held:
-
-        def take() -> None:
-            refuse_other_contents(out)
-            locks.append(held.enter_context(folder_lock(out)))
-
-        ranks.same(take)  # of several processes the first one holds the folder
-        lock = locks[0] if locks else None
-        return train_in_folder(
-            recipe, cache, out, mode=mode, device=device, lock=lock, ranks=ranks, profile_steps=profile_steps
-        )
+    with joined(device) as ranks:
+        ranks.same(lambda: refuse_other_contents(out))
+        with held_by_first(out, ranks) as lock:
+            return train_in_folder(
+                recipe, cache, out, mode=mode, device=device, lock=lock, ranks=ranks, profile_steps=profile_steps
+            )
 
 
 def train_in_folder(
@@ -117,11 +111,17 @@ def train_in_folder(
             "missing": None if mixtures is None else recipe.teacher.missing,
         },
     )
-    if lock is None:  # the first process of the run does the rest
-        return report
-    lock.check()
-    write_model(out, record, encode_network(network))
-    evaluate_run(recipe, cache, out, device=device, may_be_empty=True, trusted=[recipe.train.network])
+
+    def leave() -> bytes:
+        if lock is not None:
+            lock.check()
+        state = encode_network(network)
+        write_model(out, record, state)
+        return state
+
+    student = new_network(without_weights(recipe.train), reader, record.input)  # as `evaluate` will have it
+    student.load_state_dict(load(ranks.same(leave)))  # batch norms' statistics are the first process's
+    evaluate_run(recipe, cache, out, device=device, may_be_empty=True, network=student, ranks=ranks)
     return report
 
 

@@ -48,8 +48,14 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
     recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
     from mmkd.pipeline.experts.teach import teach_expert
     from mmkd.student.training.devices import choose_device
+    from mmkd.student.training.launcher import launched
+    from mmkd.student.training.ranks import own_device
 
-    report = teach_expert(recipe, name, options["out"], choose_device(options["device"]))
+    launch = launched()
+    device = choose_device(own_device(options["device"], launch))
+    report = teach_expert(recipe, name, options["out"], device)
+    if launch is not None and launch.rank > 0:
+        return
     card = report.card
     lines = [f"{options['out']}: expert {name!r} " + ("trained" if report.trained else "was there already")]
     for head, found in card.training.get("held_out", {}).items():

@@ -17,7 +17,7 @@ from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideo, kind_of
 from mmkd.cache_tools.process.interrupt import stop_on_signals
 from mmkd.cache_tools.process.pool import run_tasks
 from mmkd.cache_tools.process.progress import Progress
-from mmkd.cache_tools.tasks.folder_lock import FolderLock, folder_lock
+from mmkd.cache_tools.tasks.folder_lock import FolderLock
 from mmkd.cache_tools.views.coverage import short_views_line
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.counted import counted
@@ -55,9 +55,10 @@ from mmkd.student.data.view_streams import DrawnViews, ViewStream
 from mmkd.student.evaluation.held_out_metrics import after_epochs, held_out_metrics
 from mmkd.student.evaluation.run_files import RUN_FILE
 from mmkd.student.network_table import before_it_was_stated, check_input
+from mmkd.student.training.best import Validate
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
-from mmkd.student.training.launcher import refuse_several_processes
 from mmkd.student.training.loop import fit
+from mmkd.student.training.ranks import Ranks, held_by_first, joined
 
 log = logging.getLogger("mmkd")
 TRAINING = "training"
@@ -74,6 +75,28 @@ class TeachReport:
     """False when it was there already."""
 
 
+@dataclass(frozen=True)
+class ExpertData:
+    """Clips as one expert sees them."""
+
+    data: ViewDataset
+    """Views with labels."""
+    skipped: int
+    """Clips that this expert cannot use."""
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The training split as one expert needs it."""
+
+    training: ExpertData
+    """Clips that it learns from."""
+    validate: Validate | None
+    """Tells after each epoch how it does on those of `train.held_out`; None without them."""
+    held_out: Sequence[ClipVideo | VideoError]
+    """Clips that no expert learns from."""
+
+
 def teach_expert(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> TeachReport:
     """Train the recipe's expert `name` into the directory `out`, unless it is there already.
 
@@ -81,20 +104,16 @@ def teach_expert(recipe: TeacherRecipe, name: str, out: Path, device: torch.devi
     one that was trained with another recipe and for a folder in which another process is at work or another
     thing lies, VerificationError when its card is damaged.
     """
-    refuse_several_processes("mmkd-cache teach")
     clip_set, expert = ClipSet(recipe.data), recipe.experts[name]
     if expert.modality != "boxes":  # before a video is probed
         frames, size_px = seen_shape(expert, recipe.views)
         check_input(expert.train.network, frames=frames, size_px=size_px)
     seen = expert_identity(recipe, recipe.experts[name], clip_set)
-    if (card := whole_expert(out, name, seen)) is not None:
-        return TeachReport(card, trained=False)
-    with folder_lock(out) as lock:
-        state, report = train_expert(recipe, name, clip_set, seen=seen, lock=lock, device=device)
-        card = ExpertCard(name=name, weights_sha256=hashlib.sha256(state).hexdigest(), training=report, **seen)
-        lock.check()
-        write_trained_on(out, trained_clips(recipe, clip_set))
-        save_expert(out, card, state)
+    with joined(device) as ranks:
+        if (card := ranks.same(lambda: whole_expert(out, name, seen))) is not None:
+            return TeachReport(card, trained=False)
+        with held_by_first(out, ranks) as lock:
+            card = train_expert(recipe, name, clip_set, out=out, seen=seen, lock=lock, device=device, ranks=ranks)
     return TeachReport(card, trained=True)
 
 
@@ -135,13 +154,54 @@ def train_expert(
     name: str,
     clip_set: ClipSet,
     *,
+    out: Path,
     seen: dict[str, Any],
-    lock: FolderLock,
+    lock: FolderLock | None,
     device: torch.device,
-) -> tuple[bytes, dict[str, Any]]:
-    """Return the network, trained in a folder that is held, as safetensors bytes, and what training reports."""
-    run_dir = lock.folder / TRAINING
-    expert = recipe.experts[name]
+    ranks: Ranks,
+) -> ExpertCard:
+    """Train an expert into a folder that the first process of the run holds, and return its card."""
+    expert, manifest, run_dir = recipe.experts[name], clip_set.manifest, out / TRAINING
+    taught = ranks.in_turn(lambda: open_taught(recipe, expert, clip_set, device))
+    torch.manual_seed(expert.train.seed)
+    heads = {head.name: len(head.classes) for head in manifest.heads}
+    network = make_network(expert, heads, recipe.views)
+    run_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows now, not later
+    fitted = fit(
+        network,
+        taught.training.data,
+        expert.train,
+        run_dir=run_dir,
+        lock=lock,
+        device=device,
+        identity=run_identity(seen),
+        validate=taught.validate,
+        ranks=ranks,
+        what=name,
+    )
+
+    def finish() -> ExpertCard:
+        report: dict[str, Any] = {
+            "steps": fitted.steps,
+            "clips": taught.training.data.rows,
+            "skipped": taught.training.skipped,
+        }
+        if taught.held_out:
+            held_data = expert_data(recipe, expert, clip_set, items=taught.held_out, device=device).data
+            report["held_out"] = held_out_metrics(network, held_data, manifest.heads, device)
+        state = encode_network(network)
+        card = ExpertCard(name=name, weights_sha256=hashlib.sha256(state).hexdigest(), training=report, **seen)
+        if lock is not None:
+            lock.check()
+        write_trained_on(out, trained_clips(recipe, clip_set))
+        save_expert(out, card, state)
+        return card
+
+    return ranks.same(finish)
+
+
+def open_taught(recipe: TeacherRecipe, expert: ExpertRecipe, clip_set: ClipSet, device: torch.device) -> Taught:
+    """Open the training split for an expert; raises as `expert_data`."""
     clips = clip_set.manifest.split(recipe.train_split)
     items = clip_set.probe(clips)
     if line := short_views_line(recipe.views, [items]):
@@ -153,35 +213,12 @@ def train_expert(
     if unlabelled := clip_set.manifest.unlabelled(recipe.train_split):
         log.warning("%d of %s have no label, and teach nothing", unlabelled, counted(len(clips), "training clip"))
     training = expert_data(recipe, expert, clip_set, items=seen_items, device=device)
-    validate = None
-    if told_by:
-        log.info(
-            "training on %s; %d tell which epoch is the best", counted(training.data.rows, "clip"), len(told_by)
-        )
-        looked_at = expert_data(recipe, expert, clip_set, items=told_by, device=device, evaluation=True)
-        validate = after_epochs(
-            looked_at.data, clip_set.manifest.heads, device, Reading.of(expert.train, device.type)
-        )
-    torch.manual_seed(expert.train.seed)
-    heads = {head.name: len(head.classes) for head in clip_set.manifest.heads}
-    network = make_network(expert, heads, recipe.views)
-    run_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows now, not later
-    fitted = fit(
-        network,
-        training.data,
-        expert.train,
-        run_dir=run_dir,
-        lock=lock,
-        device=device,
-        identity=run_identity(seen),
-        validate=validate,
-        what=name,
-    )
-    report: dict[str, Any] = {"steps": fitted.steps, "clips": training.data.rows, "skipped": training.skipped}
-    if held_items:
-        held_data = expert_data(recipe, expert, clip_set, items=held_items, device=device).data
-        report["held_out"] = held_out_metrics(network, held_data, clip_set.manifest.heads, device)
-    return encode_network(network), report
+    if not told_by:
+        return Taught(training, None, held_items)
+    log.info("training on %s; %d tell which epoch is the best", counted(training.data.rows, "clip"), len(told_by))
+    looked_at = expert_data(recipe, expert, clip_set, items=told_by, device=device, evaluation=True)
+    reading = Reading.of(expert.train, device.type)
+    return Taught(training, after_epochs(looked_at.data, clip_set.manifest.heads, device, reading), held_items)
 
 
 class Part(IntEnum):
@@ -246,16 +283,6 @@ def same_expert(out: Path, name: str, seen: dict[str, Any]) -> ExpertCard:
             "delete this one"
         )
     return card
-
-
-@dataclass(frozen=True)
-class ExpertData:
-    """Clips as one expert sees them."""
-
-    data: ViewDataset
-    """Views with labels."""
-    skipped: int
-    """Clips that this expert cannot use."""
 
 
 def expert_data(

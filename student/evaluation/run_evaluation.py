@@ -49,6 +49,7 @@ from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.teacher.cached_teacher import choose_mixtures, mix_split
 from mmkd.student.teacher.mixing import HeadMixtures
 from mmkd.student.training.predict import predict
+from mmkd.student.training.ranks import ALONE, Ranks
 
 log = logging.getLogger("mmkd")
 EVALUATION_BATCH = 32
@@ -63,8 +64,12 @@ def evaluate_run(
     may_be_empty: bool = False,
     per_class: Path | None = None,
     trusted: Collection[str] = (),
+    network: VideoClassifier | None = None,
+    ranks: Ranks = ALONE,
 ) -> SplitMetrics:
     """Evaluate a finished run on every evaluation split of a cache, and write `evaluation_path`.
+
+    Its network is read from its folder unless it is at hand. Several processes share the views, the first writes.
 
     With `per_class` a CSV file of how each class fared is written, too. The file that its network started from, and
     the experts that it learned from, need not be there any more.
@@ -81,13 +86,18 @@ def evaluate_run(
     if record.input and (lines := list(differences(record.input.views, reader.init.base["views"]))):
         lines = [line.replace(": cache ", ": run ").replace(", now ", ", cache ") for line in lines]
         log.warning("the student learned from other views than this cache's: %s", "; ".join(lines))
-    network = finished_network(recipe, reader, run, record, trusted)
+    if network is None:
+        network = finished_network(recipe, reader, run, record, trusted)
     mixtures = teacher_of_run(recipe, reader, run)
     scores, metrics = [], SplitMetrics()
     for name in names:
-        found = evaluate_on(network, reader, clip_set, name, recipe=recipe, mixtures=mixtures, device=device)
+        found = evaluate_on(
+            network, reader, clip_set, name, recipe=recipe, mixtures=mixtures, device=device, ranks=ranks
+        )
         scores.append(found[0])
         metrics |= found[1]
+    if not ranks.is_first:
+        return metrics
     path = evaluation_path(run, reader.fingerprint, own=record.cache == reader.fingerprint)
     write_evaluation(path, reader.fingerprint, metrics, scores)
     if per_class is not None:
@@ -191,9 +201,10 @@ def evaluate_on(
     recipe: StudentRecipe,
     mixtures: HeadMixtures | None,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> tuple[SplitScores, SplitMetrics]:
     """Evaluate a network on one split, over its stored views; with its agreement with a teacher, if given."""
-    predicted = predict_split(network, reader, clip_set, name, recipe=recipe, device=device)
+    predicted = predict_split(network, reader, clip_set, name, recipe=recipe, device=device, ranks=ranks)
     scores = score_split(predicted.split.table, predicted.logits, predicted.usable, Averaged.of_cache(reader))
     metrics = scores.metrics(clip_set.manifest.split(name))
     if mixtures is not None:
@@ -225,6 +236,7 @@ def predict_split(
     *,
     recipe: StudentRecipe,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> PredictedSplit:
     """Run a network over the stored views of a split; VerificationError where it gives NaN or infinity."""
     split = open_split(reader, clip_set, name, memory_bytes=0)
@@ -236,6 +248,7 @@ def predict_split(
         batch_size=EVALUATION_BATCH,
         device=device,
         reading=Reading.of(recipe.train, device.type),
+        ranks=ranks,
     )
     if not all(np.isfinite(value).all() for value in found.values()):
         raise VerificationError(

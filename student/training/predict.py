@@ -12,6 +12,7 @@ from mmkd.cache_tools.process.progress import Progress
 from mmkd.student.data.batches import ViewDataset
 from mmkd.student.data.reading import Reading, read_batches
 from mmkd.student.training.devices import reproducible, to_device
+from mmkd.student.training.ranks import ALONE, Ranks
 
 USUAL_READING = Reading()
 
@@ -28,20 +29,24 @@ def predict(
     autocast: bool = False,
     progress: bool = True,
     what: str = "evaluating",
+    ranks: Ranks = ALONE,
 ) -> dict[str, Float32Array]:
     """Return head -> float32 (rows, views, classes) logits of each row under each view number.
 
     The network runs in evaluation mode and is left in the mode it was in; the last batch is padded by
     repeating its last view, since another batch size would give other bits. `autocast` computes in bfloat16
     on CUDA: faster, and equal to about three digits. `reading` says who reads, which changes no number.
+    Several processes (`ranks`), which all have the same network, take whole batches by turns; each has all logits
+    in the end, with the bits that one process gives.
     """
     device = torch.device(device)
     reading = replace(reading, pin=device.type == "cuda")
     pairs = np.stack(np.meshgrid(rows, views, indexing="ij"), -1).reshape(-1, 2)
     padding = -len(pairs) % batch_size
     padded = np.concatenate([pairs, np.repeat(pairs[-1:], padding, 0)]).reshape(-1, batch_size, 2)
-    steps = [(step[:, 0].copy(), step[:, 1].copy()) for step in padded]
-    outputs: dict[str, list[Float32Array]] = {}
+    steps = [(step[:, 0].copy(), step[:, 1].copy()) for step in padded[ranks.rank :: ranks.count]]
+    own = max(0, len(steps) * batch_size - (padding if (len(padded) - 1) % ranks.count == ranks.rank else 0))
+    outputs: list[dict[str, Float32Array]] = []
     was_training = network.training
     network.to(device).eval()
     use_bf16 = autocast and device.type == "cuda"
@@ -50,14 +55,18 @@ def predict(
             torch.inference_mode(),
             reproducible(device),
             torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
-            Progress(what, total=len(pairs), unit="view", enabled=progress) as bar,
-            closing(read_batches(dataset, steps, reading, views=len(pairs))) as batches,
+            Progress(what, total=own, unit="view", enabled=progress and ranks.is_first) as bar,
+            closing(read_batches(dataset, steps, reading, views=own)) as batches,
         ):
             for batch in batches:
-                for head, logits in network(to_device(batch.inputs, device)).items():
-                    outputs.setdefault(head, []).append(logits.float().cpu().numpy())
-                bar.advance(min(batch_size, len(pairs) - bar.done))  # padding is not a view
+                logits = network(to_device(batch.inputs, device))
+                outputs.append({head: value.float().cpu().numpy() for head, value in logits.items()})
+                bar.advance(min(batch_size, own - bar.done))  # padding is not a view
     finally:
         network.train(was_training)
+    outputs = ranks.interleaved(outputs)
     shape = (len(rows), len(views), -1)
-    return {head: np.concatenate(parts)[: len(pairs)].reshape(shape) for head, parts in outputs.items()}
+    return {
+        head: np.concatenate([logits[head] for logits in outputs])[: len(pairs)].reshape(shape)
+        for head in outputs[0]
+    }

@@ -6,9 +6,10 @@ on GPUs and gloo elsewhere. Process 0 alone writes and reports.
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmkd.cache_tools.frames.records import IntArray
+from mmkd.cache_tools.tasks.folder_lock import FolderLock, folder_lock
 from mmkd.data_manifests.errors import InputError, InterruptedByUserError, MmkdError
 from mmkd.student.training.launcher import Launch, launched
 
@@ -57,6 +59,15 @@ class Ranks:
             with told_when_lost(self):
                 dist.all_reduce(values)
         return values
+
+    def interleaved(self, own: list[Value]) -> list[Value]:
+        """Return what all processes have, by turns: of process r item i becomes number i * count + r."""
+        if not self.several:
+            return own
+        lists: list[Any] = [None] * self.count
+        with told_when_lost(self):
+            dist.all_gather_object(lists, own)
+        return [values[turn] for turn in range(max(map(len, lists))) for values in lists if turn < len(values)]
 
     def same(self, make: Callable[[], Value]) -> Value:
         """Return what process 0 makes, in every process; what it raises ends all of them."""
@@ -133,6 +144,18 @@ def joined(device: torch.device, launch: Launch | None = None) -> Iterator[Ranks
     finally:
         gc.collect()  # what still holds on to the group would outlive it, and end this process with an abort
         dist.destroy_process_group()
+
+
+@contextmanager
+def held_by_first(folder: Path, ranks: Ranks) -> Iterator[FolderLock | None]:
+    """Hold a run's folder for the block: process 0 does, for all of them, and has the lock; the others have None.
+
+    Raises InputError where another run holds it.
+    """
+    with ExitStack() as held:
+        locks: list[FolderLock] = []
+        ranks.same(lambda: locks.append(held.enter_context(folder_lock(folder))))
+        yield locks[0] if locks else None
 
 
 def _leave_together(ranks: Ranks) -> None:

@@ -5,14 +5,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmkd.data_manifests.errors import EXIT_INTERRUPTED
+from mmkd.pipeline.experts.expert import read_card
 from mmkd.student.training.checkpoint import checkpoints
 from tests.helpers.commands import ENVIRONMENT
+from tests.helpers.in_process import call_ok
 from tests.helpers.several import finish, start, work
 
 
@@ -90,21 +94,48 @@ def test_more_processes_than_clips_of_a_step_are_refused_in_all_of_them(tmp_path
     assert "2 processes cannot share a step of 1 clip:" in said[0]
 
 
-def test_torchrun_trains_one_student_that_one_process_evaluates(tiny, tmp_path):
-    """The command itself: one folder, one writer, one result on stdout, and the same student within rounding."""
+def by_torchrun(program, *arguments):
+    """Run a command of ours in two processes; return what it printed and what it said."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*launch, Path(sys.executable).with_name(program), *arguments]
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, done.stderr
+
+
+def test_torchrun_trains_one_student_and_evaluates_it_to_the_bits_of_one_process(tiny, tmp_path):
+    """The command itself: one folder, one writer, one result on stdout; evaluation without a clip twice."""
+    run = tmp_path / "run"
     options = ["--set", "train.epochs=1", "--set", "train.batch_size=8", "--set", "train.warmup_epochs=0"]
     options += ["--set", "train.held_out=0.25"]
-    arguments = ["train", *tiny.stage_two, *options, "-o", tmp_path / "run", "--json"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    program = Path(sys.executable).with_name("mmkd-student")
-    command = [*map(str, launch), str(program), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["steps"] == 2
-    assert set(json.loads((tmp_path / "run" / "evaluation.json").read_text())["metrics"]) == {
-        "standard",
-        "compositional",
+    stdout, stderr = by_torchrun("mmkd-student", "train", *tiny.stage_two, *options, "-o", run, "--json")
+    assert json.loads(stdout)["steps"] == 2
+    assert stderr.count("training: 11/11 clips") == 1
+    assert json.loads((run / "metrics.jsonl").read_text())["held_out"]["action"]["clips"] == 3
+    assert not list(run.glob(".mmkd-lock*"))
+    by_two = {path.name: path.read_bytes() for path in run.glob("evaluation*")}
+    assert set(json.loads(by_two["evaluation.json"])["metrics"]) == {"standard", "compositional"}
+    evaluate = ("evaluate", run, "--cache", tiny.root / "cache", *tiny.data)
+    for again in (partial(call_ok, "mmkd-student"), partial(by_torchrun, "mmkd-student")):
+        for name in by_two:
+            (run / name).unlink()
+        again(*evaluate)
+        assert {path.name: path.read_bytes() for path in run.glob("evaluation*")} == by_two
+
+
+def test_torchrun_teaches_one_expert(tiny, tmp_path):
+    out = tmp_path / "flow"
+    stdout, stderr = by_torchrun("mmkd-cache", "teach", "flow", *tiny.stage_one, "-o", out, "--json")
+    assert json.loads(stdout)["trained"] is True
+    assert sum(line.startswith("flow: 12/12 clips") for line in stderr.splitlines()) == 1
+    one, two = (read_card(folder) for folder in (tiny.root / "experts" / "flow", out))
+    assert two.training["held_out"]["action"]["clips"] == one.training["held_out"]["action"]["clips"]
+    assert {name: value for name, value in vars(two).items() if name not in ("training", "weights_sha256")} == {
+        name: value for name, value in vars(one).items() if name not in ("training", "weights_sha256")
     }
-    assert done.stderr.count("training: 11/11 clips") == 1
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["held_out"]["action"]["clips"] == 3
-    assert not list((tmp_path / "run").glob(".mmkd-lock*"))
+    own = load_file(out / "weights.safetensors")
+    assert all(value.isfinite().all() for value in own.values())
+    stdout, _ = by_torchrun("mmkd-cache", "teach", "flow", *tiny.stage_one, "-o", out, "--json")
+    assert json.loads(stdout)["trained"] is False
