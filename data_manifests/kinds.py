@@ -43,7 +43,7 @@ CURVE_COLUMNS = ("run", "epoch", "steps", "loss", "learning_rate", "clips_per_se
 SUBMISSION = "a submission that `mmkd-student submission` wrote"
 SUBMISSION_ENTRY = "test.json"
 RECIPES = {
-    **dict.fromkeys(("experts", "build", "views", "flow", "boxes", "held_out"), TEACHER_RECIPE),
+    **dict.fromkeys(("experts", "build", "flow", "boxes", "held_out"), TEACHER_RECIPE),
     **dict.fromkeys(("loss", "teacher", "train", "thumbprint_sample"), STUDENT_RECIPE),
 }
 """A key at the top of a recipe -> whose recipe it is."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,6 +11,7 @@ import click
 from mmkd.cache_tools.process.command import (
     FILE,
     FOLDER,
+    Function,
     as_json,
     cache_location,
     data_options,
@@ -43,6 +45,13 @@ cache_option = click.option(
 )
 
 
+def optional_cache(without: str) -> Callable[[Function], Function]:
+    """Return --cache, whose help says what happens without."""
+    return click.option(
+        "--cache", type=cache_location, metavar="CACHE", help=f"What `mmkd-cache build` made; without: {without}"
+    )
+
+
 @click.group(cls=WholeHelpGroup, epilog=example("mmkd-student train -h"))
 @click.version_option(package_name="mmkd")
 def cli() -> None:
@@ -57,7 +66,7 @@ def cli() -> None:
 )
 @recipe_options
 @data_options
-@cache_option
+@optional_cache("labels alone, fresh views.")
 @click.option("-o", "--out", required=True, type=FOLDER, help="Folder of the run; an unfinished run is continued.")
 @click.option("--labels-only", is_flag=True, help="Train the baseline: the same run without a teacher.")
 @click.option("--fresh-views", is_flag=True, help="With --labels-only: new views every epoch.")
@@ -85,17 +94,28 @@ def cli() -> None:
 @device_option
 @as_json
 def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
-    """Train a student against a cache, then evaluate it on the cache's evaluation splits."""
-    named = named_data(options) | {
-        "teacher.weights": options["weights"],
-        "loss.temperature": options["temperature"],
-        "loss.label_weight": options["label_weight"],
-        "teacher.missing": options["missing"],
-        "train.seed": options["seed"],
-        "node_copies": options["node_copies"],
+    """Train a student against a cache, then evaluate it on the cache's evaluation splits.
+
+    Without --cache it learns from the labels of --manifest alone, under views that the recipe's `views` describes.
+    """
+    flags = {
+        "teacher.weights": "weights",
+        "loss.temperature": "temperature",
+        "loss.label_weight": "label_weight",
+        "teacher.missing": "missing",
+        "node_copies": "node_copies",
     }
+    named = named_data(options) | {path: options[name] for path, name in flags.items()}
+    named["train.seed"] = options["seed"]
     recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named)
-    mode = Mode(options["labels_only"], options["fresh_views"])
+    if options["cache"] is None:
+        recipe.refuse_teacher(
+            {path: f"--{name.replace('_', '-')}" for path, name in flags.items() if options[name] is not None},
+            labels_only=options["labels_only"],
+        )
+        mode = Mode(labels_only=True, fresh_views=True)
+    else:
+        mode = Mode(options["labels_only"], options["fresh_views"])
     from mmkd.student.distil import train_student
     from mmkd.student.evaluation.table_text import metric_lines
     from mmkd.student.training.devices import choose_device
@@ -116,16 +136,16 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
 @cli.command(epilog=example("mmkd-student evaluate runs/student --cache cache"))
 @recipe_options
 @data_options
-@cache_option
+@optional_cache("the manifest's clips, as the student sees them.")
 @click.argument("run", type=FOLDER)
 @click.option("--per-class", type=FILE, help="Write how each class fared, as CSV.")
 @trust_option
 @device_option
 @as_json
 def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
-    """Evaluate a finished RUN on every evaluation split and group of a cache.
+    """Evaluate a finished RUN on every evaluation split and group of a cache, or of its manifest.
 
-    The recipe is the run's own; for another cache than the run's give --manifest and --videos, too.
+    The recipe is the run's own; for other clips than the run's give --manifest and --videos, too.
     """
     if options["per_class"]:
         refuse_another(options["per_class"], PER_CLASS, "--per-class")
@@ -237,9 +257,12 @@ def export(**options: Any) -> None:
     )
 )
 @click.option(
-    "--cache", type=cache_location, metavar="CACHE", help="Cache that the runs were trained and evaluated with."
+    "--cache",
+    type=cache_location,
+    metavar="CACHE",
+    help="Cache that the runs were evaluated with; else runs alone.",
 )
-@click.option("--manifest", type=FILE, help="Manifest of that cache.")
+@click.option("--manifest", type=FILE, help="Manifest of that cache, or of the evaluations without one.")
 @click.option(
     "--run", "runs", multiple=True, metavar="NAME=DIR", help="A run and its name in the table; repeatable."
 )
@@ -290,18 +313,25 @@ def compare(**options: Any) -> None:
 def _table(options: dict[str, Any]) -> Any:
     from mmkd.cache_tools.cache.reader import CacheReader
     from mmkd.student.data.split_data import check_manifest
+    from mmkd.student.data.splits import SplitNames
     from mmkd.student.evaluation.evaluate import left_out_splits
-    from mmkd.student.evaluation.table import compare_runs, mixtures_of_runs, usual_baseline
+    from mmkd.student.evaluation.table import compare_alone, compare_runs, mixtures_of_runs, usual_baseline
     from mmkd.student.teacher.cached_teacher import choose_mixtures
 
-    if options["cache"] is None or options["manifest"] is None:
-        raise click.UsageError("give --cache and --manifest, or --tables to merge finished tables")
+    if options["manifest"] is None:
+        raise click.UsageError("give --manifest and, for teacher and experts, --cache; or --tables to merge tables")
     runs = {}
     for text in options["runs"]:
         name, _, directory = text.partition("=")
         if not directory or name in runs:
             raise InputError(f"--run {text!r}: expected NAME=DIR, each name once")
         runs[name] = Path(directory)
+    chosen = {name: options[name] for name in ("train_split", "common")}
+    chosen["baseline"] = options["baseline"] or usual_baseline(runs)
+    if options["cache"] is None:
+        if options["weights"]:
+            raise click.UsageError("--weights is for the teacher's row, which needs --cache")
+        return compare_alone(load_manifest(options["manifest"]), runs, **chosen)
     reader = CacheReader(options["cache"])
     manifest = load_manifest(options["manifest"])
     check_manifest(reader, manifest)
@@ -317,18 +347,9 @@ def _table(options: dict[str, Any]) -> Any:
         )
         if warning:
             click.echo(warning, err=True)
-    for line in left_out_splits(reader, manifest, options["train_split"]):
+    for line in left_out_splits(SplitNames.cached(reader), manifest, options["train_split"]):
         click.echo(line, err=True)
-    return compare_runs(
-        reader,
-        manifest,
-        runs,
-        mixtures=mixtures,
-        missing="renormalise",
-        train_split=options["train_split"],
-        common=options["common"],
-        baseline=options["baseline"] or usual_baseline(runs),
-    )
+    return compare_runs(reader, manifest, runs, mixtures=mixtures, missing="renormalise", **chosen)
 
 
 @cli.command(epilog=example("mmkd-student show runs/baseline runs/student -o curves.png"))

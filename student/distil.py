@@ -21,7 +21,8 @@ from mmkd.data_manifests.counted import counted
 from mmkd.student.data.evaluation_views import evaluation_data, one_view
 from mmkd.student.data.held_out_clips import held_out_mask
 from mmkd.student.data.reading import Reading
-from mmkd.student.data.split_data import SplitData, check_manifest, open_split
+from mmkd.student.data.split_data import SplitData
+from mmkd.student.data.splits import CachedSplits, ManifestSplits, Splits, check_views
 from mmkd.student.data.thumbprints import check_thumbprints
 from mmkd.student.evaluation.evaluate import evaluation_splits
 from mmkd.student.evaluation.held_out_metrics import after_epochs
@@ -46,7 +47,7 @@ log = logging.getLogger("mmkd")
 
 def train_student(
     recipe: StudentRecipe,
-    cache: Path | str,
+    cache: Path | str | None,
     out: Path,
     *,
     mode: Mode,
@@ -55,7 +56,8 @@ def train_student(
 ) -> FitReport:
     """Train into the directory `out` (or finish the run there), and evaluate on the cache's other splits.
 
-    Student and baseline of one recipe have the same initial weights, clips, views, order and augmentation.
+    Without a cache it learns from the labels of the manifest's clips, under a fresh view every epoch. Student and
+    baseline of one recipe have the same initial weights, clips, views, order and augmentation.
     Raises InputError for a cache of another manifest and for a folder in which another process is at work,
     VerificationError for damaged data or other pixels.
     """
@@ -69,7 +71,7 @@ def train_student(
 
 def train_in_folder(
     recipe: StudentRecipe,
-    cache: Path | str,
+    cache: Path | str | None,
     out: Path,
     *,
     mode: Mode,
@@ -79,19 +81,16 @@ def train_in_folder(
     profile_steps: int | None = None,
 ) -> FitReport:
     """Train and evaluate in a folder that the first process of a run holds; raises as `train_student`."""
-    reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
-    check_manifest(reader, clip_set.manifest)
-    policy = reader.init.policy
+    splits = open_splits(recipe, cache, mode)
+    policy = splits.policy
     recipe.train.check_views(frames=policy.frames, size_px=policy.size_px)
-    recipe.loss.check_heads([head.name for head in reader.heads])
-    split, targets, mixtures = ranks.in_turn(
-        lambda: training_data(recipe, reader, clip_set, cache=cache, mode=mode)
-    )
-    validate = ranks.in_turn(lambda: validation(recipe, reader, clip_set, device))
-    begun = describe_student(recipe, reader, mode=mode, mixtures=mixtures)
+    recipe.loss.check_heads([head.name for head in splits.heads])
+    split, targets, mixtures = ranks.in_turn(lambda: training_data(recipe, splits, cache=cache, mode=mode))
+    validate = ranks.in_turn(lambda: validation(recipe, splits, device))
+    begun = describe_student(recipe, splits, mode=mode, mixtures=mixtures)
     record = ranks.same(lambda: begin_or_continue(out, begun, lock))
     start = starting_point(recipe.train, latest_checkpoint(out))
-    network = new_network(start, reader, record.input)
+    network = new_network(start, splits, record.input)
     report = fit(
         network,
         split.data,
@@ -106,7 +105,7 @@ def train_in_folder(
         validate=validate,
         watch=watch_of(out, lock, profile_steps=profile_steps),
         identity={
-            "cache": reader.fingerprint,
+            **splits.identity(split),
             "weights": None if mixtures is None else mixtures_json(mixtures),
             "missing": None if mixtures is None else recipe.teacher.missing,
         },
@@ -119,7 +118,7 @@ def train_in_folder(
         write_model(out, record, state)
         return state
 
-    student = new_network(without_weights(recipe.train), reader, record.input)  # as `evaluate` will have it
+    student = new_network(without_weights(recipe.train), splits, record.input)  # as `evaluate` will have it
     student.load_state_dict(load(ranks.same(leave)))  # batch norms' statistics are the first process's
     evaluate_run(recipe, cache, out, device=device, may_be_empty=True, network=student, ranks=ranks)
     return report
@@ -130,6 +129,24 @@ def watch_of(out: Path, lock: FolderLock | None, *, profile_steps: int | None) -
     if lock is None or profile_steps is None:
         return NOBODY
     return StepProfile(out / TRACE_FILE, profile_steps, lock.check)
+
+
+def open_splits(recipe: StudentRecipe, cache: Path | str | None, mode: Mode) -> Splits:
+    """Return what the run learns from and is evaluated on; InputError for other views than the cache's."""
+    if cache is not None:
+        splits = CachedSplits(CacheReader(cache), ClipSet(recipe.data))
+        check_views(recipe, splits.policy, of="the cache", seed=splits.reader.init.view_seed)
+        return splits
+    if not mode.fresh_views:
+        raise ValueError("without a cache there are fresh views alone")
+    policy = recipe.policy()
+    log.info(
+        "no --cache: learning from labels alone, under fresh views of %d frames of %d x %d pixels",
+        policy.frames,
+        policy.size_px,
+        policy.size_px,
+    )
+    return ManifestSplits(ClipSet(recipe.data), policy, train_split=recipe.train_split, view_seed=recipe.view_seed)
 
 
 def begin_or_continue(out: Path, record: RunRecord, lock: FolderLock | None) -> RunRecord:
@@ -160,22 +177,26 @@ def starting_point(train: TrainRecipe, checkpoint: Path | None) -> TrainRecipe:
 
 
 def training_data(
-    recipe: StudentRecipe, reader: CacheReader, clip_set: ClipSet, *, cache: Path | str, mode: Mode
+    recipe: StudentRecipe, splits: Splits, *, cache: Path | str | None, mode: Mode
 ) -> tuple[SplitData, CachedTargets | None, HeadMixtures | None]:
     """Return the training clips, and the teacher's targets and mixture: None for a baseline.
 
     All that the run will need is opened, so that what is missing shows now and not after training.
     """
-    copies = None if mode.labels_only else copies_folder(recipe.node_copies, cache)
+    reader = None if mode.labels_only else splits.reader
+    copies = None if reader is None or cache is None else copies_folder(recipe.node_copies, cache)
     mixtures = None
-    if copies is not None:
+    if reader is not None:
         mixtures, warning = chosen_mixtures(recipe, reader)
         if warning:
             log.warning(warning)
-    split = open_training(recipe, reader, clip_set, mode)
-    for name in evaluation_splits(reader, clip_set.manifest, recipe.train_split):
-        open_split(reader, clip_set, name, memory_bytes=0)
-    if copies is None or mixtures is None:
+    split = open_training(recipe, splits, mode)
+    for name in evaluation_splits(splits.names, splits.clip_set.manifest, recipe.train_split):
+        splits.open(name, memory_bytes=0)
+    if isinstance(splits, ManifestSplits):
+        for line in splits.warnings():
+            log.warning(line)
+    if reader is None or mixtures is None or copies is None:
         return split, None, None
     targets = shared_targets(
         reader,
@@ -189,12 +210,10 @@ def training_data(
     return split, targets, mixtures
 
 
-def open_training(recipe: StudentRecipe, reader: CacheReader, clip_set: ClipSet, mode: Mode) -> SplitData:
+def open_training(recipe: StudentRecipe, splits: Splits, mode: Mode) -> SplitData:
     """Open the training clips and compare a sample of their pixels with the teacher's."""
-    learned, held_out = training_ids(recipe, clip_set)
-    split = open_split(
-        reader,
-        clip_set,
+    learned, held_out = training_ids(recipe, splits.clip_set)
+    split = splits.open(
         recipe.train_split,
         memory_bytes=decoded_bytes(recipe.train, 1 - recipe.train.held_out),
         fresh_views=mode.fresh_views,
@@ -205,12 +224,14 @@ def open_training(recipe: StudentRecipe, reader: CacheReader, clip_set: ClipSet,
         log.info("training on %s; %d tell which epoch is the best", counted(clips, "clip"), len(held_out))
     elif clips < split.table.rows:
         log.info("training on %d of the cache's %d training clips: those of the manifest", clips, split.table.rows)
-    if split.left_out:
+    if split.left_out and splits.reader is not None:
         log.warning("%d of %d training clips are left out: unreadable", split.left_out, clips)
     if mode.labels_only:
         report_unlabelled(split)
-    if not mode.fresh_views:
-        found = check_thumbprints(reader, split.table, split.data, rows=split.rows, sample=recipe.thumbprint_sample)
+    if not mode.fresh_views and splits.reader is not None:
+        found = check_thumbprints(
+            splits.reader, split.table, split.data, rows=split.rows, sample=recipe.thumbprint_sample
+        )
         if found.rounded:
             log.warning(
                 "%d of %d sampled views differ from the teacher's pixels by rounding alone (another processor or "
@@ -236,22 +257,20 @@ def decoded_bytes(train: TrainRecipe, share: float) -> int:
     return int(train.decoded_clips_gib * share * 2**30)
 
 
-def validation(
-    recipe: StudentRecipe, reader: CacheReader, clip_set: ClipSet, device: torch.device
-) -> Validate | None:
+def validation(recipe: StudentRecipe, splits: Splits, device: torch.device) -> Validate | None:
     """Return what tells after each epoch how the network does on held-out clips, by the view in their middle."""
-    _, held_out = training_ids(recipe, clip_set)
+    _, held_out = training_ids(recipe, splits.clip_set)
     if not held_out:
         return None
-    split = open_split(reader, clip_set, recipe.train_split, memory_bytes=0, only=held_out)
+    split = splits.open(recipe.train_split, memory_bytes=0, only=held_out)
     data = evaluation_data(
-        clip_set.source,
+        splits.clip_set.source,
         split.clips,
-        reader.heads,
-        one_view(reader.init.policy),
+        splits.heads,
+        one_view(splits.policy),
         memory_bytes=decoded_bytes(recipe.train, recipe.train.held_out),
     )
-    return after_epochs(data, reader.heads, device, Reading.of(recipe.train, device.type))
+    return after_epochs(data, splits.heads, device, Reading.of(recipe.train, device.type))
 
 
 def report_unlabelled(split: SplitData) -> None:
@@ -275,25 +294,18 @@ def mixtures_json(mixtures: HeadMixtures) -> dict[str, Any]:
 
 
 def describe_student(
-    recipe: StudentRecipe, reader: CacheReader, *, mode: Mode, mixtures: HeadMixtures | None
+    recipe: StudentRecipe, splits: Splits, *, mode: Mode, mixtures: HeadMixtures | None
 ) -> RunRecord:
     """Return what run.json says of a run and of its student."""
-    base, numbers = reader.init.base, recipe.train.normalised("rgb")
+    numbers = recipe.train.normalised("rgb")
     return RunRecord(
         recipe=recipe.model_dump(mode="json"),
-        cache=reader.fingerprint,
-        dataset=reader.dataset,
-        heads={head.name: list(head.classes) for head in reader.heads},
+        cache=splits.fingerprint,
+        dataset=splits.clip_set.manifest.dataset,
+        heads={head.name: list(head.classes) for head in splits.heads},
         labels_only=mode.labels_only,
         fresh_views=mode.fresh_views,
         weights=None if mixtures is None else mixtures_json(mixtures),
         versions={"torch": torch.__version__, "numpy": np.__version__},
-        input=StudentInput(
-            views=dict(base["views"]),
-            view_rules=str(base["view_rules"]),
-            canonical=str(base["canonical"]),
-            decoder=str(base["decoder"]),
-            mean=list(numbers.mean),
-            std=list(numbers.std),
-        ),
+        input=StudentInput(**splits.seen(), mean=list(numbers.mean), std=list(numbers.std)),
     )

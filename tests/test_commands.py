@@ -120,12 +120,16 @@ def test_a_variable_of_one_command_does_not_disturb_the_other(monkeypatch):
     stage_one, stage_two = set(TeacherRecipe.model_fields), set(StudentRecipe.model_fields)
     assert TeacherRecipe.of_other_commands == stage_two - stage_one
     assert StudentRecipe.of_other_commands == stage_one - stage_two
-    monkeypatch.setitem(ENVIRONMENT, "MMKD_VIEWS__SIZE_PX", "32")
+    monkeypatch.setitem(ENVIRONMENT, "MMKD_VIEWS__SIZE_PX", "32")  # of both
+    monkeypatch.setitem(ENVIRONMENT, "MMKD_BUILD__VIEWS", "3")
     monkeypatch.setitem(ENVIRONMENT, "MMKD_LOSS__TEMPERATURE", "3")
-    assert "views.size_px: 32  # MMKD_VIEWS__SIZE_PX\n" in call_ok("mmkd-cache", "config", "show", *DATA)
+    shown = call_ok("mmkd-cache", "config", "show", *DATA)
+    assert "views.size_px: 32  # MMKD_VIEWS__SIZE_PX\nviews.scale" in shown
+    assert "build.views: 3  # MMKD_BUILD__VIEWS\n" in shown
     shown = call_ok("mmkd-student", "config", "show", *DATA)
+    assert "views.size_px: 32  # MMKD_VIEWS__SIZE_PX\n" in shown
     assert "loss.temperature: 3.0  # MMKD_LOSS__TEMPERATURE\n" in shown
-    assert "views" not in shown
+    assert "build" not in shown
     monkeypatch.setitem(ENVIRONMENT, "MMKD_VIEW__SIZE_PX", "32")
     for program in MODULES:
         assert "MMKD_VIEW__SIZE_PX: view: unknown key" in refused(program, "config", "show", *DATA)

@@ -9,7 +9,7 @@ from mmkd.cache_tools.frames.clip_set import ClipVideo
 from mmkd.cache_tools.frames.records import IntArray, UInt8Array
 from mmkd.cache_tools.frames.source import FrameSource
 from mmkd.cache_tools.views.canonical import canonical_view
-from mmkd.data_manifests.manifest import Head
+from mmkd.data_manifests.manifest import Clip, Head
 from mmkd.student.data.clip_reader import ClipReader
 from mmkd.student.data.packed_clips import PackedClips
 from mmkd.student.data.view_streams import ViewStream
@@ -63,9 +63,12 @@ class RGBViews:
 
 def label_arrays(clips: Sequence[ClipVideo], heads: Sequence[Head]) -> dict[str, IntArray]:
     """Return head -> int64 (rows,) labels, -1 where absent."""
-    return {
-        head.name: np.array([_number(item.clip.labels[head.name]) for item in clips], np.int64) for head in heads
-    }
+    return label_numbers([item.clip for item in clips], heads)
+
+
+def label_numbers(clips: Sequence[Clip], heads: Sequence[Head]) -> dict[str, IntArray]:
+    """Return head -> int64 (rows,) labels of a manifest's clips, -1 where absent."""
+    return {head.name: np.array([_number(clip.labels[head.name]) for clip in clips], np.int64) for head in heads}
 
 
 def _number(label: int | None) -> int:

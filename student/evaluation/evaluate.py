@@ -12,8 +12,10 @@ import numpy.typing as npt
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.cache.split_table import SplitTable
 from mmkd.cache_tools.frames.records import Float32Array
+from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Manifest
+from mmkd.student.data.splits import SplitNames
 from mmkd.student.evaluation.actions import ACTION, NOUN, VERB, action_scores, has_actions
 from mmkd.student.evaluation.metrics import ClipScores, average_views, clip_scores
 from mmkd.student.recipes.student import Missing
@@ -52,9 +54,9 @@ class Averaged:
     """Windows at each place."""
 
     @classmethod
-    def of_cache(cls, reader: CacheReader) -> "Averaged":
-        """Return what a cache's evaluation views are."""
-        return cls(reader.init.policy.evaluation_clips, reader.init.policy.evaluation_crops)
+    def of(cls, policy: ViewPolicy) -> "Averaged":
+        """Return what a policy's evaluation views are."""
+        return cls(policy.evaluation_clips, policy.evaluation_crops)
 
 
 @dataclass(frozen=True)
@@ -173,43 +175,47 @@ def score_actions(table: SplitTable, logits: Mapping[str, Float32Array], usable:
     return HeadScores(both, counted, action_scores(verb, noun, verbs[counted], nouns[counted]))
 
 
-def evaluation_splits(reader: CacheReader, manifest: Manifest, train_split: str | None = None) -> list[str]:
-    """Return the splits of the cache to evaluate on, in order.
+def evaluation_splits(there: SplitNames, manifest: Manifest, train_split: str | None = None) -> list[str]:
+    """Return the splits to evaluate on, of those that are there, in order.
 
-    They are in the manifest, too, and neither `train_split` nor the split of which the cache holds random training
-    views: those are not what evaluation looks at.
+    They are in the manifest, too, and neither `train_split` nor the one that has random training views: those are
+    not what evaluation looks at.
     """
-    training = {train_split, reader.init.train_split}
-    return [name for name in reader.layouts if name not in training and name in manifest.splits]
+    training = {train_split, there.training}
+    return [name for name in there.names if name not in training and name in manifest.splits]
 
 
-def left_out_splits(reader: CacheReader, manifest: Manifest, train_split: str | None = None) -> list[str]:
-    """Return a line for each split of the cache that is not evaluated, unless it is everybody's training split."""
+def left_out_splits(there: SplitNames, manifest: Manifest, train_split: str | None = None) -> list[str]:
+    """Return a line for each split that is not evaluated, unless it is everybody's training split."""
     lines = []
-    for name in reader.layouts:
+    if not there.of_cache:
+        unlabelled = [name for name in manifest.splits if name not in there.names and name != there.training]
+        return [f"split {name!r} is left out: none of its clips has a label" for name in unlabelled]
+    for name in there.names:
         if name not in manifest.splits:
             lines.append(f"split {name!r} of the cache is left out: it is not in the manifest")
-        elif name == reader.init.train_split and name != train_split and train_split is not None:
+        elif name == there.training and name != train_split and train_split is not None:
             lines.append(f"split {name!r} is left out: the cache holds random training views of it")
-        elif name == train_split and name != reader.init.train_split:
+        elif name == train_split and name != there.training:
             lines.append(
                 f"split {name!r} is left out: it is the training split (--set train_split=NAME says another)"
             )
     return lines
 
 
-def refuse_nothing(reader: CacheReader, manifest: Manifest, splits: Sequence[str], train_split: str | None) -> None:
+def refuse_nothing(there: SplitNames, manifest: Manifest, splits: Sequence[str], train_split: str | None) -> None:
     """Raise InputError, which says why, when no split is left to evaluate on."""
     if not splits:
-        why = left_out_splits(reader, manifest, train_split) or [
-            f"the cache holds {', '.join(reader.layouts)} alone"
+        holder = "cache" if there.of_cache else "manifest"
+        why = left_out_splits(there, manifest, train_split) or [
+            f"the {holder} holds {', '.join(there.names) or 'no label'} alone"
         ]
         raise InputError(f"there is no split to evaluate on: {'; '.join(why)}")
 
 
 def score_cached(reader: CacheReader, split: str, mixtures: HeadMixtures, missing: Missing) -> SplitScores:
     """Score a mixture of cached experts (or one alone) on a split of the cache."""
-    table, averaged = reader.split(split), Averaged.of_cache(reader)
+    table, averaged = reader.split(split), Averaged.of(reader.init.policy)
     valid = teacher_views(reader, split, mixtures, missing)
     if not valid.any():
         none = {head: np.empty((table.rows, table.views, 2), np.float32) for head in mixtures}

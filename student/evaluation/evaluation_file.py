@@ -46,7 +46,7 @@ class Evaluation:
 
     __pydantic_config__ = STRICT
     cache: str
-    """Fingerprint of the cache."""
+    """Fingerprint of the cache; without one, of the manifest and the views."""
     metrics: SplitMetrics
     """Of all splits."""
     clips_sha256: str | None = None

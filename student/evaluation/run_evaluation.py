@@ -15,10 +15,12 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.cache.softmax import kl_divergence
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.frames.records import Float32Array
+from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import FingerprintError, InputError, VerificationError
 from mmkd.student.data.reading import Reading
-from mmkd.student.data.split_data import SplitData, check_manifest, open_split
+from mmkd.student.data.split_data import SplitData
+from mmkd.student.data.splits import CachedSplits, ManifestSplits, Splits, check_views
 from mmkd.student.evaluation.evaluate import (
     Averaged,
     SplitMetrics,
@@ -40,7 +42,7 @@ from mmkd.student.evaluation.run_files import (
     run_mixtures,
 )
 from mmkd.student.evaluation.submission import check_epic_heads, submission, write_submission
-from mmkd.student.evaluation.trained import model_state, without_weights
+from mmkd.student.evaluation.trained import model_state, student_input, without_weights
 from mmkd.student.network_table import Normalisation, before_it_was_stated
 from mmkd.student.networks.networks import VideoClassifier, build_network
 from mmkd.student.networks.own_networks import require_trust
@@ -57,7 +59,7 @@ EVALUATION_BATCH = 32
 
 def evaluate_run(
     recipe: StudentRecipe,
-    cache: Path | str,
+    cache: Path | str | None,
     run: Path,
     *,
     device: torch.device,
@@ -69,40 +71,52 @@ def evaluate_run(
 ) -> SplitMetrics:
     """Evaluate a finished run on every evaluation split of a cache, and write `evaluation_path`.
 
-    Its network is read from its folder unless it is at hand. Several processes share the views, the first writes.
+    Without a cache the splits are those of the manifest in which some clip has a label, seen under the evaluation
+    views of the run's student. Its network is read from its folder unless it is at hand. Several processes share
+    the views, the first writes.
 
     With `per_class` a CSV file of how each class fared is written, too. The file that its network started from, and
     the experts that it learned from, need not be there any more.
     Raises InputError for a cache or a manifest without such a split, unless it `may_be_empty`.
     """
-    reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
-    check_manifest(reader, clip_set.manifest)
-    record = same_classes(run, reader)
-    names = evaluation_splits(reader, clip_set.manifest, recipe.train_split)
+    splits = splits_of_run(recipe, cache, run)
+    manifest = splits.clip_set.manifest
+    record = same_classes(run, splits)
+    names = evaluation_splits(splits.names, manifest, recipe.train_split)
     if not may_be_empty:
-        refuse_nothing(reader, clip_set.manifest, names, recipe.train_split)
-    for line in left_out_splits(reader, clip_set.manifest, recipe.train_split):
+        refuse_nothing(splits.names, manifest, names, recipe.train_split)
+    for line in left_out_splits(splits.names, manifest, recipe.train_split):
         log.warning(line)
-    if record.input and (lines := list(differences(record.input.views, reader.init.base["views"]))):
+    if record.input and (lines := list(differences(record.input.views, splits.policy.identity()))):
         lines = [line.replace(": cache ", ": run ").replace(", now ", ", cache ") for line in lines]
         log.warning("the student learned from other views than this cache's: %s", "; ".join(lines))
     if network is None:
-        network = finished_network(recipe, reader, run, record, trusted)
-    mixtures = teacher_of_run(recipe, reader, run)
+        network = finished_network(recipe, splits, run, record, trusted)
+    mixtures = teacher_of_run(recipe, splits.reader, run)
     scores, metrics = [], SplitMetrics()
     for name in names:
-        found = evaluate_on(
-            network, reader, clip_set, name, recipe=recipe, mixtures=mixtures, device=device, ranks=ranks
-        )
+        found = evaluate_on(network, splits, name, recipe=recipe, mixtures=mixtures, device=device, ranks=ranks)
         scores.append(found[0])
         metrics |= found[1]
     if not ranks.is_first:
         return metrics
-    path = evaluation_path(run, reader.fingerprint, own=record.cache == reader.fingerprint)
-    write_evaluation(path, reader.fingerprint, metrics, scores)
+    path = evaluation_path(run, splits.fingerprint, own=record.cache == splits.fingerprint)
+    write_evaluation(path, splits.fingerprint, metrics, scores)
     if per_class is not None:
-        write_atomically(per_class, per_class_csv(scores, clip_set.manifest).encode())
+        write_atomically(per_class, per_class_csv(scores, manifest).encode())
     return metrics
+
+
+def splits_of_run(recipe: StudentRecipe, cache: Path | str | None, run: Path) -> Splits:
+    """Return the clips to evaluate a run on: a cache's, or those of the manifest as the run's student sees them.
+
+    Raises InputError for a recipe that asks for other views than the student's: a student sees its own.
+    """
+    if cache is not None:
+        return CachedSplits(CacheReader(cache), ClipSet(recipe.data))
+    policy = ViewPolicy.model_validate(student_input(run, read_run(run)).views)
+    check_views(recipe, policy, of="the run")
+    return ManifestSplits(ClipSet(recipe.data), policy, train_split=recipe.train_split)
 
 
 def submit_run(
@@ -121,49 +135,53 @@ def submit_run(
     `levels` are those of `mmkd.student.evaluation.submission.submission`. Returns how many clips it holds, and how
     many of them have equal scores because they could not be read. Raises InputError for other heads than EPIC's.
     """
-    reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
-    check_manifest(reader, clip_set.manifest)
+    splits = CachedSplits(reader := CacheReader(cache), clip_set := ClipSet(recipe.data))
     check_epic_heads(reader.heads)
     if split not in reader.layouts or split not in clip_set.manifest.splits:
         raise InputError(
             f"the cache and the manifest have no split {split!r} in common; the cache has "
             f"{', '.join(reader.layouts)}. `mmkd-cache build --set build.splits=[{split}]` caches another"
         )
-    record = same_classes(run, reader)
-    network = finished_network(recipe, reader, run, record, trusted)
-    found = predict_split(network, reader, clip_set, split, recipe=recipe, device=device)
+    record = same_classes(run, splits)
+    network = finished_network(recipe, splits, run, record, trusted)
+    found = predict_split(network, splits, split, recipe=recipe, device=device)
     averaged = {head: average_views(value) for head, value in found.logits.items()}
     write_submission(out, submission(found.split.table.clip_ids, averaged, levels))
     return len(found.usable), int((~found.usable).sum())
 
 
-def same_classes(run: Path, reader: CacheReader) -> RunRecord:
-    """Return a run's record; InputError when it was trained for other classes than the cache's."""
+def same_classes(run: Path, splits: Splits) -> RunRecord:
+    """Return a run's record; InputError when it was trained for other classes than the cache's or manifest's."""
     record = read_run(run)
-    if record.heads != {head.name: list(head.classes) for head in reader.heads}:
-        raise InputError(f"{run} was trained for other classes than the cache's (names or order differ)")
+    if record.heads != {head.name: list(head.classes) for head in splits.heads}:
+        whose = "cache" if splits.reader else "manifest"
+        raise InputError(f"{run} was trained for other classes than the {whose}'s (names or order differ)")
     return record
 
 
 def finished_network(
-    recipe: StudentRecipe, reader: CacheReader, run: Path, record: RunRecord, trusted: Collection[str]
+    recipe: StudentRecipe, splits: Splits, run: Path, record: RunRecord, trusted: Collection[str]
 ) -> VideoClassifier:
     """Return a finished run's network with its weights; raises as `load_model`, and for code that is not
     `trusted`."""
     require_trust(recipe.train.network, trusted, f"run {run}")
-    network = new_network(without_weights(recipe.train), reader, record.input)
+    network = new_network(without_weights(recipe.train), splits, record.input)
     if record.input is None:
         network.set_normalisation(before_it_was_stated("rgb"))
     load_model(network, run, record)
     return network
 
 
-def teacher_of_run(recipe: StudentRecipe, reader: CacheReader, run: Path) -> HeadMixtures | None:
-    """Return what the run learned from, or for a baseline what its recipe says; None where the cache lacks it.
+def teacher_of_run(recipe: StudentRecipe, reader: CacheReader | None, run: Path) -> HeadMixtures | None:
+    """Return what the run learned from, or for a baseline what its recipe says; None where no cache has it.
 
     That is said: a trained student is worth its metrics even where it has no teacher.
     """
     mixtures = run_mixtures(run)
+    if reader is None:
+        if mixtures:
+            log.info("agreement with the teacher is left out: give --cache for it")
+        return None
     warning = None
     try:
         if mixtures is None:
@@ -194,8 +212,7 @@ def load_model(network: nn.Module, run: Path, record: RunRecord) -> None:
 
 def evaluate_on(
     network: nn.Module,
-    reader: CacheReader,
-    clip_set: ClipSet,
+    splits: Splits,
     name: str,
     *,
     recipe: StudentRecipe,
@@ -204,13 +221,13 @@ def evaluate_on(
     ranks: Ranks = ALONE,
 ) -> tuple[SplitScores, SplitMetrics]:
     """Evaluate a network on one split, over its stored views; with its agreement with a teacher, if given."""
-    predicted = predict_split(network, reader, clip_set, name, recipe=recipe, device=device, ranks=ranks)
-    scores = score_split(predicted.split.table, predicted.logits, predicted.usable, Averaged.of_cache(reader))
-    metrics = scores.metrics(clip_set.manifest.split(name))
-    if mixtures is not None:
+    predicted = predict_split(network, splits, name, recipe=recipe, device=device, ranks=ranks)
+    scores = score_split(predicted.split.table, predicted.logits, predicted.usable, Averaged.of(splits.policy))
+    metrics = scores.metrics(splits.clip_set.manifest.split(name))
+    if mixtures is not None and splits.reader is not None:
         missing = recipe.teacher.missing
         for head, found_agreement in agreement(
-            reader, name, predicted.logits, predicted.usable, mixtures=mixtures, missing=missing
+            splits.reader, name, predicted.logits, predicted.usable, mixtures=mixtures, missing=missing
         ).items():
             metrics[name][head] |= found_agreement
     return scores, metrics
@@ -230,16 +247,15 @@ class PredictedSplit:
 
 def predict_split(
     network: nn.Module,
-    reader: CacheReader,
-    clip_set: ClipSet,
+    splits: Splits,
     name: str,
     *,
     recipe: StudentRecipe,
     device: torch.device,
     ranks: Ranks = ALONE,
 ) -> PredictedSplit:
-    """Run a network over the stored views of a split; VerificationError where it gives NaN or infinity."""
-    split = open_split(reader, clip_set, name, memory_bytes=0)
+    """Run a network over the evaluation views of a split; VerificationError where it gives NaN or infinity."""
+    split = splits.open(name, memory_bytes=0)
     found = predict(
         network,
         split.data,
@@ -292,16 +308,16 @@ def agreement(
     return result
 
 
-def new_network(recipe: TrainRecipe, reader: CacheReader, seen: StudentInput | None = None) -> VideoClassifier:
+def new_network(recipe: TrainRecipe, splits: Splits, seen: StudentInput | None = None) -> VideoClassifier:
     """Return the RGB network, initialised from the seed alone (and from a weights file, if there is one).
 
-    It sees the cache's views, normalised as `seen` says of a run, and else as the recipe does.
+    It sees the splits' views, normalised as `seen` says of a run, and else as the recipe does.
     """
     torch.manual_seed(recipe.seed)
-    policy = reader.init.policy
+    policy = splits.policy
     return build_network(
         recipe,
-        heads={head.name: len(head.classes) for head in reader.heads},
+        heads={head.name: len(head.classes) for head in splits.heads},
         modality="rgb",
         frames=policy.frames,
         size_px=policy.size_px,

@@ -57,7 +57,7 @@ class RunRecord:
     recipe: dict[str, Any]
     """The resolved `StudentRecipe`, the network's name among it."""
     cache: str
-    """Fingerprint of the cache that the run learned from."""
+    """Fingerprint of the cache that the run learned from; without one, of its manifest and views."""
     heads: dict[str, list[str]]
     """Head -> ordered class list."""
     labels_only: bool
@@ -148,4 +148,4 @@ def read_model(directory: Path, record: RunRecord) -> bytes:
 
 def evaluation_path(directory: Path, cache: str, *, own: bool) -> Path:
     """Return where the evaluation with a cache (a fingerprint) lies: that with the run's own one has no suffix."""
-    return directory / (EVALUATION_FILE if own else f"evaluation-{cache[:12]}.json")
+    return directory / (EVALUATION_FILE if own else f"evaluation-{cache.rpartition(':')[2][:12]}.json")

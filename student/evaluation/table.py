@@ -4,14 +4,16 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mmkd.cache_tools.cache.reader import CacheReader
+from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip, Manifest
 from mmkd.data_manifests.regular_file import read_regular
 from mmkd.data_manifests.typed_json import typed
 from mmkd.student.data.split_data import check_manifest
+from mmkd.student.data.splits import SplitNames, manifest_fingerprint
 from mmkd.student.evaluation.differences import Pair, differences, pairs_of
 from mmkd.student.evaluation.evaluate import (
     SplitMetrics,
@@ -22,6 +24,7 @@ from mmkd.student.evaluation.evaluate import (
 )
 from mmkd.student.evaluation.evaluation_file import check_metrics, defined, read_evaluation, read_scores
 from mmkd.student.evaluation.run_files import evaluation_path, read_run, run_mixtures
+from mmkd.student.evaluation.trained import student_input
 from mmkd.student.recipes.student import Missing
 from mmkd.student.teacher.mixing import HeadMixtures, Mixture
 
@@ -90,23 +93,69 @@ def compare_runs(
     them that every row has. Each run is set beside the row `baseline`, where one is named.
     """
     check_manifest(reader, manifest)
-    names = evaluation_splits(reader, manifest, train_split)
-    refuse_nothing(reader, manifest, names, train_split)
-    splits = {name: manifest.split(name) for name in names}
+    splits = compared_splits(SplitNames.cached(reader), manifest, train_split)
     teachers = {
         f"{expert} expert": {head.name: Mixture({expert: 1.0}) for head in reader.heads}
         for expert in reader.experts
     } | {"teacher": mixtures}
     rows = {
-        name: TableRow({split: score_cached(reader, split, mixture, missing) for split in names}, {})
+        name: TableRow({split: score_cached(reader, split, mixture, missing) for split in splits}, {})
         for name, mixture in teachers.items()
     }
     for name, directory in runs.items():
         if name in rows:
             raise InputError(f"a run may not be named {name!r}: the table has a row of that name")
-        rows[name] = run_row(directory, reader)
-    among = common_clips(rows, names) if common else None
-    pairs = [] if baseline is None else list(run_pairs(rows, list(runs), baseline, splits, among))
+        rows[name] = run_row(directory, reader.fingerprint, "cache")
+    return table_of(rows, list(runs), splits, common=common, baseline=baseline)
+
+
+def compare_alone(
+    manifest: Manifest,
+    runs: Mapping[str, Path],
+    *,
+    train_split: str | None = None,
+    common: bool = False,
+    baseline: str | None = None,
+) -> Table:
+    """Return one seed's table of runs that were evaluated on the manifest alone, each as its student sees clips.
+
+    It is over the manifest's labelled splits, without `train_split` (None: those that the runs learned from).
+    Raises InputError for a run that was not evaluated on this very manifest.
+    """
+    if not runs:
+        raise InputError("without --cache the table has runs alone: give --run NAME=DIR")
+    rows, learned_from = {}, set()
+    for name, directory in runs.items():
+        record = read_run(directory)
+        learned_from.add(str(record.recipe.get("train_split", "train")))
+        policy = ViewPolicy.model_validate(student_input(directory, record).views)
+        rows[name] = run_row(directory, manifest_fingerprint(manifest, policy), "manifest")
+    learned = {train_split} if train_split else learned_from
+    splits: dict[str, Sequence[Clip]] = {}
+    for one in sorted(learned):
+        found = compared_splits(SplitNames.labelled(manifest, one), manifest, one)
+        splits = {name: clips for name, clips in found.items() if name not in learned}
+    return table_of(rows, list(runs), splits, common=common, baseline=baseline)
+
+
+def compared_splits(there: SplitNames, manifest: Manifest, train_split: str | None) -> dict[str, Sequence[Clip]]:
+    """Return the evaluation splits with the manifest's clips; InputError where there is none."""
+    names = evaluation_splits(there, manifest, train_split)
+    refuse_nothing(there, manifest, names, train_split)
+    return {name: manifest.split(name) for name in names}
+
+
+def table_of(
+    rows: Mapping[str, TableRow],
+    runs: Sequence[str],
+    splits: Mapping[str, Sequence[Clip]],
+    *,
+    common: bool,
+    baseline: str | None,
+) -> Table:
+    """Return the table of all rows, in which each run is set beside the row `baseline`."""
+    among = common_clips(rows, list(splits)) if common else None
+    pairs = [] if baseline is None else list(run_pairs(rows, runs, baseline, splits, among))
     return Table({name: [row.metrics(splits, among)] for name, row in rows.items()}, pairs)
 
 
@@ -179,15 +228,16 @@ def mixtures_of_runs(runs: Mapping[str, Path], reader: CacheReader) -> tuple[Hea
     return None, f"the runs learned from {', '.join(sorted(absent))}, which this cache lacks"
 
 
-def run_row(directory: Path, reader: CacheReader) -> TableRow:
-    """Return a run's evaluation with a cache; raise InputError when there is none."""
-    path = evaluation_path(directory, reader.fingerprint, own=False)
+def run_row(directory: Path, fingerprint: str, kind: Literal["cache", "manifest"]) -> TableRow:
+    """Return a run's evaluation with a cache, or with a manifest alone; raise InputError when there is none."""
+    path = evaluation_path(directory, fingerprint, own=False)
     if not path.exists():
-        path = evaluation_path(directory, reader.fingerprint, own=True)
-    again = f"`mmkd-student evaluate {directory} --cache CACHE`"
+        path = evaluation_path(directory, fingerprint, own=True)
+    again = f"`mmkd-student evaluate {directory} --{kind} {kind.upper()}`"
     evaluation = read_evaluation(path, again)
-    if evaluation.cache != reader.fingerprint:
-        raise InputError(f"{directory} was evaluated with another cache; run {again} with this one")
+    if evaluation.cache != fingerprint:
+        other = "another cache" if kind == "cache" else "a cache or another manifest"
+        raise InputError(f"{directory} was evaluated with {other}; run {again} with this one")
     return TableRow(read_scores(path, evaluation, again), evaluation.metrics)
 
 

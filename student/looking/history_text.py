@@ -52,7 +52,8 @@ def evaluation_lines(history: History) -> Iterator[str]:
     """Yield the accuracies of each evaluation, over which views they are, and the agreement with the teacher."""
     for own in history.evaluations:
         if len(history.evaluations) > 1:
-            yield f"{own.file}, with cache {own.found.cache[:12]}:"
+            kind, _, number = own.found.cache.rpartition(":")
+            yield f"{own.file}, with {kind or 'cache'} {number[:12]}:"
         yield from metrics_lines(own.found.metrics)
 
 

@@ -4,15 +4,18 @@ Defaults are the authors' recipe for real footage, from their public code unless
 demo's recipes state what they change.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializationInfo, field_serializer
 
 from mmkd.cache_tools.frames.clip_set import DataRecipe
-from mmkd.cache_tools.recipes.recipe import Recipe
+from mmkd.cache_tools.recipes.recipe import WHOLE, Recipe
+from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.data_manifests.errors import InputError
+from mmkd.student.recipes.growing import GrowingRecipe
 from mmkd.student.recipes.loss import LossOptions, LossRecipe
 from mmkd.student.recipes.train import TrainRecipe
 
@@ -50,12 +53,13 @@ class TeacherMix(Recipe):
     )
 
 
-class StudentRecipe(Recipe):
+class StudentRecipe(GrowingRecipe):
     """Everything of stage two."""
 
     command = "mmkd-student"
-    of_other_commands = frozenset(
-        {"views", "view_seed", "held_out", "flow", "flow_scratch", "boxes", "audio", "experts", "build"}
+    of_other_commands = frozenset({"held_out", "flow", "flow_scratch", "boxes", "audio", "experts", "build"})
+    first_fields = frozenset(
+        {"data", "train", "loss", "teacher", "train_split", "node_copies", "thumbprint_sample"}
     )
 
     data: DataRecipe
@@ -69,6 +73,48 @@ class StudentRecipe(Recipe):
         "null: below $SLURM_TMPDIR, $TMPDIR, $XDG_CACHE_HOME or ~/.cache, the first set",
     )
     thumbprint_sample: int = Field(32, ge=0, description="views compared with the teacher's pixels before training")
+
+    views: ViewPolicy | None = Field(
+        None,
+        description="without --cache, how views look at a clip, as in the recipe of `mmkd-cache build`; null: 16 "
+        "frames of 224 x 224. With a cache its own: what is given here must be the same",
+    )
+    view_seed: int = Field(0, ge=0, description="seed of the random views, likewise")
+
+    @field_serializer("views")
+    def _without_the_other_distance(
+        self, views: ViewPolicy | None, info: SerializationInfo
+    ) -> dict[str, Any] | None:
+        """Leave out the distance of frames that does not hold: a policy takes one of the two."""
+        if views is None or info.context == WHOLE:
+            return None if views is None else views.model_dump(mode="json")
+        return views.identity()
+
+    def policy(self) -> ViewPolicy:
+        """Return how views look at a clip where no cache says so."""
+        return self.views or ViewPolicy()
+
+    def of_teacher(self) -> list[str]:
+        """Return the settings that are not the default's, and mean nothing without a teacher."""
+        found = [
+            f"{part}.{name}"
+            for part in ("teacher", "loss")
+            for name, field in type(getattr(self, part)).model_fields.items()
+            if getattr(getattr(self, part), name) != field.default
+        ]
+        return found + (["node_copies"] if self.node_copies is not None else [])
+
+    def refuse_teacher(self, flags: Mapping[str, str], *, labels_only: bool) -> None:
+        """Raise InputError where a run without a cache is asked for a teacher: by flags, or by its recipe.
+
+        `flags` is setting -> flag. What the recipe says is passed over where the run is to be on labels only.
+        """
+        of_recipe = [] if labels_only else [name for name in self.of_teacher() if name not in flags]
+        asked = [*flags.values(), *of_recipe]
+        if asked:
+            need = "needs" if len(asked) == 1 else "need"
+            advice = "or leave that out" if labels_only else "or --labels-only to train without one"
+            raise InputError(f"{', '.join(asked)} {need} a teacher: give --cache, {advice}")
 
     def loss_options(self) -> LossOptions:
         """Return the loss with what `teacher.missing` says of clips without a target."""

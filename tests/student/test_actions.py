@@ -116,7 +116,7 @@ def epic(drawn, tmp_path_factory):
 def test_epic_s_metrics_are_those_of_the_published_scorer(drawn, epic):
     verb, noun, verbs, nouns = drawn
     reader, manifest, logits, groups = epic
-    scores = score_split(reader.split("validation"), logits, np.ones(CLIPS, np.bool_), Averaged.of_cache(reader))
+    scores = score_split(reader.split("validation"), logits, np.ones(CLIPS, np.bool_), Averaged.of(reader.init.policy))
     metrics = scores.metrics(manifest.clips)
     ids = np.stack([published_actions(verb[clip], noun[clip]) for clip in range(CLIPS)])
     right = {
@@ -143,7 +143,7 @@ def test_mean_per_class_accuracy_weighs_classes_alike(drawn, epic):
     verb, _, verbs, _ = drawn
     reader, manifest, logits, _ = epic
     usable = np.arange(CLIPS) != 3
-    scores = score_split(reader.split("validation"), logits, usable, Averaged.of_cache(reader))
+    scores = score_split(reader.split("validation"), logits, usable, Averaged.of(reader.init.policy))
     right = (verb.argmax(1) == verbs)[usable]
     wanted = np.mean([right[verbs[usable] == own].mean() for own in np.unique(verbs[usable])])
     assert scores.metrics(manifest.clips)["validation"]["verb"]["mean_class"] == pytest.approx(wanted)
@@ -161,7 +161,7 @@ def test_every_accuracy_says_over_how_many_views_it_is(epic):
     found = score_split(reader.split("validation"), logits, every, Averaged(positions=2, crops=3))
     lines = metric_lines(found.metrics(manifest.clips))
     assert lines[-1] == "validation: each clip by the mean logits of 6 views (2 positions in time, 3 crops)"
-    assert Averaged.of_cache(reader) == Averaged(1, 1)
+    assert Averaged.of(reader.init.policy) == Averaged(1, 1)
 
 
 def test_the_submission_is_the_challenge_s_form(drawn, tmp_path):
