@@ -10,20 +10,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mmkd.cache_tools.cache.softmax import log_softmax
 from mmkd.cache_tools.frames.clip_set import ClipSet, DataRecipe
-from mmkd.cache_tools.views.canonical import canonical_view
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip
 from mmkd.student.data.held_out_clips import held_out_mask
-from mmkd.student.evaluation.trained import load_student
 from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.training.checkpoint import checkpoints
+from tests.helpers.held_out_nll import measured
 from tests.helpers.in_process import call, call_ok, refused
 from tests.helpers.places import unpack_before
 
 TRAIN = ("mmkd-student", "train", "-c", "student.yaml", "--cache", "cache", "--node-copies", "copies")
+TRAIN += ("--set", "train.weights=null")
 HALF = ("--set", "train.held_out=0.5")
 WILD = ("--set", "train.epochs=5", "--set", "train.learning_rate=0.3", "--set", "train.clip_norm=1e6")
 """Rates at which weights jump about, so that the last epoch is not the best one."""
@@ -111,19 +110,6 @@ def best(world):
     assert done.code == 0, done.err
     assert "held-out action" in done.err
     return world / "best"
-
-
-def measured(run, clip_set, clips):
-    """Mean cross-entropy and top-1 of a run's student on the middle view of clips, by nothing of the loop's."""
-    student, nlls, right = load_student(run), [], []
-    for item in clip_set.probe(clips):
-        view = student.views(item.facts)[0]
-        frames = clip_set.source.read(item.clip.video, np.unique(view.frame_indices), item.video)
-        logits = student.logits(canonical_view(frames, view, student.policy.size_px)[None])["action"][0]
-        label = item.clip.labels["action"]
-        nlls.append(-log_softmax(logits.astype(np.float64)[None])[0, label])
-        right.append(logits.argmax() == label)
-    return float(np.mean(nlls)), float(np.mean(right))
 
 
 def test_held_out_clips_are_not_trained_on_and_the_best_epoch_by_them_is_kept(best):

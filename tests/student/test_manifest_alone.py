@@ -10,9 +10,12 @@ import pytest
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.recipes.recipe import load_recipe
+from mmkd.student.data.held_out_clips import held_out_mask
 from mmkd.student.data.splits import CachedSplits, ManifestSplits
 from mmkd.student.recipes.student import StudentRecipe
+from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.training.checkpoint import checkpoints
+from tests.helpers.held_out_nll import measured
 from tests.helpers.in_process import call, call_ok, refused
 from tests.helpers.places import unpack_before
 
@@ -21,7 +24,7 @@ views: {frames: 4, size_px: 32, evaluation_crops: 3, evaluation_clips: 2, scale:
 view_seed: 7
 """
 """For both commands, in the same words."""
-TRAIN = ("mmkd-student", "train", "-c", "student.yaml", "--manifest", "own.jsonl")
+TRAIN = ("mmkd-student", "train", "-c", "student.yaml", "--manifest", "own.jsonl", "--set", "train.weights=null")
 CACHE = ("--cache", "cache-of-own")
 FRESH = ("--labels-only", "--fresh-views")
 
@@ -171,14 +174,19 @@ def test_other_views_or_videos_are_another_run(world, alone):
 
 
 def test_held_out_clips_tell_the_best_epoch_without_a_cache_as_with_one(world):
-    half = ("--set", "train.held_out=0.5", "--set", "train.learning_rate=0.1")
+    half = ("--set", "train.held_out=0.5", "--set", "train.epochs=1")
     call_ok(*TRAIN, "-c", "views.yaml", *half, "-o", "half-alone")
     call_ok(*TRAIN, *CACHE, *FRESH, *half, "-o", "half-cached")
     assert weights(world / "half-alone") == weights(world / "half-cached")
     lines = [(world / name / "metrics.jsonl").read_text().splitlines() for name in ("half-alone", "half-cached")]
     one, other = ([json.loads(line)["held_out"] for line in own] for own in lines)
     assert one == other
-    assert one[0]["action"]["clips"] == 3  # of five, one of which cannot be read
+    clip_set = splits_of(views=True).clip_set
+    clips = clip_set.manifest.split("train")
+    mask = held_out_mask(clips, TrainRecipe(held_out=0.5), clip_set.manifest.dataset)
+    held = [clip for clip, out in zip(clips, mask, strict=True) if out]
+    assert len(held) == one[0]["action"]["clips"] == 3
+    assert measured(world / "half-alone", clip_set, held)[0] == pytest.approx(one[0]["action"]["nll"], rel=1e-5)
 
 
 def test_settings_of_a_teacher_without_a_cache_are_refused_in_one_line(world):
