@@ -116,7 +116,9 @@ def epic(drawn, tmp_path_factory):
 def test_epic_s_metrics_are_those_of_the_published_scorer(drawn, epic):
     verb, noun, verbs, nouns = drawn
     reader, manifest, logits, groups = epic
-    scores = score_split(reader.split("validation"), logits, np.ones(CLIPS, np.bool_), Averaged.of(reader.init.policy))
+    scores = score_split(
+        reader.split("validation"), logits, np.ones(CLIPS, np.bool_), Averaged.of(reader.init.policy)
+    )
     metrics = scores.metrics(manifest.clips)
     ids = np.stack([published_actions(verb[clip], noun[clip]) for clip in range(CLIPS)])
     right = {
