@@ -218,6 +218,7 @@ def submission(files: tuple[Path, ...], overrides: tuple[str, ...], **options: A
     "--format", type=click.Choice(["onnx", "pt2", "both"]), default="onnx", show_default=True, help="Files."
 )
 @click.option("--check", multiple=True, type=FILE, metavar="VIDEO", help="Compare on this video; repeatable.")
+@click.option("--int8", is_flag=True, help="Also in 8 bits, and what they cost on clips of --manifest.")
 @click.option("--no-latency", is_flag=True, help="Do not measure time and memory on this machine.")
 @click.option("--license", default="unknown", show_default=True, help="Licence for the card, such as apache-2.0.")
 @trust_option
@@ -235,7 +236,7 @@ def export(**options: Any) -> None:
     data, as_data = named_data(options), None
     if any(value is not None for value in data.values()):
         as_data = load_recipe(StudentRecipe, files=(), overrides=(), named=data).data
-    chosen = {name: options[name] for name in ("format", "check", "license", "trusted")}
+    chosen = {name: options[name] for name in ("format", "check", "int8", "license", "trusted")}
     chosen |= {"data": as_data, "latency": not options["no_latency"]}
     card = export_run(options["run"], options["out"], ExportOptions(**chosen))
     found = card["check"]
@@ -244,10 +245,14 @@ def export(**options: Any) -> None:
         for name, own in found["files"].items()
     ]
     lines += [
+        f"in 8 bits: {head} top-1 {100 * own['top1_int8']:.1f} %, in 32 bits {100 * own['top1']:.1f} %"
+        for head, own in (card["int8"] or {"heads": {}})["heads"].items()
+    ]
+    lines += [
         f"{row['form']}, batch {row['batch']}: {row['median_ms']:.3g} ms, {row['clips_per_second']:.3g} clips/s"
         for row in (card["cost"] or {"rows": []})["rows"]
     ]
-    value = {"folder": str(options["out"]), "check": found, "cost": card["cost"]}
+    value = {"folder": str(options["out"]), "check": found, "int8": card["int8"], "cost": card["cost"]}
     print_result(value, as_json=options["as_json"], lines=lines)
 
 

@@ -27,6 +27,7 @@ def card_text(card: Mapping[str, Any]) -> str:
         teacher(card),
         accuracies(card),
         checks(card),
+        *([int8(card)] if card["int8"] else []),
         cost(card),
         limits(card),
     )
@@ -39,7 +40,7 @@ def front_matter(card: Mapping[str, Any]) -> dict[str, Any]:
         "video-classification",
         "action-recognition",
         "mmkd",
-        *(name.rpartition(".")[2] for name in card["check"]["files"]),
+        *dict.fromkeys(name.rpartition(".")[2] for name in card["check"]["files"]),
     ]
     if card["teacher"]:
         tags.append("knowledge-distillation")
@@ -190,6 +191,24 @@ def checks(card: Mapping[str, Any]) -> list[str]:
         "## Check",
         "",
         f"Each file against the student itself, on {card['check']['frames']}.",
+        "",
+        *table(head, rows),
+    ]
+
+
+def int8(card: Mapping[str, Any]) -> list[str]:
+    """Return what 8 bits cost in accuracy."""
+    found = card["int8"]
+    rows = [
+        [head, percent(own["top1"]), percent(own["top1_int8"]), percent(own["same"]), str(own["clips"])]
+        for head, own in found["heads"].items()
+    ]
+    head = ["head", "top-1 in 32 bits, %", "top-1 in 8 bits, %", "same class, %", "clips with a label"]
+    return [
+        "## In 8 bits",
+        "",
+        "`model.int8.onnx` is run as `model.onnx` is. Weights and activations have 8 bits (ONNX Runtime's static "
+        f"quantisation, ranges from training clips). Over {found['frames']}:",
         "",
         *table(head, rows),
     ]

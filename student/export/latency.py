@@ -12,10 +12,10 @@ from mmkd.cache_tools.process.progress import Progress
 from mmkd.student.evaluation.trained import TrainedStudent
 from mmkd.student.export.check import onnx_runner
 from mmkd.student.export.cost import BATCHES, Timing, gmac, growth, machine, million_parameters, timed
-from mmkd.student.export.options import ONNX_FILE
+from mmkd.student.export.options import INT8_FILE, ONNX_FILE
 from mmkd.student.export.program import parameter_bytes
 
-ONNX_FORMS = {ONNX_FILE: "ONNX fp32"}
+ONNX_FORMS = {ONNX_FILE: "ONNX fp32", INT8_FILE: "ONNX int8"}
 
 
 def measured(student: TrainedStudent, files: Mapping[str, bytes]) -> dict[str, Any]:

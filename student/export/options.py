@@ -10,7 +10,7 @@ from mmkd.data_manifests.errors import InputError
 from mmkd.student.export.card_text import UNKNOWN
 
 CARD_TEXT_FILE = "README.md"
-ONNX_FILE, PT2_FILE = "model.onnx", "model.pt2"
+ONNX_FILE, PT2_FILE, INT8_FILE = "model.onnx", "model.pt2", "model.int8.onnx"
 FORMATS = {"onnx": (ONNX_FILE,), "pt2": (PT2_FILE,), "both": (ONNX_FILE, PT2_FILE)}
 """What --format takes -> the files that it makes."""
 LICENSE = re.compile("[a-z0-9][a-z0-9.-]*")
@@ -26,6 +26,8 @@ class ExportOptions:
     """Videos whose frames the files are checked with."""
     data: DataRecipe | None = None
     """Manifest and videos whose evaluation clips they are checked with."""
+    int8: bool = False
+    """Whether to write `INT8_FILE`, too: training clips of `data` set its ranges, the others tell its price."""
     latency: bool = True
     """Whether to measure times and memory on this machine."""
     license: str = UNKNOWN
@@ -38,6 +40,11 @@ class ExportOptions:
         if self.check and self.data is not None:
             raise InputError(
                 "give --check or --manifest, not both: each says which frames the files are checked with"
+            )
+        if self.int8 and (self.data is None or ONNX_FILE not in self.files):
+            raise InputError(
+                "--int8 needs --manifest and --videos, whose training clips set its ranges and whose other clips "
+                "tell what it costs, and --format onnx or both"
             )
         if not LICENSE.fullmatch(self.license):
             raise InputError(

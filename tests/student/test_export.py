@@ -173,7 +173,9 @@ def test_a_baseline_without_evaluation_has_a_card_that_says_so(world):
     started = {**run.recipe, "train": {**run.recipe["train"], "weights": "/home/me/kinetics.pth"}}
     record = replace(run, recipe=started, labels_only=True, weights=None, dataset=None)
     card = card_of(Path("cache"), record, student, "unknown")
-    text = card_text({**card, "cost": None, "check": {"frames": "1 video", "real": True, "files": {}}})
+    text = card_text(
+        {**card, "cost": None, "int8": None, "check": {"frames": "1 video", "real": True, "files": {}}}
+    )
     assert "labels alone" in text
     assert "Not evaluated" in text
     assert "from the weights file `kinetics.pth`, whose licence counts" in text
