@@ -19,7 +19,7 @@ FOLDERS = ("data_manifests", "cache_tools", "student", "pipeline")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("**/*.py"))]
 RECIPES = sorted((ROOT / "data_manifests").glob("**/*.yaml"))
 COMMAND = re.compile(r"mmkd-(?:cache|student)(?: [a-z-]+)*")
-OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 SETTING = re.compile(r"--set ([a-z_.]+)=(?!value)")
 OF_OTHERS = {
     *("--signal", "--requeue", "--array", "--ntasks", "--nproc-per-node", "--standalone"),
