@@ -33,7 +33,7 @@ from mmkd.data_manifests.kinds import CURVE_NUMBERS, PER_CLASS, SUBMISSION, TABL
 from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_run
 from mmkd.student.prediction.command import predict
-from mmkd.student.recipes.student import Missing, Mode, StudentRecipe
+from mmkd.student.recipes.student import Looking, Missing, Mode, StudentRecipe
 from mmkd.student.training.launcher import refuse_several_processes
 
 cache_option = click.option(
@@ -91,6 +91,7 @@ def cli() -> None:
     metavar="N",
     help="Write a Chrome trace of N steps after a warm-up of 5, trace.json, and say where their time went.",
 )
+@click.option("--tensorboard", type=FOLDER, help="Write TensorBoard's event files there, while it trains.")
 @device_option
 @as_json
 def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
@@ -124,8 +125,8 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
 
     launch = launched()
     device = choose_device(own_device(options["device"], launch))
-    look = {name: options[name] for name in ("profile_steps",)}
-    report = train_student(recipe, options["cache"], options["out"], mode=mode, device=device, **look)
+    looking = Looking(options["profile_steps"], options["tensorboard"])
+    report = train_student(recipe, options["cache"], options["out"], mode=mode, device=device, looking=looking)
     if launch is not None and launch.rank > 0:
         return
     metrics = json.loads((options["out"] / EVALUATION_FILE).read_bytes())["metrics"]

@@ -30,9 +30,10 @@ from mmkd.student.evaluation.own_folder import refuse_other_contents
 from mmkd.student.evaluation.run_evaluation import chosen_mixtures, evaluate_run, new_network
 from mmkd.student.evaluation.run_files import RUN_FILE, RunRecord, StudentInput, read_run, write_model, write_run
 from mmkd.student.evaluation.trained import without_weights
+from mmkd.student.looking.event_files import EventFiles, check_tensorboard
 from mmkd.student.looking.step_profile import TRACE_FILE, StepProfile
 from mmkd.student.network_table import before_it_was_stated
-from mmkd.student.recipes.student import Mode, StudentRecipe
+from mmkd.student.recipes.student import UNWATCHED, Looking, Mode, StudentRecipe
 from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.teacher.cached_targets import CachedTargets, copies_folder, shared_targets
 from mmkd.student.teacher.mixing import HeadMixtures
@@ -40,7 +41,7 @@ from mmkd.student.training.best import Validate
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.training.loop import FitReport, fit
 from mmkd.student.training.ranks import ALONE, Ranks, held_by_first, joined
-from mmkd.student.training.watch import NOBODY, Watch
+from mmkd.student.training.watch import Watch, Watches
 
 log = logging.getLogger("mmkd")
 
@@ -52,7 +53,7 @@ def train_student(
     *,
     mode: Mode,
     device: torch.device,
-    profile_steps: int | None = None,
+    looking: Looking = UNWATCHED,
 ) -> FitReport:
     """Train into the directory `out` (or finish the run there), and evaluate on the cache's other splits.
 
@@ -61,11 +62,13 @@ def train_student(
     Raises InputError for a cache of another manifest and for a folder in which another process is at work,
     VerificationError for damaged data or other pixels.
     """
+    if looking.tensorboard is not None:
+        check_tensorboard()
     with joined(device) as ranks:
         ranks.same(lambda: refuse_other_contents(out))
         with held_by_first(out, ranks) as lock:
             return train_in_folder(
-                recipe, cache, out, mode=mode, device=device, lock=lock, ranks=ranks, profile_steps=profile_steps
+                recipe, cache, out, mode=mode, device=device, lock=lock, ranks=ranks, looking=looking
             )
 
 
@@ -78,7 +81,7 @@ def train_in_folder(
     device: torch.device,
     lock: FolderLock | None,
     ranks: Ranks = ALONE,
-    profile_steps: int | None = None,
+    looking: Looking = UNWATCHED,
 ) -> FitReport:
     """Train and evaluate in a folder that the first process of a run holds; raises as `train_student`."""
     splits = open_splits(recipe, cache, mode)
@@ -91,6 +94,7 @@ def train_in_folder(
     record = ranks.same(lambda: begin_or_continue(out, begun, lock))
     start = starting_point(recipe.train, latest_checkpoint(out))
     network = new_network(start, splits, record.input)
+    watches = watches_of(looking, out, lock)
     report = fit(
         network,
         split.data,
@@ -103,7 +107,7 @@ def train_in_folder(
         ranks=ranks,
         other_start=start != recipe.train,
         validate=validate,
-        watch=watch_of(out, lock, profile_steps=profile_steps),
+        watch=Watches(watches),
         identity={
             **splits.identity(split),
             "weights": None if mixtures is None else mixtures_json(mixtures),
@@ -120,15 +124,20 @@ def train_in_folder(
 
     student = new_network(without_weights(recipe.train), splits, record.input)  # as `evaluate` will have it
     student.load_state_dict(load(ranks.same(leave)))  # batch norms' statistics are the first process's
-    evaluate_run(recipe, cache, out, device=device, may_be_empty=True, network=student, ranks=ranks)
+    metrics = evaluate_run(recipe, cache, out, device=device, may_be_empty=True, network=student, ranks=ranks)
+    for watch in watches:
+        watch.evaluated(metrics, report.steps)
     return report
 
 
-def watch_of(out: Path, lock: FolderLock | None, *, profile_steps: int | None) -> Watch:
-    """Return what looks on in the process that holds the run's folder, as the command asks; nobody in others."""
-    if lock is None or profile_steps is None:
-        return NOBODY
-    return StepProfile(out / TRACE_FILE, profile_steps, lock.check)
+def watches_of(looking: Looking, out: Path, lock: FolderLock | None) -> list[Watch]:
+    """Return what looks on in the process that holds the run's folder, as the command asks; nothing in others."""
+    found: list[Watch] = []
+    if lock is not None and looking.profile_steps is not None:
+        found.append(StepProfile(out / TRACE_FILE, looking.profile_steps, lock.check))
+    if lock is not None and looking.tensorboard is not None:
+        found.append(EventFiles(looking.tensorboard))
+    return found
 
 
 def open_splits(recipe: StudentRecipe, cache: Path | str | None, mode: Mode) -> Splits:

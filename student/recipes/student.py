@@ -38,6 +38,19 @@ class Mode:
             raise InputError("--fresh-views needs --labels-only: cached targets belong to cached views")
 
 
+@dataclass(frozen=True)
+class Looking:
+    """What else looks on while it trains; no number of the run depends on it."""
+
+    profile_steps: int | None = None
+    """Steps to profile after a warm-up; None: none."""
+    tensorboard: Path | None = None
+    """Folder for TensorBoard's event files; None: none."""
+
+
+UNWATCHED = Looking()
+
+
 class TeacherMix(Recipe):
     """How cached experts become a teacher; changing it costs seconds and no GPU."""
 

@@ -1,7 +1,8 @@
 """Who looks on while a network trains: told of its steps, by named parts; what looks changes no number."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch.profiler import record_function
 
@@ -38,6 +39,9 @@ class Watch:
 
     def epoch_done(self, metrics: EpochMetrics) -> None:
         """Learn how an epoch went."""
+
+    def evaluated(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Learn how the finished student did, after that many steps: split or group -> head -> metrics."""
 
 
 NOBODY = Watch()
