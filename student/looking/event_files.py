@@ -67,12 +67,12 @@ class EventFiles(Watch):
 
         with storage_errors(self._folder):
             before = any(self._folder.glob(EVENT_FILES))
-            self._writer = SummaryWriter(str(self._folder), purge_step=purge_step if before else None)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(self._folder), purge_step=purge_step if before else None)
         try:
             yield
         finally:
             with storage_errors(self._folder):
-                self._writer.close()  # type: ignore[no-untyped-call]
+                self._writer.close()
             self._writer = None
 
     def _add(self, values: Mapping[str, float | None], step: int) -> None:
@@ -81,7 +81,7 @@ class EventFiles(Watch):
         with storage_errors(self._folder):
             for tag, value in values.items():
                 if value is not None:
-                    self._writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+                    self._writer.add_scalar(tag, value, step)
 
 
 def check_tensorboard() -> None:
