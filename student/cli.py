@@ -32,7 +32,7 @@ from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.kinds import CURVE_NUMBERS, PER_CLASS, SUBMISSION, TABLE, refuse_another
 from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_run
-from mmkd.student.prediction.command import predict
+from mmkd.student.prediction.command import asked_look, look_options, predict
 from mmkd.student.recipes.student import Looking, Missing, Mode, StudentRecipe
 from mmkd.student.training.launcher import refuse_several_processes
 
@@ -140,13 +140,15 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
 @optional_cache("the manifest's clips, as the student sees them.")
 @click.argument("run", type=FOLDER)
 @click.option("--per-class", type=FILE, help="Write how each class fared, as CSV.")
+@look_options
 @trust_option
 @device_option
 @as_json
 def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
     """Evaluate a finished RUN on every evaluation split and group of a cache, or of its manifest.
 
-    The recipe is the run's own; for other clips than the run's give --manifest and --videos, too.
+    The recipe is the run's own; for other clips than the run's give --manifest and --videos, too. A clip counts by
+    the mean of its logits over its views: a cache's, the run's, or those that --views and --crops ask for.
     """
     if options["per_class"]:
         refuse_another(options["per_class"], PER_CLASS, "--per-class")
@@ -159,7 +161,7 @@ def evaluate(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any
 
     launch = launched()
     device = choose_device(own_device(options["device"], launch))
-    chosen = {name: options[name] for name in ("per_class", "trusted")}
+    chosen = {name: options[name] for name in ("per_class", "trusted")} | {"look": asked_look(options)}
     with joined(device, launch) as ranks:
         metrics = evaluate_run(recipe, options["cache"], options["run"], device=device, ranks=ranks, **chosen)
     if not ranks.is_first:

@@ -17,6 +17,7 @@ from mmkd.cache_tools.views.drawing import VIEW_RULES, ViewPolicy, evaluation_vi
 from mmkd.cache_tools.views.view import ViewTable
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Manifest
+from mmkd.student.data.evaluation_views import EvaluationLook, seen_under
 from mmkd.student.data.rgb_views import RGBViews, label_numbers
 from mmkd.student.data.split_data import SplitData, check_manifest, open_split
 from mmkd.student.data.view_streams import DrawnViews, StoredViews, ViewStream
@@ -24,6 +25,8 @@ from mmkd.student.recipes.student import StudentRecipe
 
 WITHOUT_CACHE = "manifest:"
 """Begins the fingerprint of what was trained or evaluated from a manifest alone."""
+OTHER_VIEWS = "views:"
+"""Begins the fingerprint of what was evaluated on a cache's clips under other views than it holds."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +55,38 @@ class SplitNames:
 class CachedSplits:
     """The splits of a cache, under the views that the teacher saw."""
 
-    def __init__(self, reader: CacheReader, clip_set: ClipSet) -> None:
-        """Join both; InputError for a manifest of other clips than the cache's."""
+    def __init__(self, reader: CacheReader, clip_set: ClipSet, look: EvaluationLook | None = None) -> None:
+        """Join both; with a `look` clips are seen under its views, which no cache has to hold.
+
+        Raises InputError for a manifest of other clips than the cache's.
+        """
         check_manifest(reader, clip_set.manifest)
         self.clip_set, self.reader = clip_set, reader
-        self.policy = reader.init.policy
+        self.policy = reader.init.policy if look is None else look.of(reader.init.policy)
         """How views look at a clip."""
         self.heads = reader.heads
         """What clips are labelled with."""
         self.names = SplitNames.cached(reader)
         """The splits that can be opened."""
-        self.fingerprint = reader.fingerprint
+        self.fingerprint = reader.fingerprint if self.is_stored else other_views_fingerprint(reader, self.policy)
         """Of all that could change an evaluation."""
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the cache holds the evaluation views that are asked for."""
+        return self.policy == self.reader.init.policy
 
     def open(
         self, split: str, *, memory_bytes: int, fresh_views: bool = False, only: Collection[str] | None = None
     ) -> SplitData:
         """Open a split under its stored views, or under a fresh one every epoch; raises as `open_split`."""
-        return open_split(
+        found = open_split(
             self.reader, self.clip_set, split, memory_bytes=memory_bytes, fresh_views=fresh_views, only=only
+        )
+        return (
+            found
+            if self.is_stored or fresh_views
+            else seen_under(found, self.clip_set.source, self.heads, self.policy)
         )
 
     def seen(self) -> dict[str, Any]:
@@ -172,6 +188,12 @@ class ManifestSplits:
 
 Splits = CachedSplits | ManifestSplits
 """Clips and views of splits, ready to be opened."""
+
+
+def other_views_fingerprint(reader: CacheReader, policy: ViewPolicy) -> str:
+    """Return the fingerprint of an evaluation on a cache's clips under views that it does not hold."""
+    views = {"views": policy.identity(), "view_rules": VIEW_RULES, "canonical": CANONICAL_RULES}
+    return OTHER_VIEWS + fingerprint({"cache": reader.fingerprint, **views})
 
 
 def manifest_fingerprint(manifest: Manifest, policy: ViewPolicy) -> str:

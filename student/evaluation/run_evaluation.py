@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from mmkd.cache_tools.frames.records import Float32Array
 from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.data_manifests.atomic import write_atomically
 from mmkd.data_manifests.errors import FingerprintError, InputError, VerificationError
+from mmkd.student.data.evaluation_views import EvaluationLook
 from mmkd.student.data.reading import Reading
 from mmkd.student.data.split_data import SplitData
 from mmkd.student.data.splits import CachedSplits, ManifestSplits, Splits, check_views
@@ -66,20 +68,22 @@ def evaluate_run(
     may_be_empty: bool = False,
     per_class: Path | None = None,
     trusted: Collection[str] = (),
+    look: EvaluationLook | None = None,
     network: VideoClassifier | None = None,
     ranks: Ranks = ALONE,
 ) -> SplitMetrics:
     """Evaluate a finished run on every evaluation split of a cache, and write `evaluation_path`.
 
     Without a cache the splits are those of the manifest in which some clip has a label, seen under the evaluation
-    views of the run's student. Its network is read from its folder unless it is at hand. Several processes share
-    the views, the first writes.
+    views of the run's student. A `look` asks for other evaluation views than the cache or the run has: each clip
+    counts by the mean of its logits over them, and the file has a name of its own. The network is read from the
+    run's folder unless it is at hand. Several processes share the views, the first writes.
 
     With `per_class` a CSV file of how each class fared is written, too. The file that its network started from, and
     the experts that it learned from, need not be there any more.
     Raises InputError for a cache or a manifest without such a split, unless it `may_be_empty`.
     """
-    splits = splits_of_run(recipe, cache, run)
+    splits = splits_of_run(recipe, cache, run, look)
     manifest = splits.clip_set.manifest
     record = same_classes(run, splits)
     names = evaluation_splits(splits.names, manifest, recipe.train_split)
@@ -87,7 +91,7 @@ def evaluate_run(
         refuse_nothing(splits.names, manifest, names, recipe.train_split)
     for line in left_out_splits(splits.names, manifest, recipe.train_split):
         log.warning(line)
-    if record.input and (lines := list(differences(record.input.views, splits.policy.identity()))):
+    if record.input and (lines := other_views(record.input.views, splits.policy, look)):
         lines = [line.replace(": cache ", ": run ").replace(", now ", ", cache ") for line in lines]
         log.warning("the student learned from other views than this cache's: %s", "; ".join(lines))
     if network is None:
@@ -107,15 +111,26 @@ def evaluate_run(
     return metrics
 
 
-def splits_of_run(recipe: StudentRecipe, cache: Path | str | None, run: Path) -> Splits:
+def other_views(learned: Mapping[str, Any], policy: ViewPolicy, look: EvaluationLook | None) -> list[str]:
+    """Return how views differ from those that a student learned from, but for what a `look` asks for."""
+    if look is not None:
+        learned = look.of(ViewPolicy.model_validate(learned)).identity()
+    return list(differences(learned, policy.identity()))
+
+
+def splits_of_run(
+    recipe: StudentRecipe, cache: Path | str | None, run: Path, look: EvaluationLook | None = None
+) -> Splits:
     """Return the clips to evaluate a run on: a cache's, or those of the manifest as the run's student sees them.
 
-    Raises InputError for a recipe that asks for other views than the student's: a student sees its own.
+    With a `look` both are seen under its views. Raises InputError for a recipe that asks for other views than the
+    student's: a student sees its own.
     """
     if cache is not None:
-        return CachedSplits(CacheReader(cache), ClipSet(recipe.data))
+        return CachedSplits(CacheReader(cache), ClipSet(recipe.data), look)
     policy = ViewPolicy.model_validate(student_input(run, read_run(run)).views)
     check_views(recipe, policy, of="the run")
+    policy = policy if look is None else look.of(policy)
     return ManifestSplits(ClipSet(recipe.data), policy, train_split=recipe.train_split)
 
 

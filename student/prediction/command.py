@@ -1,12 +1,21 @@
 """The command `mmkd-student predict`: what a finished student says of videos."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from mmkd.cache_tools.process.command import FILE, FOLDER, as_json, device_option, print_result, trust_option
+from mmkd.cache_tools.process.command import (
+    FILE,
+    FOLDER,
+    Function,
+    as_json,
+    device_option,
+    print_result,
+    trust_option,
+)
 from mmkd.cache_tools.process.help_text import WholeHelp, example
 from mmkd.cache_tools.process.interrupt import stop_on_signals
 from mmkd.data_manifests.atomic import write_atomically
@@ -14,8 +23,33 @@ from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, TooManyUnusableError
 from mmkd.data_manifests.kinds import PREDICTIONS, refuse_another
 from mmkd.data_manifests.video_files import named_videos
+from mmkd.student.training.launcher import refuse_several_processes
+
+if TYPE_CHECKING:
+    from mmkd.student.data.evaluation_views import EvaluationLook
 
 log = logging.getLogger("mmkd")
+CROPS: dict[str, Literal[1, 3]] = {"1": 1, "3": 3}
+"""What --crops takes."""
+
+
+def look_options(function: Function) -> Function:
+    """Add --views and --crops: the evaluation views of each clip, whatever a cache holds."""
+    views = click.option(
+        "--views", type=click.IntRange(1, 32), help="Places in time of each clip [default: the run's or cache's]."
+    )
+    crops = click.option(
+        "--crops", type=click.Choice(list(CROPS)), help="Windows at each place [default: the run's or cache's]."
+    )
+    return views(crops(function))
+
+
+def asked_look(options: dict[str, Any]) -> "EvaluationLook | None":
+    """Return what `look_options` ask for; None where they are not given."""
+    from mmkd.student.data.evaluation_views import EvaluationLook
+
+    views, crops = options["views"], options["crops"]
+    return None if views is None and crops is None else EvaluationLook(views, CROPS.get(crops))
 
 
 @click.command(
@@ -31,6 +65,7 @@ log = logging.getLogger("mmkd")
 @click.option("--top-k", type=click.IntRange(1), default=5, show_default=True, help="Classes of each head.")
 @click.option("--window-s", type=float, help="Slide a window of so many seconds over each video.")
 @click.option("--stride-s", type=float, help="Seconds from one window to the next [default: --window-s].")
+@look_options
 @click.option("--csv", type=FILE, help="Write a row for each clip, head and class.")
 @click.option("--batch-size", type=click.IntRange(1), help="Views at once [default: 32, as evaluate has].")
 @click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that probe.")
@@ -44,6 +79,7 @@ def predict(videos: tuple[str, ...], **options: Any) -> None:
     --batch-size changes them by rounding, and takes less time where few clips are asked for. Exit code 3:
     finished, but some videos could not be read.
     """
+    refuse_several_processes("mmkd-student predict")
     if options["csv"]:
         refuse_another(options["csv"], PREDICTIONS, "--csv")
     if options["stride_s"] is not None and options["window_s"] is None:
@@ -58,6 +94,8 @@ def predict(videos: tuple[str, ...], **options: Any) -> None:
     window, stride, top_k = (options[name] for name in ("window_s", "stride_s", "top_k"))
     windows = None if window is None else Windows(window, window if stride is None else stride)
     student = load_student(options["run"], choose_device(options["device"]), options["trusted"])
+    if (look := asked_look(options)) is not None:
+        student = replace(student, policy=look.of(student.policy))
     batch = {} if options["batch_size"] is None else {"batch_size": options["batch_size"]}
     with stop_on_signals() as stop, stop.at_once("nothing was written"):
         found = predict_videos(student, paths, windows=windows, workers=options["workers"], **batch)

@@ -25,6 +25,7 @@ from mmkd.student.prediction import predict_videos as predicting
 from mmkd.student.prediction.predict_videos import predict_videos
 from mmkd.student.prediction.video_clips import Windows
 from mmkd.student.training.predict import predict as predict_views
+from tests.helpers.commands import ENVIRONMENT
 from tests.helpers.in_process import call, call_ok, refused
 from tests.helpers.places import unpack_before
 
@@ -287,6 +288,14 @@ def test_what_cannot_be_done_is_one_line_that_names_it(world, tmp_path, monkeypa
     line = refused(*PREDICT, *arguments)
     assert said in line
     assert len(line.splitlines()) == 1
+
+
+def test_one_of_several_processes_is_refused_since_each_would_predict_the_same(world, monkeypatch, evaluated):
+    paths, _ = evaluated
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
+    for name, value in launched.items():
+        monkeypatch.setitem(ENVIRONMENT, name, value)
+    assert "`mmkd-student predict` is one process" in refused(*PREDICT, *paths)
 
 
 def test_a_run_of_an_earlier_version_says_what_to_do(tmp_path, monkeypatch):
