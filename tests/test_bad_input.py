@@ -120,7 +120,7 @@ REFUSED = {
     ),
     "nothing to compare": (
         lambda tiny, tmp: ("mmkd-student", "compare"),
-        "give --cache and --manifest, or --tables",
+        "give --manifest and, for teacher and experts, --cache; or --tables",
     ),
     "no such report": (lambda tiny, tmp: ("mmkd-cache", "inspect", tmp / "none"), "is not a cache; make one with"),
 }

@@ -179,7 +179,8 @@ def read_items(dataset: ViewDataset, row: int, views: Sequence[int]) -> list[Ite
         return found
     except VideoError as error:
         named = f"view {number}" if read is None or len(views) == 1 else f"views {', '.join(map(str, views))}"
-        raise InputError(f"clip {dataset.clip_ids[row]!r}, {named}: {error}") from error
+        clip = f"clip {dataset.clip_ids[row]!r}, {named}"
+        raise InputError(f"{clip}: {error}; leave it out, or replace its video") from error
 
 
 def read_item(dataset: ViewDataset, row: int, view: int) -> Item:

@@ -74,7 +74,7 @@ def test_an_unreadable_clip_is_the_same_error_in_a_process_as_in_a_thread():
     for processes in (0, 2):
         with pytest.raises(InputError) as refusal:
             read(Unreadable(8, views=3), steps, processes=processes)
-        assert str(refusal.value) == "clip 'bar-5', view 2: truncated"
+        assert str(refusal.value) == "clip 'bar-5', view 2: truncated; leave it out, or replace its video"
     assert multiprocessing.active_children() == []
 
 

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.clip_set import ClipSet
 from mmkd.cache_tools.recipes.recipe import load_recipe
+from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.student.data.held_out_clips import held_out_mask
 from mmkd.student.data.splits import CachedSplits, ManifestSplits
 from mmkd.student.recipes.student import StudentRecipe
 from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.training.checkpoint import checkpoints
+from tests.helpers.faulty_source import FaultySource
 from tests.helpers.held_out_nll import measured
 from tests.helpers.in_process import call, call_ok, refused
 from tests.helpers.places import unpack_before
@@ -189,6 +192,16 @@ def test_held_out_clips_tell_the_best_epoch_without_a_cache_as_with_one(world):
     assert measured(world / "half-alone", clip_set, held)[0] == pytest.approx(one[0]["action"]["nll"], rel=1e-5)
 
 
+def test_a_video_that_breaks_off_stops_the_run_and_is_named(world, monkeypatch):
+    def broken(root, limits, links, rates):
+        return FaultySource(root, limits, links, rates, video="4.webm", fault="broken", marks=str(world / "marks"))
+
+    monkeypatch.setattr("mmkd.cache_tools.frames.clip_set.open_data_frames", broken)
+    error = refused(*TRAIN, "-c", "views.yaml", "-o", "broken")
+    assert error.startswith("error: clip '4', view 0: a fault of the test")
+    assert "leave it out, or replace its video" in error
+
+
 def test_settings_of_a_teacher_without_a_cache_are_refused_in_one_line(world):
     before = sorted(world.rglob("*"))
     flags = ("--weights", "rgb=1", "--temperature", "4", "--missing", "drop", "--node-copies", "copies")
@@ -243,3 +256,13 @@ def test_runs_are_compared_over_the_manifest_alone(world, alone, student):
         *compare, *runs, "--weights", "rgb=1"
     )
     assert "give --run NAME=DIR" in refused(*compare)
+
+
+@pytest.mark.parametrize("data_set", ["demo", "epic-kitchens", "something-something"])
+def test_examples_name_the_views_of_the_teacher_for_runs_without_a_cache(data_set):
+    student, teacher = (
+        call_ok(program, "config", "example", data_set) for program in ("mmkd-student", "mmkd-cache")
+    )
+    (line,) = [line for line in student.splitlines() if line.startswith("# views:")]
+    named = yaml.safe_load(line.removeprefix("# "))["views"]
+    assert ViewPolicy(**named).identity() == ViewPolicy(**yaml.safe_load(teacher)["views"]).identity()
