@@ -20,7 +20,6 @@ from mmkd.cache_tools.tasks.folder_lock import FolderLock
 from mmkd.data_manifests.counted import counted
 from mmkd.student.data.evaluation_views import evaluation_data, one_view
 from mmkd.student.data.held_out_clips import held_out_mask
-from mmkd.student.data.reading import Reading
 from mmkd.student.data.split_data import SplitData
 from mmkd.student.data.splits import CachedSplits, ManifestSplits, Splits, check_views
 from mmkd.student.data.thumbprints import check_thumbprints
@@ -279,7 +278,7 @@ def validation(recipe: StudentRecipe, splits: Splits, device: torch.device) -> V
         one_view(splits.policy),
         memory_bytes=decoded_bytes(recipe.train, recipe.train.held_out),
     )
-    return after_epochs(data, splits.heads, device, Reading.of(recipe.train, device.type))
+    return after_epochs(data, splits.heads, device, recipe.train)
 
 
 def report_unlabelled(split: SplitData) -> None:

@@ -50,7 +50,6 @@ from mmkd.pipeline.recipe import ExpertRecipe, LayoutRecipe, TeacherRecipe
 from mmkd.student.data.batches import ViewDataset
 from mmkd.student.data.evaluation_views import evaluation_stream, one_view
 from mmkd.student.data.held_out_clips import held_out_mask
-from mmkd.student.data.reading import Reading
 from mmkd.student.data.view_streams import DrawnViews, ViewStream
 from mmkd.student.evaluation.held_out_metrics import after_epochs, held_out_metrics
 from mmkd.student.evaluation.run_files import RUN_FILE
@@ -188,7 +187,8 @@ def train_expert(
         }
         if taught.held_out:
             held_data = expert_data(recipe, expert, clip_set, items=taught.held_out, device=device).data
-            report["held_out"] = held_out_metrics(network, held_data, manifest.heads, device)
+            precision = expert.train.precision
+            report["held_out"] = held_out_metrics(network, held_data, manifest.heads, device, precision=precision)
         state = encode_network(network)
         card = ExpertCard(name=name, weights_sha256=hashlib.sha256(state).hexdigest(), training=report, **seen)
         if lock is not None:
@@ -217,8 +217,8 @@ def open_taught(recipe: TeacherRecipe, expert: ExpertRecipe, clip_set: ClipSet, 
         return Taught(training, None, held_items)
     log.info("training on %s; %d tell which epoch is the best", counted(training.data.rows, "clip"), len(told_by))
     looked_at = expert_data(recipe, expert, clip_set, items=told_by, device=device, evaluation=True)
-    reading = Reading.of(expert.train, device.type)
-    return Taught(training, after_epochs(looked_at.data, clip_set.manifest.heads, device, reading), held_items)
+    validate = after_epochs(looked_at.data, clip_set.manifest.heads, device, expert.train)
+    return Taught(training, validate, held_items)
 
 
 class Part(IntEnum):

@@ -12,6 +12,7 @@ from mmkd.data_manifests.manifest import Head
 from mmkd.student.data.batches import ViewDataset
 from mmkd.student.data.reading import Reading
 from mmkd.student.evaluation.metrics import average_views, evaluate
+from mmkd.student.recipes.loop import LoopRecipe, Precision
 from mmkd.student.training.best import Validate
 from mmkd.student.training.epoch_metrics import HeldOutMetrics
 from mmkd.student.training.predict import USUAL_READING, predict
@@ -26,19 +27,30 @@ def held_out_metrics(
     device: torch.device,
     *,
     reading: Reading = USUAL_READING,
+    precision: Precision = "auto",
     progress: bool = True,
 ) -> HeldOutMetrics:
     """Return head -> clips with a label, top-1 and cross-entropy on held-out clips, from view 0 of each."""
     rows, view = np.arange(data.rows), np.zeros(1, np.int64)
     logits = predict(
-        network, data, rows, view, batch_size=HELD_OUT_BATCH, device=device, reading=reading, progress=progress
+        network,
+        data,
+        rows,
+        view,
+        batch_size=HELD_OUT_BATCH,
+        device=device,
+        reading=reading,
+        precision=precision,
+        progress=progress,
     )
     found = {head.name: evaluate(average_views(logits[head.name]), data.labels[head.name]) for head in heads}
     return {head: {"clips": m.count, "top1": m.top1, "nll": m.nll} for head, m in found.items()}
 
 
-def after_epochs(data: ViewDataset, heads: Sequence[Head], device: torch.device, reading: Reading) -> Validate:
+def after_epochs(data: ViewDataset, heads: Sequence[Head], device: torch.device, recipe: LoopRecipe) -> Validate:
     """Return what tells after each epoch how a network does on `data`, over the heads that it has labels of.
+
+    It reads and computes as the recipe says.
 
     Raises InputError where it has none.
     """
@@ -47,4 +59,7 @@ def after_epochs(data: ViewDataset, heads: Sequence[Head], device: torch.device,
         raise InputError(
             f"none of {counted(data.rows, 'held-out clip')} has a label: they cannot tell which epoch is the best"
         )
-    return lambda network: held_out_metrics(network, data, known, device, reading=reading, progress=False)
+    reading, precision = Reading.of(recipe, device.type), recipe.precision
+    return lambda network: held_out_metrics(
+        network, data, known, device, reading=reading, precision=precision, progress=False
+    )

@@ -279,6 +279,7 @@ def predict_split(
         batch_size=EVALUATION_BATCH,
         device=device,
         reading=Reading.of(recipe.train, device.type),
+        precision=recipe.train.precision,
         ranks=ranks,
     )
     if not all(np.isfinite(value).all() for value in found.values()):

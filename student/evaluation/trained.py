@@ -36,6 +36,7 @@ from mmkd.student.evaluation.run_files import (
 from mmkd.student.network_table import Normalisation
 from mmkd.student.networks.networks import VideoClassifier, build_network
 from mmkd.student.networks.own_networks import require_trust
+from mmkd.student.recipes.loop import Precision
 from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.training.devices import reproducible
 
@@ -52,6 +53,8 @@ class TrainedStudent:
     """Head -> ordered class list."""
     device: torch.device
     """Where it runs."""
+    precision: Precision = "auto"
+    """Of its network's arithmetic in evaluation and prediction; `auto` is bf16 on CUDA and fp32 elsewhere."""
 
     def views(self, facts: ClipFacts, times_seconds: Float64Array | None = None) -> tuple[View, ...]:
         """Return the views under which a clip is evaluated; the mean of their logits is the student's word.
@@ -61,7 +64,7 @@ class TrainedStudent:
         return evaluation_views(facts, self.policy, times_seconds)
 
     def logits(self, pixels: UInt8Array) -> dict[str, Float32Array]:
-        """Return head -> float32 (B, classes) for canonical views, uint8 (B, T, S, S, 3) RGB."""
+        """Return head -> float32 (B, classes) for canonical views, uint8 (B, T, S, S, 3) RGB, computed in fp32."""
         wanted = (self.policy.frames, self.policy.size_px, self.policy.size_px, 3)
         if pixels.shape[1:] != wanted or pixels.dtype != "uint8":
             raise ValueError(
@@ -101,7 +104,7 @@ def load_student(run: Path, device: torch.device | str = "cpu", trusted: Collect
     except RuntimeError as error:
         raise InputError(f"{run}: {RUN_FILE} does not describe the model: {str(error).splitlines()[0]}") from error
     device = torch.device(device)
-    return TrainedStudent(network.to(device).eval(), policy, record.heads, device)
+    return TrainedStudent(network.to(device).eval(), policy, record.heads, device, recipe.precision)
 
 
 def model_state(run: Path, record: RunRecord) -> dict[str, Tensor]:

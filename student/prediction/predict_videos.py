@@ -59,6 +59,7 @@ def predict_videos(
         np.arange(student.policy.evaluation_views),
         batch_size=batch_size,
         device=student.device,
+        precision=student.precision,
         reading=Reading(THREADS, processes=0),  # threads, for what could not be read is noted in this process
         progress=progress,
         what="predicting",

@@ -4,6 +4,7 @@ import ctypes
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,25 @@ def reproducible(device: torch.device, mode: PrecisionMode = "deterministic") ->
         _matrix_products(fast),
     ):
         yield
+
+
+@contextmanager
+def sound_kernels(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Train without oneDNN on a CPU in reduced precision.
+
+    Its gradients of 3D convolutions in bf16 read memory that nobody wrote: torch 2.14.1 gave infinities, and other
+    bits each time, on a processor with avx512_bf16. Slow, which nobody minds who tries bf16 on a CPU.
+    """
+    if device.type != "cpu" or precision not in ("bf16", "fp16"):
+        yield
+        return
+    kernels: Any = torch.backends.mkldnn
+    before = kernels.enabled
+    kernels.enabled = False
+    try:
+        yield
+    finally:
+        kernels.enabled = before
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from mmkd.cache_tools.frames.records import Float32Array, IntArray
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.student.data.batches import ViewDataset
 from mmkd.student.data.reading import Reading, read_batches
-from mmkd.student.training.devices import reproducible, to_device
+from mmkd.student.recipes.loop import Precision
+from mmkd.student.training.devices import autocast, reproducible, to_device
 from mmkd.student.training.ranks import ALONE, Ranks
 
 USUAL_READING = Reading()
@@ -26,7 +27,7 @@ def predict(
     batch_size: int = 16,
     device: torch.device | str = "cpu",
     reading: Reading = USUAL_READING,
-    autocast: bool = False,
+    precision: Precision = "fp32",
     progress: bool = True,
     what: str = "evaluating",
     ranks: Ranks = ALONE,
@@ -34,10 +35,10 @@ def predict(
     """Return head -> float32 (rows, views, classes) logits of each row under each view number.
 
     The network runs in evaluation mode and is left in the mode it was in; the last batch is padded by
-    repeating its last view, since another batch size would give other bits. `autocast` computes in bfloat16
-    on CUDA: faster, and equal to about three digits. `reading` says who reads, which changes no number.
-    Several processes (`ranks`), which all have the same network, take whole batches by turns; each has all logits
-    in the end, with the bits that one process gives.
+    repeating its last view, since another batch size would give other bits. `precision` is that of the
+    network's arithmetic; `auto` is bfloat16 on CUDA, which is equal to about three digits. `reading` says who
+    reads, which changes no number. Several processes (`ranks`), which all have the same network, take whole
+    batches by turns; each has all logits in the end, with the bits that one process gives.
     """
     device = torch.device(device)
     reading = replace(reading, pin=device.type == "cuda")
@@ -49,12 +50,11 @@ def predict(
     outputs: list[dict[str, Float32Array]] = []
     was_training = network.training
     network.to(device).eval()
-    use_bf16 = autocast and device.type == "cuda"
     try:
         with (
             torch.inference_mode(),
             reproducible(device),
-            torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
+            autocast(device, precision),
             Progress(what, total=own, unit="view", enabled=progress and ranks.is_first) as bar,
             closing(read_batches(dataset, steps, reading, views=own)) as batches,
         ):

@@ -35,12 +35,12 @@ TRAIN = ("mmkd-student", "train", "-c", "student.yaml", "--cache", "cache", "--n
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a trained `run`, its `cache` and `videos`."""
+    """A folder with a trained `run`, its `cache` and `videos`; its precision is not the default: it must travel."""
     root = unpack_before(tmp_path_factory.mktemp("predict"))
     shutil.rmtree(root / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        call_ok(*TRAIN, "--labels-only", "--set", "train.weights=null")
+        call_ok(*TRAIN, "--labels-only", "--set", "train.weights=null", "--set", "train.precision=bf16")
     return root
 
 
@@ -209,9 +209,8 @@ def test_a_window_has_the_logits_of_a_manifests_clip_of_these_seconds(world, tmp
     assert [item.facts.first_frame for item in items] == [0, 4, 8, 12, 16, 20]
     student = load_student(Path("run"))
     data = evaluation_data(clip_set.source, items, before.heads, student.policy, memory_bytes=0)
-    wanted = predict_views(
-        student.network, data, np.arange(6), np.arange(1), batch_size=EVALUATION_BATCH, progress=False
-    )["action"][:, 0]
+    chosen = {"batch_size": EVALUATION_BATCH, "precision": student.precision, "progress": False}
+    wanted = predict_views(student.network, data, np.arange(6), np.arange(1), **chosen)["action"][:, 0]
     best = [clip["heads"]["action"][0]["logit"] for clip in found]
     assert best == wanted.max(1).tolist()
     assert len(set(best)) == 6, "the windows differ"

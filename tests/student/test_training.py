@@ -354,3 +354,17 @@ def test_predict_pads_the_last_batch_and_does_not_depend_on_its_neighbours():
     with torch.inference_mode():
         expected = network.eval()({"rgb": frames})["direction"][0]
     np.testing.assert_array_equal(logits[2, 1], expected.numpy())
+
+
+def test_predict_computes_in_the_precision_that_is_asked_for():
+    dataset, network = MovingBars(4), new_network(SHORT).eval()
+    rows, view = np.arange(4), np.zeros(1, np.int64)
+    frames = torch.from_numpy(np.stack([dataset.item(row, 0)["rgb"] for row in rows]))
+    with torch.inference_mode():
+        full = network({"rgb": frames})["direction"].numpy()
+        with torch.autocast("cpu", torch.bfloat16):
+            half = network({"rgb": frames})["direction"].float().numpy()
+    assert not np.array_equal(full, half)
+    for precision, wanted in (("auto", full), ("fp32", full), ("bf16", half)):
+        found = predict(network, dataset, rows, view, batch_size=4, precision=precision, progress=False)
+        np.testing.assert_array_equal(found["direction"][:, 0], wanted)

@@ -1,6 +1,7 @@
 """What a recipe may ask of the loop beyond its defaults: each option against torch's own, or a closed form."""
 
 import logging
+import copy
 import math
 import time
 
@@ -241,6 +242,32 @@ def test_the_fast_mode_switches_tf32_and_benchmarks_on_and_back():
     with reproducible(torch.device("cpu")):
         assert flags() == (False, False, False, False)
     assert flags() == before
+
+
+class Deep(nn.Module):
+    """A network whose second convolution's gradients came out as what lay in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv3d(3, 32, 1), nn.Conv3d(32, 64, 3, (1, 2, 2), 1, bias=False)
+        self.heads = nn.ModuleDict({"direction": nn.Linear(64, 4)})
+
+    def forward(self, inputs):
+        clips = nn.functional.adaptive_avg_pool3d(inputs["rgb"].permute(0, 4, 1, 2, 3).float() / 255, (2, 6, 6))
+        return {"direction": self.heads["direction"](self.second(self.first(clips)).mean((2, 3, 4)))}
+
+
+def test_bf16_on_a_processor_learns_the_same_each_time_and_leaves_torchs_kernels_as_they_were():
+    """With oneDNN, on a processor with avx512_bf16, it does not."""
+    before = torch.backends.mkldnn.enabled
+    torch.manual_seed(0)
+    network, runs = Deep(), []
+    for _ in range(3):
+        del [torch.full((count,), math.inf) for count in (1_000, 10_003, 100_003, 1_000_003)][:]
+        runs.append(run(changed(precision="bf16"), MovingBars(24), copy.deepcopy(network))[0])
+    assert same_weights(runs[0], runs[1])
+    assert same_weights(runs[0], runs[2])
+    assert torch.backends.mkldnn.enabled == before
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
