@@ -1,7 +1,7 @@
 """What a recipe may ask of the loop beyond its defaults: each option against torch's own, or a closed form."""
 
-import logging
 import copy
+import logging
 import math
 import time
 
