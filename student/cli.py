@@ -32,8 +32,9 @@ from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.kinds import CURVE_NUMBERS, PER_CLASS, SUBMISSION, TABLE, refuse_another
 from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_run
+from mmkd.student.looking.options import looking_of, watch_options
 from mmkd.student.prediction.command import asked_look, look_options, predict
-from mmkd.student.recipes.student import Looking, Missing, Mode, StudentRecipe
+from mmkd.student.recipes.student import Missing, Mode, StudentRecipe
 from mmkd.student.training.launcher import refuse_several_processes
 
 cache_option = click.option(
@@ -84,14 +85,7 @@ def cli() -> None:
     type=FOLDER,
     help="Folder on a local disk for mixed targets [default: below $SLURM_TMPDIR, $TMPDIR or ~/.cache].",
 )
-@click.option(
-    "--profile",
-    "profile_steps",
-    type=click.IntRange(1, 100),
-    metavar="N",
-    help="Write a Chrome trace of N steps after a warm-up of 5, trace.json, and say where their time went.",
-)
-@click.option("--tensorboard", type=FOLDER, help="Write TensorBoard's event files there, while it trains.")
+@watch_options
 @device_option
 @as_json
 def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
@@ -125,8 +119,9 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
 
     launch = launched()
     device = choose_device(own_device(options["device"], launch))
-    looking = Looking(options["profile_steps"], options["tensorboard"])
-    report = train_student(recipe, options["cache"], options["out"], mode=mode, device=device, looking=looking)
+    report = train_student(
+        recipe, options["cache"], options["out"], mode=mode, device=device, looking=looking_of(options)
+    )
     if launch is not None and launch.rank > 0:
         return
     metrics = json.loads((options["out"] / EVALUATION_FILE).read_bytes())["metrics"]

@@ -29,8 +29,7 @@ from mmkd.student.evaluation.own_folder import refuse_other_contents
 from mmkd.student.evaluation.run_evaluation import chosen_mixtures, evaluate_run, new_network
 from mmkd.student.evaluation.run_files import RUN_FILE, RunRecord, StudentInput, read_run, write_model, write_run
 from mmkd.student.evaluation.trained import without_weights
-from mmkd.student.looking.event_files import EventFiles, check_tensorboard
-from mmkd.student.looking.step_profile import TRACE_FILE, StepProfile
+from mmkd.student.looking.watches import check_looking, watches_of
 from mmkd.student.network_table import before_it_was_stated
 from mmkd.student.recipes.student import UNWATCHED, Looking, Mode, StudentRecipe
 from mmkd.student.recipes.train import TrainRecipe
@@ -40,7 +39,7 @@ from mmkd.student.training.best import Validate
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.training.loop import FitReport, fit
 from mmkd.student.training.ranks import ALONE, Ranks, held_by_first, joined
-from mmkd.student.training.watch import Watch, Watches
+from mmkd.student.training.watch import Watches
 
 log = logging.getLogger("mmkd")
 
@@ -61,8 +60,7 @@ def train_student(
     Raises InputError for a cache of another manifest and for a folder in which another process is at work,
     VerificationError for damaged data or other pixels.
     """
-    if looking.tensorboard is not None:
-        check_tensorboard()
+    check_looking(looking)
     with joined(device) as ranks:
         ranks.same(lambda: refuse_other_contents(out))
         with held_by_first(out, ranks) as lock:
@@ -127,16 +125,6 @@ def train_in_folder(
     for watch in watches:
         watch.evaluated(metrics, report.steps)
     return report
-
-
-def watches_of(looking: Looking, out: Path, lock: FolderLock | None) -> list[Watch]:
-    """Return what looks on in the process that holds the run's folder, as the command asks; nothing in others."""
-    found: list[Watch] = []
-    if lock is not None and looking.profile_steps is not None:
-        found.append(StepProfile(out / TRACE_FILE, looking.profile_steps, lock.check))
-    if lock is not None and looking.tensorboard is not None:
-        found.append(EventFiles(looking.tensorboard))
-    return found
 
 
 def open_splits(recipe: StudentRecipe, cache: Path | str | None, mode: Mode) -> Splits:

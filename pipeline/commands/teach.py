@@ -19,6 +19,7 @@ from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
 from mmkd.pipeline.commands.options import boxes_option, has_experts, named_options, scratch_option
 from mmkd.pipeline.recipe import TeacherRecipe
+from mmkd.student.looking.options import looking_of, watch_options
 
 
 @click.command(
@@ -36,6 +37,7 @@ from mmkd.pipeline.recipe import TeacherRecipe
     "-o", "--out", required=True, type=FOLDER, help="Folder of the expert; unfinished training is continued."
 )
 @click.option("--seed", type=int, help="Seed of weights, order, views and augmentation.")
+@watch_options
 @device_option
 @as_json
 def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
@@ -53,7 +55,7 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
 
     launch = launched()
     device = choose_device(own_device(options["device"], launch))
-    report = teach_expert(recipe, name, options["out"], device)
+    report = teach_expert(recipe, name, options["out"], device, looking=looking_of(options))
     if launch is not None and launch.rank > 0:
         return
     card = report.card

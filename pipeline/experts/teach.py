@@ -53,11 +53,14 @@ from mmkd.student.data.held_out_clips import held_out_mask
 from mmkd.student.data.view_streams import DrawnViews, ViewStream
 from mmkd.student.evaluation.held_out_metrics import after_epochs, held_out_metrics
 from mmkd.student.evaluation.run_files import RUN_FILE
+from mmkd.student.looking.watches import check_looking, watches_of
 from mmkd.student.network_table import before_it_was_stated, check_input
+from mmkd.student.recipes.student import UNWATCHED, Looking
 from mmkd.student.training.best import Validate
 from mmkd.student.training.checkpoint import encode_network, latest_checkpoint
 from mmkd.student.training.loop import fit
 from mmkd.student.training.ranks import Ranks, held_by_first, joined
+from mmkd.student.training.watch import Watch, Watches
 
 log = logging.getLogger("mmkd")
 TRAINING = "training"
@@ -96,13 +99,16 @@ class Taught:
     """Clips that no expert learns from."""
 
 
-def teach_expert(recipe: TeacherRecipe, name: str, out: Path, device: torch.device) -> TeachReport:
+def teach_expert(
+    recipe: TeacherRecipe, name: str, out: Path, device: torch.device, *, looking: Looking = UNWATCHED
+) -> TeachReport:
     """Train the recipe's expert `name` into the directory `out`, unless it is there already.
 
     An expert whose weights are lost or damaged is trained again, from what training left. Raises InputError for
     one that was trained with another recipe and for a folder in which another process is at work or another
     thing lies, VerificationError when its card is damaged.
     """
+    check_looking(looking)
     clip_set, expert = ClipSet(recipe.data), recipe.experts[name]
     if expert.modality != "boxes":  # before a video is probed
         frames, size_px = seen_shape(expert, recipe.views)
@@ -112,7 +118,10 @@ def teach_expert(recipe: TeacherRecipe, name: str, out: Path, device: torch.devi
         if (card := ranks.same(lambda: whole_expert(out, name, seen))) is not None:
             return TeachReport(card, trained=False)
         with held_by_first(out, ranks) as lock:
-            card = train_expert(recipe, name, clip_set, out=out, seen=seen, lock=lock, device=device, ranks=ranks)
+            watch = Watches(watches_of(looking, out / TRAINING, lock))
+            card = train_expert(
+                recipe, name, clip_set, out=out, seen=seen, lock=lock, device=device, ranks=ranks, watch=watch
+            )
     return TeachReport(card, trained=True)
 
 
@@ -158,6 +167,7 @@ def train_expert(
     lock: FolderLock | None,
     device: torch.device,
     ranks: Ranks,
+    watch: Watch,
 ) -> ExpertCard:
     """Train an expert into a folder that the first process of the run holds, and return its card."""
     expert, manifest, run_dir = recipe.experts[name], clip_set.manifest, out / TRAINING
@@ -176,6 +186,7 @@ def train_expert(
         identity=run_identity(seen),
         validate=taught.validate,
         ranks=ranks,
+        watch=watch,
         what=name,
     )
 

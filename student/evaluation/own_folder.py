@@ -9,6 +9,7 @@ from mmkd.student.evaluation.run_files import EVALUATION_FILE, MODEL_FILE, RUN_F
 from mmkd.student.training.checkpoint import latest_checkpoint
 from mmkd.student.training.epoch_metrics import METRICS_FILE
 from mmkd.student.training.step_log import STEPS_FILE
+from mmkd.student.training.watch import TRACE_FILE
 
 OTHER_CONTENTS = {"expert.json": "an expert", "targets.zarr": "a cache"}
 """What a run is never written into, by a file or folder that it has."""
@@ -34,7 +35,7 @@ def refuse_other_run(out: Path) -> None:
     if (out / RUN_FILE).exists():
         refuse_finished(out)
         return
-    for name in (METRICS_FILE, STEPS_FILE, MODEL_FILE, EVALUATION_FILE):
+    for name in (METRICS_FILE, STEPS_FILE, TRACE_FILE, MODEL_FILE, EVALUATION_FILE):
         if (out / name).exists():
             raise InputError(
                 f"{out} holds {name}, but no {RUN_FILE} that would tell whose it is; name another folder with -o"

@@ -21,7 +21,6 @@ from mmkd.student.looking.step_times import step_times, times_lines
 from mmkd.student.training.watch import Watch
 
 log = logging.getLogger("mmkd")
-TRACE_FILE = "trace.json"
 WARM_UP_STEPS = 5
 """Before the first profiled step: kernels are chosen and compiled, and readers run ahead, in these."""
 

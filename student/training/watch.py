@@ -9,6 +9,8 @@ from torch.profiler import record_function
 from mmkd.student.training.epoch_metrics import EpochMetrics
 from mmkd.student.training.step_log import Interval
 
+TRACE_FILE = "trace.json"
+"""Beside a run's metrics, where its steps were profiled."""
 PARTS = "mmkd: "
 """Begins the names of a step's parts in a trace."""
 WAITING, TARGETS, FORWARD, BACKWARD, OPTIMISER, SETTLING, KEEPING = (

@@ -12,7 +12,7 @@ from mmkd.student.networks.networks import build_network
 from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.training.loop import fit
 from mmkd.student.training.step_log import read_intervals
-from tests.helpers.in_process import call_ok, refused
+from tests.helpers.in_process import call, call_ok, refused
 from tests.helpers.moving_bars import Interrupting, MovingBars
 from tests.helpers.places import unpack_before
 
@@ -80,6 +80,18 @@ def test_the_command_adds_the_evaluation_and_changes_no_bit_of_the_run(tmp_path,
     metrics = json.loads((tmp_path / "watched" / "evaluation.json").read_text())["metrics"]["standard"]["action"]
     for name in ("top1", "top5", "mean_class", "ece", "nll", "teacher_agreement"):
         assert found[f"evaluation/standard/action/{name}"] == [(steps, pytest.approx(metrics[name], rel=1e-6))]
+
+
+def test_an_expert_may_be_looked_at_like_a_student(tmp_path, monkeypatch):
+    monkeypatch.chdir(unpack_before(tmp_path))
+    teach = ("mmkd-cache", "teach", "rgb", "-c", "teacher.yaml", "--set", "experts.rgb.train.epochs=7")
+    done = call(*teach, "-o", "new", "--tensorboard", "events", "--profile", 1)
+    assert done.code == 0, done.err
+    assert "1 step, " in done.err
+    training = tmp_path / "new" / "training"
+    rows = read_intervals(training / "steps.csv")
+    assert scalars("events")["train/loss"] == [(row.last_step, pytest.approx(row.loss, rel=1e-6)) for row in rows]
+    assert json.loads((training / "trace.json").read_text())["traceEvents"]
 
 
 def test_without_the_package_nothing_is_begun(tmp_path, monkeypatch):
