@@ -6,6 +6,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mmkd.cache_tools.cache.fingerprints import canonical_json, fingerprint
 from mmkd.cache_tools.cache.reader import CacheReader
@@ -126,12 +127,13 @@ class ManifestSplits:
         if not len(rows):
             raise InputError(f"no clip of split {split!r} can be read: {unusable_line([found])}")
         usable = tuple(item for row in rows.tolist() if isinstance(item := found[row], ClipVideo))
+        drawn = ViewTable.zeros(0, 0, self.policy.frames) if fresh_views else self._evaluation_views(found, wanted)
         table = SplitTable(
             name=split,
             clip_ids=tuple(clip.clip_id for clip in clips),
             labels=label_numbers(clips, self.heads),
             facts=found.facts.astype(np.int64),
-            drawn=ViewTable.zeros(0, 0, self.policy.frames) if fresh_views else self._evaluation_views(found),
+            drawn=drawn,
         )
         stream: ViewStream = StoredViews(table, rows.tolist())
         if fresh_views:
@@ -158,8 +160,10 @@ class ManifestSplits:
             self._probed[split] = self.clip_set.probe(self.clip_set.manifest.split(split))
         return self._probed[split]
 
-    def _evaluation_views(self, found: ClipVideos) -> ViewTable:
-        return evaluation_view_table(found.facts, self.policy, found.times() if self.policy.is_timed else None)
+    def _evaluation_views(self, found: ClipVideos, wanted: npt.NDArray[np.bool_]) -> ViewTable:
+        """Draw the views of the wanted clips; what is left zero of a large table takes no memory."""
+        facts = np.where(wanted[:, None], found.facts, 0)
+        return evaluation_view_table(facts, self.policy, found.times() if self.policy.is_timed else None)
 
     def warnings(self) -> list[str]:
         """Return what is to be said of the splits that were opened: clips without use, views of too little time."""

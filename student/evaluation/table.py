@@ -119,7 +119,7 @@ def compare_alone(
 ) -> Table:
     """Return one seed's table of runs that were evaluated on the manifest alone, each as its student sees clips.
 
-    It is over the manifest's labelled splits, without `train_split` (None: those that the runs learned from).
+    It is over the manifest's labelled splits, without `train_split` and those that the runs learned from.
     Raises InputError for a run that was not evaluated on this very manifest.
     """
     if not runs:
@@ -130,11 +130,11 @@ def compare_alone(
         learned_from.add(str(record.recipe.get("train_split", "train")))
         policy = ViewPolicy.model_validate(student_input(directory, record).views)
         rows[name] = run_row(directory, manifest_fingerprint(manifest, policy), "manifest")
-    learned = {train_split} if train_split else learned_from
-    splits: dict[str, Sequence[Clip]] = {}
-    for one in sorted(learned):
-        found = compared_splits(SplitNames.labelled(manifest, one), manifest, one)
-        splits = {name: clips for name, clips in found.items() if name not in learned}
+    learned = sorted(learned_from | ({train_split} if train_split else set()))
+    found = compared_splits(SplitNames.labelled(manifest, learned[0]), manifest, learned[0])
+    splits = {name: clips for name, clips in found.items() if name not in learned}
+    if not splits:
+        raise InputError(f"no split is left to compare on: {', '.join(learned)} are left out")
     return table_of(rows, list(runs), splits, common=common, baseline=baseline)
 
 

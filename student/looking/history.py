@@ -67,8 +67,9 @@ class History:
         ]
 
     def best(self, head: str) -> tuple[int, float] | None:
-        """Return the epoch of the best held-out top-1, the first of equals, and that top-1."""
-        return max(self.held_out_top1(head), key=lambda pair: pair[1], default=None)
+        """Return the epoch of the best held-out top-1, of equals that of the least cross-entropy, and its top-1."""
+        nll = {values.epoch + 1: (values.held_out or {}).get(head, {}).get("nll", 0.0) for values in self.metrics}
+        return max(self.held_out_top1(head), key=lambda pair: (pair[1], -nll[pair[0]]), default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as JSON values; epochs are counted from 0 there, as in metrics.jsonl."""

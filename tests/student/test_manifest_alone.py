@@ -256,6 +256,8 @@ def test_runs_are_compared_over_the_manifest_alone(world, alone, student):
         *compare, *runs, "--weights", "rgb=1"
     )
     assert "give --run NAME=DIR" in refused(*compare)
+    error = refused(*compare, *runs, "--train-split", "standard")
+    assert "no split is left to compare on: standard, train are left out" in error
 
 
 @pytest.mark.parametrize("data_set", ["demo", "epic-kitchens", "something-something"])

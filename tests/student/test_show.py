@@ -21,6 +21,7 @@ from mmkd.student.looking.curves import draw, spread
 from mmkd.student.looking.history import read_histories, read_history, short_names
 from mmkd.student.networks.networks import build_network
 from mmkd.student.recipes.train import TrainRecipe
+from mmkd.student.training.best import best_epoch
 from mmkd.student.training.loop import fit
 from tests.helpers.in_process import call, call_ok, refused
 from tests.helpers.moving_bars import MovingBars
@@ -73,6 +74,17 @@ def test_it_tells_what_a_training_wrote_and_which_epoch_was_the_best(trained):
     shown = json.loads(call_ok("mmkd-student", "show", trained, "--json"))["runs"][0]
     assert shown["epochs"] == stored
     assert shown["best_held_out"] == {"direction": {"epoch": 0, "top1": 0.75}}
+
+
+def test_of_epochs_with_the_same_accuracy_the_one_of_the_least_cross_entropy_is_the_best(trained, tmp_path):
+    """As the training itself has it, which keeps that epoch's weights."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line, nll in zip(lines, (2.0, 1.0), strict=True):
+        line["held_out"]["direction"] |= {"top1": 0.5, "nll": nll}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_history(run, "bars").best("direction") == (2, 0.5)
+    assert best_epoch(read_history(run, "bars").metrics) == 1
 
 
 def test_runs_and_experts_stand_side_by_side_with_their_accuracies(tmp_path, monkeypatch):
