@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from mmkd.data_manifests.typed_json import PART, STRICT, typed
 from mmkd.student.evaluation.evaluation_file import Evaluation, read_evaluation
 from mmkd.student.evaluation.run_files import MODEL_FILE, RUN_FILE, read_run
 from mmkd.student.training.epoch_metrics import METRICS_FILE, EpochMetrics, HeldOutMetrics
+from mmkd.student.training.step_log import STEPS_FILE, Interval, read_intervals
 
 State = Literal["finished", "at work", "not finished"]
 CARD_FILE = "expert.json"
@@ -49,6 +50,8 @@ class History:
     """Epochs that its recipe asks for, where that is known."""
     metrics: Sequence[EpochMetrics]
     """Of each finished epoch."""
+    since: Interval | None = None
+    """Its last steps, where they are of an epoch that is not finished."""
     evaluations: Sequence[StoredEvaluation] = ()
     """Of a finished student or baseline."""
     held_out: HeldOutMetrics | None = None
@@ -81,6 +84,7 @@ class History:
             "state": self.state,
             "epochs_asked_for": self.epochs,
             "epochs": [values.to_json() for values in self.metrics],
+            "since": None if self.since is None else asdict(self.since),
             "best_held_out": {head: {"epoch": epoch - 1, "top1": top1} for head, (epoch, top1) in best.items()},
             "held_out": self.held_out,
             "evaluations": [
@@ -152,6 +156,7 @@ def read_history(folder: Path, name: str) -> History:
     if training != result:
         return _expert(folder, name, result, training)
     record = read_run(folder)  # which says so where it is no run
+    metrics = read_metrics(training / METRICS_FILE)
     finished = record.model_sha256 is not None or (folder / MODEL_FILE).is_file()
     return History(
         name=name,
@@ -159,7 +164,8 @@ def read_history(folder: Path, name: str) -> History:
         kind="baseline" if record.labels_only else "student",
         state=state_of(folder, finished=finished),
         epochs=_epochs(record.recipe.get("train")),
-        metrics=read_metrics(training / METRICS_FILE),
+        metrics=metrics,
+        since=last_steps(training, metrics),
         evaluations=read_evaluations(folder),
     )
 
@@ -167,6 +173,7 @@ def read_history(folder: Path, name: str) -> History:
 def _expert(folder: Path, name: str, result: Path, training: Path) -> History:
     card_path = result / CARD_FILE
     epochs, held_out = _epochs_of_checkpoint(training), None
+    metrics = read_metrics(training / METRICS_FILE)
     if card_path.is_file():
         try:
             card = typed(_Card, json.loads(_bytes(card_path)))
@@ -180,7 +187,8 @@ def _expert(folder: Path, name: str, result: Path, training: Path) -> History:
         kind="expert",
         state=state_of(result, finished=card_path.is_file()),
         epochs=epochs,
-        metrics=read_metrics(training / METRICS_FILE),
+        metrics=metrics,
+        since=last_steps(training, metrics),
         held_out=held_out,
     )
 
@@ -210,6 +218,13 @@ def read_metrics(path: Path) -> list[EpochMetrics]:
             ) from error
         metrics.append(values)
     return metrics
+
+
+def last_steps(training: Path, metrics: Sequence[EpochMetrics]) -> Interval | None:
+    """Return the last steps in steps.csv, where they come after the finished epochs."""
+    last = next(reversed(read_intervals(training / STEPS_FILE)), None)
+    done = metrics[-1].steps if metrics else 0
+    return last if last is not None and last.last_step > done else None
 
 
 def read_evaluations(run: Path) -> list[StoredEvaluation]:

@@ -11,6 +11,8 @@ from mmkd.data_manifests.kinds import CURVE_COLUMNS
 from mmkd.student.evaluation.evaluate import SplitMetrics
 from mmkd.student.evaluation.table_text import averaged_lines, metric_lines
 from mmkd.student.looking.history import History
+from mmkd.student.training.epoch_metrics import EpochMetrics
+from mmkd.student.training.step_log import Interval
 
 INDENT = "  "
 
@@ -30,8 +32,12 @@ def own_line(history: History) -> str:
     done, asked = len(history.metrics), history.epochs
     epochs = counted(done, "epoch") if asked is None else f"{done} of {counted(asked, 'epoch')}"
     parts = [history.kind, history.state, epochs]
-    if history.metrics:
+    last: Interval | EpochMetrics | None = history.since
+    if history.since is not None:
+        parts += [f"step {history.since.last_step}"]
+    elif history.metrics:
         last = history.metrics[-1]
+    if last is not None:
         parts += [f"loss {last.loss:.4f}", f"{last.clips_per_second:.3g} clips/s"]
     return ", ".join(parts)
 

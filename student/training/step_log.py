@@ -128,7 +128,7 @@ def read_intervals(path: Path) -> list[Interval]:
         return _ROWS.validate_python([{name: value or None for name, value in row.items()} for row in rows])
     except (ValueError, csv.Error) as error:
         reason = str(error).splitlines()[0]
-        log.warning("%s is damaged (%s): its rows so far are left out; training goes on", path, reason)
+        log.warning("%s is damaged (%s): its rows are left out", path, reason)
         return []
 
 

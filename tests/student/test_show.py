@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from itertools import pairwise
 
 import cv2
@@ -23,6 +24,7 @@ from mmkd.student.networks.networks import build_network
 from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.training.best import best_epoch
 from mmkd.student.training.loop import fit
+from mmkd.student.training.step_log import Interval, intervals_csv
 from tests.helpers.in_process import call, call_ok, refused
 from tests.helpers.moving_bars import MovingBars
 from tests.helpers.places import unpack_before
@@ -114,6 +116,18 @@ def test_a_run_that_somebody_holds_is_at_work_and_one_that_nobody_holds_is_not(t
         assert "run: student, at work, 0 of 60 epochs\n" in call_ok("mmkd-student", "show", run)
     assert read_history(run, "run").state == "not finished"
     assert "no epoch is finished yet" in refused("mmkd-student", "show", run, "-o", tmp_path / "curves.png")
+
+
+def test_an_epoch_that_is_not_finished_is_told_by_its_last_steps(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "bars")
+    rows = [Interval(1, 2, 1, 1.5, 0.5, 1e-3, 9.0), Interval(3, 4, 2, 1.25, 0.5, 1e-3, 8.5)]
+    (run / "steps.csv").write_text(intervals_csv(rows))
+    assert "2 of 2 epochs, loss" in call_ok("mmkd-student", "show", run), "those steps are of finished epochs"
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().splitlines(keepends=True)[0])
+    assert "1 of 2 epochs, step 4, loss 1.2500, 8.5 clips/s" in call_ok("mmkd-student", "show", run)
+    (run / "metrics.jsonl").unlink()
+    shown = json.loads(call_ok("mmkd-student", "show", run, "--json"))["runs"][0]
+    assert shown["since"] == asdict(rows[1])
 
 
 def test_the_csv_has_every_number_of_every_epoch(trained, tmp_path):
