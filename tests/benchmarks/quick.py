@@ -54,6 +54,9 @@ BENCHMARKS = (
     Benchmark("cost.py", ()),
     Benchmark("flow.py", ("--frames", "2", "--repetitions", "1")),
     Benchmark("drift.py", (str(DEMO), "--views", "8", "--flips", "2", "--swin-views", "2"), lacks_demo),
+    Benchmark(
+        "students.py", (str(DEMO), "--seeds", "0", "--epochs", "5", "--views", "1", "2", "--looks", "2"), lacks_demo
+    ),
     Benchmark("flow_gpu.py", ("--minutes", "2"), lacks_gpu),
 )
 
