@@ -52,3 +52,10 @@ def test_every_linked_or_named_file_exists(readme):
     there = {target: ((ROOT / readme).parent / target).exists() for target in linked}
     there |= {name: (ROOT / name).exists() for name in named}
     assert [name for name, found in there.items() if not found] == []
+
+
+def test_every_test_that_the_student_s_readme_names_is_there():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text_of("student/README.md"))
+    assert len(named) > 30
+    sources = {file: (ROOT / "tests" / "student" / file).read_text() for file, _ in named}
+    assert [name for file, name in named if f"def {name}(" not in sources[file]] == []

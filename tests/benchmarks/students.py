@@ -1,11 +1,11 @@
-"""What a student is worth by the views in its cache, and by the frames that it sees itself: the demo's, side by side.
+"""What a student is worth by the views in its cache and by the frames that it sees: the demo's, side by side.
 
     python tests/benchmarks/students.py DEMO [--seeds 0 1 2] [--epochs N] [--views 1 2 ...]
 
 After `make demo` (or `make seeds`) in the folder DEMO. One cache grows from one view of each training clip to as
 many as there are epochs; at that number each is seen once, so its targets are those of a live teacher that sees a
-new view every epoch. All students of a seed have the same recipe, weights, steps and augmentation, and are evaluated
-on 1,120 standard and 560 compositional clips that no demo run sees. Then students of the cache of the most views
+new view every epoch. All students of a seed have the same recipe, weights, steps and augmentation, and are
+evaluated on 1,120 standard and 560 compositional clips that no demo run sees. Then students of the largest cache
 that look at fewer or smaller frames of it, with what a view costs them. A run that was stopped goes on.
 """
 
