@@ -228,6 +228,7 @@ def export(**options: Any) -> None:
     Both are compared on the videos of --check, on the evaluation clips of --manifest, or on noise.
     """
     refuse_several_processes("mmkd-student export")
+    from mmkd.student.export.card_text import number
     from mmkd.student.export.export_run import export_run
     from mmkd.student.export.options import ExportOptions
 
@@ -247,7 +248,8 @@ def export(**options: Any) -> None:
         for head, own in (card["int8"] or {"heads": {}})["heads"].items()
     ]
     lines += [
-        f"{row['form']}, batch {row['batch']}: {row['median_ms']:.3g} ms, {row['clips_per_second']:.3g} clips/s"
+        f"{row['form']}, batch {row['batch']}: {number(row['median_ms'])} ms, "
+        f"{number(row['clips_per_second'])} clips/s"
         for row in (card["cost"] or {"rows": []})["rows"]
     ]
     value = {"folder": str(options["out"]), "check": found, "int8": card["int8"], "cost": card["cost"]}

@@ -214,6 +214,11 @@ def int8(card: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def number(value: float) -> str:
+    """Return three digits of a number, or all before the point where there are more."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
 def cost(card: Mapping[str, Any]) -> list[str]:
     """Return what it costs on the machine where it was exported."""
     found = card["cost"]
@@ -226,7 +231,7 @@ def cost(card: Mapping[str, Any]) -> list[str]:
         [
             row["form"],
             str(row["batch"]),
-            *(f"{row[name]:.3g}" for name in ("median_ms", "p95_ms", "clips_per_second")),
+            *(number(row[name]) for name in ("median_ms", "p95_ms", "clips_per_second")),
             "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
         ]
         for row in found["rows"]

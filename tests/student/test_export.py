@@ -25,7 +25,7 @@ from mmkd.student.evaluation.run_files import read_run
 from mmkd.student.evaluation.trained import TrainedStudent, load_student
 from mmkd.student.export import cost, export_run, folder, onnx_file, real_frames
 from mmkd.student.export.card import card_of
-from mmkd.student.export.card_text import card_text
+from mmkd.student.export.card_text import card_text, number
 from mmkd.student.export.check import check, onnx_runner
 from mmkd.student.export.onnx_file import onnx_bytes, refuse_large
 from mmkd.student.export.program import exported_program
@@ -149,10 +149,14 @@ def test_the_card_has_the_cost_of_each_form_on_this_machine(world, tmp_path):
     weights = load_student(Path("run")).network.parameters()
     assert found["million_parameters"] == sum(value.numel() for value in weights) / 1e6
     for row in found["rows"]:
-        assert f"| {row['form']} | {row['batch']} | {row['median_ms']:.3g} |" in text
+        assert f"| {row['form']} | {row['batch']} | {number(row['median_ms'])} |" in text
     call_ok(*EXPORT, "-o", tmp_path / "out", "--format", "pt2")
     assert json.loads((tmp_path / "out" / "card.json").read_bytes())["cost"] is None
     assert "Not measured." in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_numbers_of_the_card_have_three_digits_and_never_an_exponent():
+    assert [number(value) for value in (0.3841, 22.53, 999.4, 2604.0)] == ["0.384", "22.5", "999", "2604"]
 
 
 def test_a_named_licence_stands_in_the_card_and_one_that_is_none_is_refused(world, tmp_path):
