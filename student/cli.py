@@ -249,7 +249,7 @@ def export(**options: Any) -> None:
     ]
     lines += [
         f"{row['form']}, batch {row['batch']}: {number(row['median_ms'])} ms, "
-        f"{number(row['clips_per_second'])} clips/s"
+        f"clips/s: {number(row['clips_per_second'])}"
         for row in (card["cost"] or {"rows": []})["rows"]
     ]
     value = {"folder": str(options["out"]), "check": found, "int8": card["int8"], "cost": card["cost"]}

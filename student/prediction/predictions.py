@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from mmkd.cache_tools.cache.softmax import log_softmax
-from mmkd.cache_tools.frames.records import Float32Array
+from mmkd.cache_tools.frames.records import Float32Array, Float64Array
 from mmkd.data_manifests.kinds import PREDICTION_COLUMNS
+from mmkd.student.evaluation.actions import ACTION, NOUN, VERB, has_actions
 from mmkd.student.evaluation.metrics import average_views
 from mmkd.student.prediction.video_clips import Unread, VideoClip
 
@@ -26,7 +27,7 @@ class Guess:
     probability: float
     """Softmax of the mean logits over the head's classes, 0 to 1."""
     logit: float
-    """Mean over the clip's views, float32."""
+    """Mean over the clip's views, float32; of an action the logarithm of its probability."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,28 @@ class Predictions:
         """Return head -> the `top_k` best classes of a clip (or all, if they are fewer), best first.
 
         By the mean of the logits over views, as evaluation counts; of equal ones the first in the list is better.
+        Heads verb and noun give `action`, too: pairs by the product of their probabilities, as evaluation has it.
         """
+        means = {head: average_views(value[row : row + 1])[0] for head, value in self.logits.items()}
+        logs = {head: log_softmax(mean.astype(np.float64)) for head, mean in means.items()}
         found = {}
-        for head, value in self.logits.items():
-            mean = average_views(value[row : row + 1])
-            probability = np.exp(log_softmax(mean.astype(np.float64)))[0]
-            order = np.argsort(-mean[0], kind="stable")[:top_k].tolist()
-            names = self.heads[head]
-            found[head] = [Guess(names[at], float(probability[at]), float(mean[0, at])) for at in order]
+        for head, mean in means.items():
+            order = np.argsort(-mean, kind="stable")[:top_k].tolist()
+            found[head] = [
+                Guess(self.heads[head][at], float(np.exp(logs[head][at])), float(mean[at])) for at in order
+            ]
+        if has_actions(logs):
+            found[ACTION] = self._best_pairs(logs[VERB], logs[NOUN], top_k)
         return found
+
+    def _best_pairs(self, log_verb: Float64Array, log_noun: Float64Array, top_k: int) -> list[Guess]:
+        pairs = (log_verb[:, None] + log_noun).reshape(-1)
+        order = np.argsort(-pairs, kind="stable")[:top_k].tolist()
+        verbs, nouns = self.heads[VERB], self.heads[NOUN]
+        names = (f"{verbs[at // len(nouns)]} {nouns[at % len(nouns)]}" for at in order)
+        return [
+            Guess(name, float(np.exp(pairs[at])), float(pairs[at])) for name, at in zip(names, order, strict=True)
+        ]
 
 
 def shown(path: Path) -> str:

@@ -19,10 +19,12 @@ from mmkd.data_manifests.manifest import Clip, Manifest
 from mmkd.data_manifests.manifest_file import load_manifest, save_manifest
 from mmkd.student.data.evaluation_views import evaluation_data
 from mmkd.student.evaluation import run_evaluation
+from mmkd.student.evaluation.actions import action_scores
 from mmkd.student.evaluation.run_evaluation import EVALUATION_BATCH
 from mmkd.student.evaluation.trained import load_student
 from mmkd.student.prediction import predict_videos as predicting
 from mmkd.student.prediction.predict_videos import predict_videos
+from mmkd.student.prediction.predictions import Predictions
 from mmkd.student.prediction.video_clips import Windows
 from mmkd.student.training.predict import predict as predict_views
 from tests.helpers.commands import ENVIRONMENT
@@ -323,6 +325,25 @@ def test_a_student_that_gives_nan_is_refused(world, evaluated):
         next(student.network.parameters()).fill_(float("nan"))
     with pytest.raises(VerificationError, match="NaN"):
         predict_videos(student, paths[:1], progress=False)
+
+
+def test_verb_and_noun_give_actions_in_the_order_in_which_evaluation_ranks_them():
+    rng = np.random.default_rng(5)
+    logits = {"verb": rng.normal(size=(1, 2, 3)), "noun": rng.normal(size=(1, 2, 4))}
+    heads = {"verb": ["take", "put", "wash"], "noun": ["cup", "pan", "egg", "tap"]}
+    found = Predictions((), {head: value.astype(np.float32) for head, value in logits.items()}, heads, ())
+    actions = found.best(0, 12)["action"]
+    means = {head: value[0].astype(np.float32).mean(0, dtype=np.float64) for head, value in logits.items()}
+    shares = {head: np.exp(mean) / np.exp(mean).sum() for head, mean in means.items()}
+    assert len(found.best(0, 5)["action"]) == 5
+    assert sum(each.probability for each in actions) == pytest.approx(1)
+    for rank, each in enumerate(actions):
+        verb, noun = (
+            np.array([heads[head].index(word)]) for head, word in zip(heads, each.name.split(), strict=True)
+        )
+        assert each.probability == pytest.approx(shares["verb"][verb[0]] * shares["noun"][noun[0]], rel=1e-6)
+        scores = action_scores(means["verb"][None], means["noun"][None], verb, noun)
+        assert scores.rank.tolist() == [rank]
 
 
 def test_the_python_call_gives_what_the_command_prints(world, evaluated):
