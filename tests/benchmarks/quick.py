@@ -51,6 +51,7 @@ BENCHMARKS = (
     Benchmark("targets.py", ("--rows", "2000", "--views", "2")),
     Benchmark("scale.py", ("--rows", "10000")),
     Benchmark("build.py", ("--clips", "14", "--views", "2", "--shard-rows", "7")),
+    Benchmark("live_teacher.py", ("--clips", "14", "--batches", "1", "--batch", "14")),
     Benchmark("cost.py", ()),
     Benchmark("flow.py", ("--frames", "2", "--repetitions", "1")),
     Benchmark("drift.py", (str(DEMO), "--views", "8", "--flips", "2", "--swin-views", "2"), lacks_demo),

@@ -32,7 +32,9 @@ from mmkd.student.teacher.cached_targets import CachedTargets
 from mmkd.student.teacher.copy_file import ArrayPlan
 from mmkd.student.teacher.node_copy import open_or_make
 from mmkd.student.teacher.targets import fetch_targets
-from mmkd.student.training import loop as training
+from mmkd.student.training import run as training
+from mmkd.student.training.ranks import ALONE
+from mmkd.student.training.watch import NOBODY
 
 BATCH, SHARD_ROWS, STEPS = 32, 1024, 12
 Lookup = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -161,7 +163,8 @@ def compare_step(source: CachedTargets) -> None:
     recipe = TrainRecipe(network="small3d", batch_size=BATCH, epochs=1000, warmup_epochs=0, learning_rate=1e-5)
     network, clips = build_network(recipe, heads={"action": classes}, modality="rgb"), DemoClips(rows, views)
     loss = LossOptions(temperature=4)
-    run = training.Run(network, clips, recipe, targets=source, loss=loss, device=torch.device("cpu"))
+    device = torch.device("cpu")
+    run = training.Run(network, clips, recipe, targets=source, loss=loss, device=device, ranks=ALONE, watch=NOBODY)
     lookups: list[float] = []
 
     def timed(*arguments: object, **options: object):
