@@ -28,7 +28,7 @@ ORDER = (
     "student/training",
     "student/evaluation",
     "student/looking student/prediction",
-    "student/distil student/export student/weighing pipeline/flow pipeline/audio pipeline/detections",
+    "student/distil student/export student/notebook student/weighing pipeline/flow pipeline/audio pipeline/detections",
     "student/cli pipeline/flow_command pipeline/inputs pipeline/pack",
     "pipeline/experts pipeline/detecting",
     "pipeline/build pipeline/imports",

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from mmkd.data_manifests.errors import MmkdError
+from mmkd.student.notebook import TaughtSplit
 from mmkd.student.teacher.cached_teacher import choose_mixtures, mix_split
 from tests.helpers.in_process import call_ok
 from tests.helpers.places import ROOT, unpack_before
@@ -55,23 +57,25 @@ def notebook(finished, monkeypatch):
 
 
 def test_the_loss_of_the_notebook_is_torchs_kl_divergence_from_the_mixed_teacher(notebook):
-    cache = notebook["cache"]
-    mixtures, _ = choose_mixtures(cache, "uniform", weights_temperature=1, train_split="train")
-    teacher = mix_split(cache, "train", mixtures, "renormalise")
-    rows, views = notebook["train"].rows[notebook["rows"]], notebook["views"]
-    wanted = torch.from_numpy(teacher.logits["action"][rows, views])
+    train, batch = notebook["train"], notebook["batch"]
+    mixtures, _ = choose_mixtures(train.cache, "uniform", weights_temperature=1, train_split="train")
+    teacher = mix_split(train.cache, "train", mixtures, "renormalise")
+    wanted = torch.from_numpy(teacher.logits["action"][train.clips.rows[:4], 0])
     with torch.no_grad():
-        logits = notebook["network"](notebook["batch"])["action"]
-    kl = F.kl_div((logits / 4).log_softmax(-1), (wanted / 4).softmax(-1), reduction="batchmean")
-    assert len(rows) == 4
+        logits = notebook["network"](batch.inputs)
+    kl = F.kl_div((logits["action"] / 4).log_softmax(-1), (wanted / 4).softmax(-1), reduction="batchmean")
     torch.testing.assert_close(notebook["loss"].detach(), 16 * kl)
     assert np.ptp(wanted.numpy()) > 0
+    of_labels = F.cross_entropy(logits["action"], batch.labels["action"])
+    torch.testing.assert_close(batch.loss(logits, label_weight=1), of_labels)
 
 
 def test_the_pixels_of_the_notebook_are_those_of_the_stored_views(notebook):
     train = notebook["train"]
-    for at, (row, view) in enumerate(zip(notebook["rows"], notebook["views"], strict=True)):
-        np.testing.assert_array_equal(notebook["batch"]["rgb"][at].numpy(), train.data.item(row, view)["rgb"])
+    for row in range(4):
+        np.testing.assert_array_equal(
+            notebook["batch"].inputs["rgb"][row].numpy(), train.clips.data.item(row, 0)["rgb"]
+        )
     assert all(value.grad is not None for value in notebook["network"].parameters()), "the loss was sent back"
 
 
@@ -81,3 +85,15 @@ def test_the_notebook_predicts_what_the_command_prints(notebook):
     assert [(each.name, each.logit) for each in best] == [
         (each["class"], each["logit"]) for each in clip["heads"]["action"]
     ]
+
+
+def test_the_notebook_has_ten_lines():
+    lines = [line for line in shown_lines().splitlines() if line]
+    assert len(lines) <= 10
+
+
+def test_another_manifest_is_refused_as_by_the_command(notebook, tmp_path):
+    other = tmp_path / "manifest.jsonl"
+    other.write_text(Path("manifest.jsonl").read_text().replace('"dataset": "before"', '"dataset": "another"', 1))
+    with pytest.raises(MmkdError, match="another"):
+        TaughtSplit("cache", manifest=other, videos="videos", copies=tmp_path)
