@@ -18,7 +18,8 @@ from mmkd.student.data.split_data import check_manifest, open_split
 from mmkd.student.evaluation.trained import TrainedStudent, load_student
 from mmkd.student.loss.losses import total_loss
 from mmkd.student.networks.networks import VideoClassifier, build_network
-from mmkd.student.prediction.predict_videos import Predictions, predict_videos
+from mmkd.student.prediction.predict_videos import predict_videos
+from mmkd.student.prediction.predictions import Predictions
 from mmkd.student.recipes.loss import LossOptions
 from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.teacher.cached_targets import CachedTargets, copies_folder, shared_targets
