@@ -66,6 +66,17 @@ class DataFrames:
             rate = self._rate(video)
             return f"{found.st_size}:{found.st_mtime_ns}:{self.limits.max_pixels}:{rate}:{STILL_RULES}"
 
+    def is_there(self, video: str) -> bool:
+        """Return whether something of the video's name is there, which may yet be no video."""
+        try:
+            path = self._stills_path(video)
+            if path is not None and path == self.root:
+                with reading_stills(path):
+                    self._open(path, video)
+        except VideoError:
+            return False
+        return True
+
     def probe(self, video: str) -> VideoFacts:
         """Return the video's facts from its headers and its first frame; VideoError if it cannot be used."""
         path = self._stills_path(video)
@@ -190,6 +201,18 @@ def open_data_frames(
     root: Path, limits: Limits, links: Links, frame_rates: tuple[FrameRate, ...] = ()
 ) -> DataFrames:
     """Return the frames below a folder or in an HDF5 file; InputError where there is neither."""
-    if not root.is_dir() and not root.is_file():
+    if root.is_dir():
+        return DataFrames(root, limits, links, frame_rates)
+    if not root.is_file():
         raise InputError(f"the video folder {root} does not exist; give it with --videos")
+    from mmkd.cache_tools.frames.still_hdf5 import open_frames_file  # as above
+
+    try:
+        with reading_stills(root):
+            open_frames_file(root)
+    except VideoError as error:
+        raise InputError(
+            f"{root} is no HDF5 file, or a damaged one; --videos names an HDF5 file of frames, or the folder that "
+            "videos, folders or tars of frames lie in"
+        ) from error
     return DataFrames(root, limits, links, frame_rates)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mmkd.cache_tools.process.command import FILE, FOLDER, as_json, print_result
+from mmkd.cache_tools.process.command import FILE, FOLDER, PLACE, as_json, print_result
 from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
@@ -27,7 +27,9 @@ def manifest() -> None:
 
 
 videos_option = click.option(
-    "--videos", type=FOLDER, help="Video folder, to check that the clips' files are there."
+    "--videos",
+    type=PLACE,
+    help="Folder of the videos, or an HDF5 file of frames, to check that those of the clips are there.",
 )
 out_option = click.option("-o", "--out", required=True, type=FILE, help="Manifest to write (JSON lines).")
 
@@ -236,8 +238,12 @@ def _missing_videos(made: Manifest, videos: Path | None, nearest: Callable[[Path
     """Return how many videos are not below a folder, saying so; None where it is not asked. All are an error."""
     if videos is None:
         return None
+    from mmkd.cache_tools.frames.data_frames import open_data_frames  # not at the top: help is to be quick
+    from mmkd.cache_tools.frames.source import DEFAULT_LIMITS
+
+    source = open_data_frames(videos, DEFAULT_LIMITS, "allow", made.frame_rates)
     names = dict.fromkeys(clip.video for clip in made.clips)
-    missing = [name for name in names if not (videos / name).exists()]
+    missing = [name for name in names if not source.is_there(name)]
     if len(missing) == len(names):
         found = nearest(videos)
         hint = f"; it has the layout of --layout '{found}'" if found else ""

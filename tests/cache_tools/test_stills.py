@@ -429,8 +429,8 @@ def test_what_is_no_folder_and_no_hdf5_file(tmp_path):
     with pytest.raises(InputError, match="does not exist; give it with --videos"):
         source_of(tmp_path / "nowhere")
     (tmp_path / "frames.h5").write_bytes(b"text")
-    with pytest.raises(VideoError, match="no HDF5 file"):
-        source_of(tmp_path).probe("a")
+    with pytest.raises(InputError, match="frames.h5 is no HDF5 file, or a damaged one; --videos names"):
+        source_of(tmp_path)
 
 
 def test_video_files_are_read_as_before(tmp_path):

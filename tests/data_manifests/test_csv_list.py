@@ -1,7 +1,12 @@
 """Anyone's own list of clips: columns, class lists, and what is wrong with a line."""
 
+import io
 import os
+import tarfile
 
+import cv2
+import h5py
+import numpy as np
 import pytest
 
 from mmkd.data_manifests.manifest import FrameRate
@@ -13,6 +18,29 @@ a.mp4,0,2.5,train,,open,door
 a.mp4,00:00:02.5,00:00:04,train,night; far ,close,"door, big"
 b/b.mp4,,,test,,open,
 """
+
+
+PICTURE = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1]
+TWO = "video,start,end,action\n{0},0,1,open\n{0},1,2,close\n"
+
+
+def frames_in_hdf5(root):
+    with h5py.File(root / "frames.h5", "w") as file:
+        file.create_dataset("a", (1,), h5py.vlen_dtype(np.uint8))[0] = PICTURE
+    return root / "frames.h5"
+
+
+def frames_in_a_tar(root):
+    with tarfile.open(root / "a.tar", "w") as archive:
+        member = tarfile.TarInfo("frame_0000000001.jpg")
+        member.size = PICTURE.nbytes
+        archive.addfile(member, io.BytesIO(PICTURE.tobytes()))
+    return root
+
+
+def frames_in_a_folder(root):
+    (root / "a").mkdir()
+    return root
 
 
 @pytest.fixture
@@ -150,3 +178,22 @@ def test_text_that_is_not_utf_8_is_named(tmp_path):
     (tmp_path / "clips.csv").write_bytes(b"video,action\n\xff,x\n")
     line = ("mmkd-cache", "manifest", "csv", tmp_path / "clips.csv", "--dataset", "d", "--head", "action")
     assert "not UTF-8 text (byte 13)" in refused(*line, "-o", tmp_path / "m.jsonl")
+
+
+@pytest.mark.parametrize("there", [frames_in_hdf5, frames_in_a_tar, frames_in_a_folder])
+def test_videos_are_looked_for_as_training_reads_them(listed, tmp_path, there):
+    """Frames in an HDF5 file, a tar or a folder stand for the video file that the list names."""
+    (tmp_path / "videos").mkdir()
+    videos = there(tmp_path / "videos")
+    listed(TWO.format("a.mp4"), "--videos", videos)
+    (tmp_path / "m.jsonl").unlink()
+    error = listed(TWO.format("b.mp4"), "--videos", videos, ok=False)
+    assert f"none of 1 video is in {videos}, e.g. b.mp4" in error
+
+
+def test_a_place_of_videos_that_is_none_is_one_line(listed, tmp_path):
+    error = listed(LIST, "--videos", tmp_path / "nowhere", ok=False)
+    assert f"the video folder {tmp_path / 'nowhere'} does not exist; give it with --videos" in error
+    tar = frames_in_a_tar(tmp_path) / "a.tar"
+    error = listed(LIST, "--videos", tar, ok=False)
+    assert f"{tar} is no HDF5 file, or a damaged one; --videos names an HDF5 file of frames, or the folder" in error
