@@ -429,7 +429,7 @@ def test_what_is_no_folder_and_no_hdf5_file(tmp_path):
     with pytest.raises(InputError, match="does not exist; give it with --videos"):
         source_of(tmp_path / "nowhere")
     (tmp_path / "frames.h5").write_bytes(b"text")
-    with pytest.raises(InputError, match="frames.h5 is no HDF5 file, or a damaged one; --videos names"):
+    with pytest.raises(InputError, match=r"frames\.h5 is no HDF5 file, or a damaged one; --videos names"):
         source_of(tmp_path)
 
 
