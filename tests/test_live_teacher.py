@@ -1,6 +1,7 @@
 """The live teacher of the benchmarks is the cache's teacher: the same targets for the same views."""
 
 import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,24 +16,27 @@ from mmkd.student.recipes.loss import LossOptions
 from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.teacher.targets import fetch_targets
 from mmkd.student.training.loop import fit
-from tests.benchmarks.live_teacher import LiveTeacher, open_world
+from tests.benchmarks.live_teacher import LiveTeacher, open_live
+from tests.helpers.demo_place import Place, StageTwo, open_stage_two
 
 ROUNDING = 1e-4
 """By how much a logit may move because its batch has another shape than the build's."""
 RECIPE = TrainRecipe(network="small3d", epochs=2, warmup_epochs=0, batch_size=7, learning_rate=1e-3)
 
 
+@dataclass(frozen=True)
+class World(StageTwo):
+    """A cache's targets and the live teacher's, of the same clips under the same views."""
+
+    live: LiveTeacher
+
+
 @pytest.fixture(scope="module")
 def world(tiny, tmp_path_factory):
-    return open_world(
-        tiny.root,
-        cache=tiny.root / "cache",
-        experts=tiny.root / "experts",
-        copies=tmp_path_factory.mktemp("copies"),
-        recipes=("teacher.yaml", "tiny.yaml"),
-        weights="rgb=1,flow=2,boxes=1",
-        memory_bytes=2**28,
-    )
+    place = Place(tiny.root, tiny.root / "cache", tiny.root / "experts", tmp_path_factory.mktemp("copies"))
+    data = open_stage_two(place, clips=None, weights="rgb=1,flow=2,boxes=1")
+    live = open_live(place, data, recipes=("teacher.yaml", "tiny.yaml"))
+    return World(**vars(data), live=live)
 
 
 def grid(world):

@@ -1,6 +1,7 @@
 """A live teacher behind the protocol of cached targets, for reference: experts that run again for every batch.
 
-    python tests/benchmarks/live_teacher.py [ROOT] [--cache DIR] [--experts DIR] [--clips N] [--batches N]
+    python tests/benchmarks/live_teacher.py [ROOT] [--cache DIR] [--experts DIR] [--clips N]
+        [--batches N] [--batch N]
 
 ROOT is a finished `make demo`; without it a small demo with untrained experts is made. For each batch the live
 teacher decodes its clips, computes flow by TV-L1, takes boxes, runs the experts and mixes their logits. Printed are
@@ -8,14 +9,9 @@ its targets' largest difference from the cache's (the stored format and the batc
 milliseconds a clip of each part; a cache has them for a lookup. Student imports no pipeline, so both meet here.
 """
 
-import argparse
-import os
-import platform
 import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +19,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mmkd.cache_tools.cache.logit_formats import storable
-from mmkd.cache_tools.cache.reader import CacheReader
-from mmkd.cache_tools.frames.clip_set import ClipSet, ClipVideo
+from mmkd.cache_tools.frames.clip_set import ClipVideo
 from mmkd.cache_tools.frames.source import FrameSource
 from mmkd.cache_tools.process.stages import Stages
 from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.data_manifests.errors import VideoError
-from mmkd.pipeline.build.build import build_cache
 from mmkd.pipeline.experts.expert import Expert
 from mmkd.pipeline.experts.teacher import check_teacher, load_teacher
 from mmkd.pipeline.inputs.boxes import open_boxes
@@ -47,13 +41,10 @@ from mmkd.pipeline.inputs.prepare import ClipJob, FlowJob, SoundJob, prepare_cli
 from mmkd.pipeline.missing import InputMissingError
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.data.batches import Schedule, clips_of
-from mmkd.student.data.split_data import SplitData, open_split
 from mmkd.student.data.view_streams import StoredViews, ViewStream
 from mmkd.student.recipes.student import Missing
-from mmkd.student.teacher.cached_targets import CachedTargets, shared_targets
-from mmkd.student.teacher.cached_teacher import choose_mixtures
 from mmkd.student.teacher.mixing import HeadMixtures, mix_head
-from tests.benchmarks.build import make_data, untrained_experts
+from tests.helpers.demo_place import Place, StageTwo, chosen_place, machine, open_stage_two, place_options
 
 IN_THIS_PROCESS = "later"
 """The device of a `FlowJob` that leaves flow to its caller: `prepare_clip` would set this process to one thread."""
@@ -179,120 +170,52 @@ def run_expert(expert: Expert, inputs: Sequence[Inputs | None]) -> dict[str, np.
     return found
 
 
-@dataclass(frozen=True)
-class World:
-    """A demo: its training clips, their stored views, and both of their teachers."""
-
-    reader: CacheReader
-    """The cache."""
-    clip_set: ClipSet
-    """Manifest and videos."""
-    split: SplitData
-    """The training clips."""
-    cached: CachedTargets
-    """The cache's targets of them."""
-    live: LiveTeacher
-    """The same targets, computed when asked for."""
-
-
-def open_world(
-    root: Path,
+def open_live(
+    place: Place,
+    data: StageTwo,
     *,
-    cache: Path,
-    experts: Path,
-    copies: Path,
     recipes: Sequence[str] = ("teacher.yaml",),
-    clips: int | None = None,
-    weights: str = "uniform",
     missing: Missing = "renormalise",
-    memory_bytes: int = 0,
-) -> World:
-    """Open the first `clips` training clips of a demo in `root`, keeping at most `memory_bytes` decoded."""
-    named = {"data.manifest": str(root / "manifest.jsonl"), "data.videos": str(root / "videos"), "data.workers": 0}
-    named["boxes.files"] = [str(root / "bounding_boxes.json")]
-    recipe = load_recipe(TeacherRecipe, files=[root / name for name in recipes], named=named)
-    reader, clip_set = CacheReader(cache), ClipSet(recipe.data)
-    teacher = load_teacher([experts / name for name in reader.experts], torch.device("cpu"))
-    check_teacher([expert.card for expert in teacher], clip_set.manifest, recipe)
-    train = recipe.train_split
-    only = None if clips is None else {clip.clip_id for clip in clip_set.manifest.split(train)[:clips]}
-    split = open_split(reader, clip_set, train, memory_bytes=memory_bytes, only=only)
-    mixtures, _ = choose_mixtures(reader, weights, weights_temperature=1, train_split=train)
-    cached = shared_targets(reader, train, mixtures, missing=missing, rows=split.rows, directory=copies)
-    live = LiveTeacher(
+    device: str = "cpu",
+) -> LiveTeacher:
+    """Load a place's experts, and teach the same clips under the same views as its cache."""
+    named = {"data.manifest": str(place.root / "manifest.jsonl"), "data.videos": str(place.root / "videos")}
+    named["boxes.files"] = [str(place.root / "bounding_boxes.json")]
+    recipe = load_recipe(TeacherRecipe, files=[place.root / name for name in recipes], named=named)
+    experts = load_teacher([place.experts / name for name in data.reader.experts], torch.device(device))
+    check_teacher([expert.card for expert in experts], data.clip_set.manifest, recipe)
+    return LiveTeacher(
         recipe,
-        teacher,
-        source=clip_set.source,
-        clips=split.clips,
-        stream=StoredViews(split.table, split.rows.tolist()),
-        mixtures=mixtures,
-        labels=dict(split.data.labels),
+        experts,
+        source=data.clip_set.source,
+        clips=data.split.clips,
+        stream=StoredViews(data.split.table, data.split.rows.tolist()),
+        mixtures=data.mixtures,
+        labels=dict(data.split.data.labels),
         missing=missing,
-    )
-    return World(reader, clip_set, split, cached, live)
-
-
-def make_demo(root: Path, *, clips: int, views: int) -> None:
-    """Write a demo with untrained experts and their cache, as `open_world` expects them."""
-    recipe = make_data(root, clips, {"build.views": views, "data.workers": 1})
-    experts = untrained_experts(root / "experts", recipe)
-    build_cache(recipe, experts, root / "cache")
-
-
-@contextmanager
-def chosen_world(options: argparse.Namespace):
-    """Open what the options name, or make a small demo for as long as it is needed."""
-    with tempfile.TemporaryDirectory() as folder:
-        copies = Path(folder) / "copies"
-        if options.root is None:
-            root = Path(folder)
-            make_demo(root, clips=options.clips, views=2)
-            cache, experts = root / "cache", root / "experts"
-        else:
-            root, seed = options.root, options.root / "seed-0"
-            cache, experts = options.cache or seed / "cache", options.experts or seed / "experts"
-        yield open_world(root, cache=cache, experts=experts, copies=copies, clips=options.clips, memory_bytes=2**30)
-
-
-def world_options(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options of `chosen_world`."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("root", nargs="?", type=Path, help="a finished `make demo` [default: a small one is made]")
-    parser.add_argument("--cache", type=Path, help="[default: ROOT/seed-0/cache]")
-    parser.add_argument("--experts", type=Path, help="[default: ROOT/seed-0/experts]")
-    parser.add_argument("--clips", type=int, default=128, help="training clips to take")
-    return parser
-
-
-def machine() -> str:
-    """Return what the figures were measured on."""
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    threads = torch.get_num_threads()
-    return (
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {threads} threads, load "
-        f"before: {load}"
     )
 
 
 def main() -> None:
     """Print both."""
-    parser = world_options("a live teacher beside the cache")
+    parser = place_options("a live teacher beside the cache")
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
     print(machine())
-    with chosen_world(options) as world:
-        schedule = Schedule(world.split.data.rows, world.split.data.views, options.batch, seed=0)
-        worst, clips = 0.0, 0
-        for rows, views in schedule.steps(0, options.batches):
-            live, cached = world.live.targets(rows, views), world.cached.targets(rows, views)
-            assert world.live.valid(rows, views).tolist() == world.cached.valid(rows, views).tolist()
-            worst = max([worst, *(float(np.nanmax(abs(live[head] - cached[head]))) for head in cached)])
-            clips += len(rows)
-        print(f"{clips} clips, one view each: live and cached logits differ by at most {worst:.1e}")
-        for part, seconds in world.live.seconds.items():
-            print(f"{part:20}{1e3 * seconds / clips:8.2f} ms/clip")
-        print(f"{'in all':20}{1e3 * sum(world.live.seconds.values()) / clips:8.2f} ms/clip")
+    with chosen_place(options) as place:
+        data = open_stage_two(place, clips=options.clips)
+        live, clips = open_live(place, data), data.split.data
+        worst, seen = 0.0, 0
+        for rows, views in Schedule(clips.rows, clips.views, options.batch, seed=0).steps(0, options.batches):
+            found, cached = live.targets(rows, views), data.cached.targets(rows, views)
+            assert live.valid(rows, views).tolist() == data.cached.valid(rows, views).tolist()
+            worst = max([worst, *(float(np.nanmax(abs(found[head] - cached[head]))) for head in cached)])
+            seen += len(rows)
+    print(f"{seen} clips, one view each: live and cached logits differ by at most {worst:.1e}")
+    for part, seconds in live.seconds.items():
+        print(f"{part:20}{1e3 * seconds / seen:8.2f} ms/clip")
+    print(f"{'in all':20}{1e3 * sum(live.seconds.values()) / seen:8.2f} ms/clip")
 
 
 if __name__ == "__main__":
