@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmkd.cache_tools.process.interrupt import stop_on_signals
+from mmkd.cache_tools.process.interrupt import StopRequest, stop_on_signals
 from mmkd.cache_tools.tasks.folder_lock import FolderLock
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, InterruptedByUserError
@@ -112,21 +112,28 @@ def fit(
                     run.step(batch, stop=stop.requested)
                 watch.step_done()
                 bar.advance(run.clips_of_step, note=run.note)
-                if run.shall_stop(stop.requested):
-                    run.save()
-                    stop.check(f"{run.position.step} of {counted(run.total_steps, 'step')} are kept")
-                    raise InterruptedByUserError(OTHER_STOPPED)
-                with part(KEEPING):
-                    run.save_sometimes()
+                if run.is_within_epoch:  # its end comes first where this was its last step
+                    stop_if_asked(run, stop)
+                    with part(KEEPING):
+                        run.save_sometimes()
             with part(KEEPING):
                 run.end_epoch(validate)
                 run.save()
+            stop_if_asked(run, stop)
         rate = bar.units_per_second
     run.leave_weights()
     network.eval()
     seconds = time.perf_counter() - began
     final_loss = run.metrics[-1].loss if run.metrics else math.nan
     return FitReport(run.position.step, resumed_at, final_loss, seconds, rate)
+
+
+def stop_if_asked(run: Run, stop: StopRequest) -> None:
+    """Save the run and raise InterruptedByUserError, if this process or another of the run was asked to stop."""
+    if run.shall_stop(stop.requested):
+        run.save()
+        stop.check(f"{run.position.step} of {counted(run.total_steps, 'step')} are kept")
+        raise InterruptedByUserError(OTHER_STOPPED)
 
 
 def check_validation(recipe: LoopRecipe, validate: Validate | None) -> None:

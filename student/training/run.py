@@ -123,6 +123,11 @@ class Run:
         return self.position.step >= self.total_steps or is_over(self.metrics, self.recipe.patience_epochs)
 
     @property
+    def is_within_epoch(self) -> bool:
+        """Whether the current epoch still lacks steps: whatever is saved then says nothing of its end."""
+        return self.position.step % self.schedule.steps_per_epoch > 0
+
+    @property
     def note(self) -> str:
         """What the progress display says: the last loss that is known, and how held-out clips fared."""
         parts = [f"loss {self._last_loss:.4f}"] if self._last_loss == self._last_loss else []

@@ -1,8 +1,11 @@
 """What a recipe may ask of the loop beyond its defaults: each option against torch's own, or a closed form."""
 
 import copy
+import json
 import logging
 import math
+import os
+import signal
 import time
 
 import numpy as np
@@ -28,6 +31,7 @@ from mmkd.student.training.late import LateResults
 from mmkd.student.training.loop import fit
 from mmkd.student.training.optimiser import layer_depths, learning_rate, make_optimizer
 from mmkd.student.training.predict import predict
+from mmkd.student.training.watch import Watch
 from tests.helpers.array_targets import ArrayTargets
 from tests.helpers.moving_bars import Interrupting, MovingBars
 from tests.helpers.plain_network import Plain, plain
@@ -377,6 +381,43 @@ def test_a_run_with_every_option_is_resumed_to_the_same_bits(tmp_path):
     ]
     for name in ("average.safetensors", "best.safetensors", "network.safetensors"):
         assert (newest[0] / name).read_bytes() == (newest[1] / name).read_bytes(), name
+
+
+class Stopping(Watch):
+    """Asks this process to stop after the given step."""
+
+    def __init__(self, step):
+        self.steps_left = step
+
+    def step_done(self):
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("last_of", [1, 3])
+def test_a_stop_after_the_last_step_of_an_epoch_comes_after_its_end(tmp_path, last_of):
+    """With the checkpoint that is due at every step: the epoch's metrics and its weights, if best, are in it."""
+    recipe = changed(checkpoint_minutes=1e-6)
+
+    def trained(name, **options):
+        return run(recipe, MovingBars(18), run_dir=tmp_path / name, validate=by_last_bit, **options)
+
+    whole, report = trained("whole")
+    with pytest.raises(InterruptedByUserError):
+        trained("parts", watch=Stopping(5 * last_of))
+    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == last_of
+    parts, resumed = trained("parts")
+    assert (resumed.resumed_at, resumed.final_loss) == (5 * last_of, report.final_loss)
+    assert same_weights(whole, parts)
+    found = [metrics_kept(tmp_path / name / "checkpoint-000000015") for name in ("whole", "parts")]
+    assert found[0] == found[1]
+    assert len(found[0]) == 3
+
+
+def metrics_kept(checkpoint):
+    metrics = json.loads((checkpoint / "state.json").read_text())["metrics"]
+    return [{name: value for name, value in line.items() if name != "clips_per_second"} for line in metrics]
 
 
 def held_out(*top1):
