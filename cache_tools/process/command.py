@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import click
 
+from mmkd.cache_tools.process.interrupt import ended_by_signals
 from mmkd.cache_tools.process.streams import STDOUT, drop_output, guard_streams
 from mmkd.data_manifests.errors import EXIT_INTERRUPTED, InputError, MmkdError, StorageError
 from mmkd.data_manifests.kinds import what_is
@@ -67,7 +68,8 @@ def run_command(group: click.Group) -> None:
     guard_streams()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     try:
-        group.main(standalone_mode=False)
+        with ended_by_signals():
+            group.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -1,6 +1,7 @@
 """A clean stop: SIGINT, SIGTERM and SIGUSR1 become a flag that long loops check where stopping is safe.
 
-Batch systems send SIGTERM or SIGUSR1 some seconds before they kill a job. A second SIGINT aborts at once,
+Batch systems send SIGTERM or SIGUSR1 some seconds before they kill a job. Where no loop has the flag, such as while
+experts load, they end a command as Ctrl-C does. A second SIGINT aborts at once,
 for a user who does not want to wait. Only the main thread can own signal handlers: elsewhere the flag never
 rises, and the caller's own handling stays as it is.
 """
@@ -74,3 +75,19 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 raise KeyboardInterrupt within the body, as SIGINT does; on leaving, all is as before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)

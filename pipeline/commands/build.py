@@ -8,9 +8,10 @@ import click
 
 from mmkd.cache_tools.process.command import as_json, print_result
 from mmkd.cache_tools.process.help_text import WholeHelp, example
+from mmkd.cache_tools.process.place import place_options, task_place
 from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.data_manifests.counted import ARE, counted
-from mmkd.data_manifests.errors import InputError, TooManyUnusableError
+from mmkd.data_manifests.errors import TooManyUnusableError
 from mmkd.pipeline.commands.options import (
     build_recipe,
     cache_argument,
@@ -29,10 +30,7 @@ from mmkd.pipeline.recipe import TeacherRecipe
     ),
 )
 @cache_options
-@click.option("--task", type=click.IntRange(0), default=0, show_default=True, help="Number of this task, of --of.")
-@click.option(
-    "--of", "tasks", type=click.IntRange(1), default=1, show_default=True, help="Tasks that share the build."
-)
+@place_options
 @click.option(
     "--max-unusable", type=click.IntRange(0), default=0, show_default=True, help="Clips that may be unusable."
 )
@@ -46,19 +44,17 @@ def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
     """Run the teacher once over every clip's views and write its logits to a cache.
 
     Any number of tasks may work on one cache; each computes what nobody else does. The last one finishes it.
-    With several GPUs start a task for each, e.g. --device cuda:1 --task 1 --of 2. A finished cache grows by more
+    With several GPUs start a task for each, e.g. --device cuda:1 --task 1 --of 2; a Slurm array needs neither. A finished cache grows by more
     --views and further experts; those that are not given stay.
     Exit code 3: finished, but more clips are unusable than --max-unusable; 75: interrupted, run me again.
     """
-    if options["task"] >= options["tasks"]:
-        raise InputError(f"--task {options['task']} --of {options['tasks']}: tasks are counted from 0")
+    task = task_place(options["task"], options["tasks"])
     recipe = build_recipe(files, overrides, options)
     from mmkd.pipeline.build.build import build_cache
     from mmkd.pipeline.experts.teacher import load_teacher
     from mmkd.student.training.devices import choose_device
 
     teacher = load_teacher(options["experts"], choose_device(options["device"]), options["trusted"])
-    task = options["task"], options["tasks"]
     chosen = {"replace": options["replace"], "retry": options["retry_unusable"]}
     report = build_cache(recipe, teacher, options["out"], task=task, **chosen)
     value = {

@@ -8,6 +8,7 @@ import click
 
 from mmkd.cache_tools.process.command import FILE, FOLDER, LocalPath, as_json, device_option, print_result
 from mmkd.cache_tools.process.help_text import WholeHelp, example
+from mmkd.cache_tools.process.place import place_options, task_place
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import StorageError, TooManyUnusableError
 from mmkd.pipeline.flow.file_names import LAYOUTS
@@ -76,6 +77,7 @@ PRESETS_OF_METHODS = "; ".join(f"{method}: {', '.join(known)}" for method, known
 @click.option(
     "--workers", type=click.IntRange(0), help="Processes that decode and, on a CPU, compute [default: cores]."
 )
+@place_options
 @click.option("--max-unusable", type=click.IntRange(0), default=0, show_default=True, help="Videos that may fail.")
 @device_option
 @as_json
@@ -129,4 +131,5 @@ def flow_request(videos: tuple[str, ...], values: dict[str, Any]) -> "FlowReques
         device=values["device"],
         workers=values["workers"],
         preview=values["preview"],
+        task=task_place(values["task"], values["tasks"]),
     )

@@ -132,3 +132,5 @@ class FlowRequest:
     """Processes that decode and, on a CPU, compute; None: as many as there are cores."""
     preview: Path | None = None
     """Folder for a picture of each video."""
+    task: tuple[int, int] = (0, 1)
+    """(i, n) for run i of n that share the videos: where in their list it begins."""

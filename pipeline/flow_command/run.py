@@ -18,12 +18,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mmkd.cache_tools.frames.records import VideoFacts
 from mmkd.cache_tools.frames.source import VideoFiles
 from mmkd.cache_tools.process.interrupt import StopRequest, stop_on_signals
+from mmkd.cache_tools.process.place import from_place
 from mmkd.cache_tools.process.pool import run_tasks
 from mmkd.cache_tools.process.progress import Progress
 from mmkd.cache_tools.process.stages import Stages
@@ -71,8 +73,8 @@ def run_flow(request: FlowRequest) -> FlowReport:
     videos = find_videos(request.videos, lists=request.lists, naming=request.naming)
     device = method_device(request.options.method, request.device)
     workers = len(os.sched_getaffinity(0)) if request.workers is None else request.workers
-    options, preview = request.options, request.preview
-    return compute_flow(videos, request.out, options, device=device, workers=workers, preview=preview)
+    chosen: dict[str, Any] = {"device": device, "workers": workers, "preview": request.preview}
+    return compute_flow(videos, request.out, request.options, task=request.task, **chosen)
 
 
 def method_device(method: FlowMethod, name: str) -> torch.device:
@@ -102,8 +104,9 @@ def compute_flow(
     device: torch.device,
     workers: int,
     preview: Path | None = None,
+    task: tuple[int, int] = (0, 1),
 ) -> FlowReport:
-    """Compute and write the flow of every video whose flow is not in `out` yet.
+    """Compute and write the flow of every video whose flow is not in `out` yet, as run i of n (`task`).
 
     Raises InputError for other parameters than `out` was made with, and InterruptedByUserError after a clean stop.
     """
@@ -113,7 +116,8 @@ def compute_flow(
     began = time.perf_counter()
     with stop_on_signals() as stop:
         try:
-            run.compute(run.plan(videos, stop), stop)
+            plans = run.plan(videos, stop)
+            run.compute(plans if output.is_file else from_place(plans, task), stop)
             output.close(gather=True)
         finally:
             output.close(gather=False)
