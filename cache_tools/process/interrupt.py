@@ -79,7 +79,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 raise KeyboardInterrupt within the body, as SIGINT does; on leaving, all is as before."""
+    """Let SIGTERM and SIGUSR1 raise KeyboardInterrupt in the body, as SIGINT does; afterwards all is as before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -76,6 +76,7 @@ def _number(environ: Mapping[str, str], name: str, default: int | None) -> int:
     if text is None or not text.isdecimal():
         what = "is not set" if text is None else f"is {text!r}, no number"
         raise InputError(
-            f"{ID} is {environ[ID]!r} and {name} {what}: a Slurm array sets both; unset {ID}, or give --task and --of"
+            f"{ID} is {environ[ID]!r} and {name} {what}: a Slurm array sets both; unset {ID}, or give "
+            "--task and --of"
         )
     return int(text)

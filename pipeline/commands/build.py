@@ -44,8 +44,8 @@ def build(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
     """Run the teacher once over every clip's views and write its logits to a cache.
 
     Any number of tasks may work on one cache; each computes what nobody else does. The last one finishes it.
-    With several GPUs start a task for each, e.g. --device cuda:1 --task 1 --of 2; a Slurm array needs neither. A finished cache grows by more
-    --views and further experts; those that are not given stay.
+    With several GPUs start a task for each, e.g. --device cuda:1 --task 1 --of 2; in a Slurm array without the two.
+    A finished cache grows by more --views and further experts; those that are not given stay.
     Exit code 3: finished, but more clips are unusable than --max-unusable; 75: interrupted, run me again.
     """
     task = task_place(options["task"], options["tasks"])
