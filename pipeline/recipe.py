@@ -1,6 +1,7 @@
 """The recipe of stage one: data, views, flow, boxes, experts and build, in one YAML file; free of torch."""
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -14,19 +15,37 @@ from mmkd.student.recipes.train import TrainRecipe
 ModalityName = Literal["rgb", "flow", "boxes", "audio"]
 Precision = Literal["fp16", "12-bit", "9-bit", "8-bit"]
 """Formats of mmkd.cache_tools.cache.logit_formats, the most exact first."""
+FlowLayout = Literal["denseflow", "epic", "mmaction", "hdf5", "i3d", "interleaved"]
+"""Layouts of flow files that are read."""
 
 
 class FlowFilesRecipe(Recipe):
     """Flow that is there already, read in place of being computed (see mmkd.pipeline.flow.flow_files)."""
 
     path: Path = Field(description="folder with the flow of each video, or an HDF5 file of all")
-    layout: Literal["denseflow", "epic", "mmaction", "hdf5", "interleaved"] = Field(
-        description="how files are named and numbered; interleaved: the authors' HDF5 of u and v in turn"
+    layout: FlowLayout = Field(
+        description="how files are named and numbered; i3d: floats at 25 frames a second; interleaved: the "
+        "authors' HDF5 of u and v in turn"
     )
-    bound_px: float = Field(
-        gt=0, description="what its 8-bit codes mean: denseflow 20 or 32, EPIC-100 8, EPIC-55 25"
+    bound_px: float | None = Field(
+        None,
+        gt=0,
+        description="what its 8-bit codes mean: denseflow 20 or 32, EPIC-100 8, EPIC-55 25; null for i3d alone",
     )
     stride: int = Field(1, ge=1, le=64, description="native frames for each field (EPIC-55: 2)")
+
+    @model_validator(mode="after")
+    def _is_stated(self) -> Self:
+        if self.layout == "i3d" and (self.bound_px is not None or self.stride != 1):
+            raise ValueError(
+                "bound_px and stride are not for layout i3d, whose values are pixels / 20: leave them out"
+            )
+        if self.layout != "i3d" and self.bound_px is None:
+            raise ValueError(
+                f"bound_px is missing: say what the 8-bit codes of layout {self.layout} mean, e.g. --flow-bound 20 "
+                "(denseflow 20 or 32, EPIC-100 8, EPIC-55 25)"
+            )
+        return self
 
 
 class FlowRecipe(Recipe):
@@ -180,6 +199,14 @@ class TeacherRecipe(Recipe):
     """Everything of stage one."""
 
     command = "mmkd-cache"
+    flags = MappingProxyType(
+        {
+            "boxes.files": "--boxes",
+            "flow.files.path": "--flow-files",
+            "flow.files.layout": "--flow-layout",
+            "flow.files.bound_px": "--flow-bound",
+        }
+    )
     of_other_commands = frozenset({"train", "loss", "teacher", "node_copies", "thumbprint_sample"})
 
     data: DataRecipe

@@ -139,14 +139,14 @@ def inside(group: h5py.Group, name: str) -> Any:
     return group[name]
 
 
-def _stored_here(node: Any) -> bool:
+def stored_here(node: Any) -> bool:
     """Return whether a node is a dataset whose bytes lie in its own file."""
     return isinstance(node, h5py.Dataset) and not node.external and not node.is_virtual
 
 
 def list_of_pictures(node: Any, name: str) -> Any:
     """Return a dataset of pictures; VideoError for anything else, and for data outside of the file."""
-    if not _stored_here(node) or node.ndim != 1 or not 0 < node.shape[0] <= MAX_FRAMES:
+    if not stored_here(node) or node.ndim != 1 or not 0 < node.shape[0] <= MAX_FRAMES:
         raise VideoError(f"{name!r} is no list of pictures")
     if node.dtype.itemsize > MAX_FRAME_BYTES:
         raise VideoError(
@@ -158,7 +158,7 @@ def list_of_pictures(node: Any, name: str) -> Any:
 def own_picture(group: h5py.Group, name: str) -> bytes:
     """Return the bytes of a picture that is a member of a group; VideoError for data outside of the file."""
     node = inside(group, name)
-    if not _stored_here(node):
+    if not stored_here(node):
         raise VideoError(f"{name} is no picture that lies in the file itself")
     if (size := node.dtype.itemsize * (node.size or 0)) > MAX_FRAME_BYTES:
         raise VideoError(f"{name} takes {size} bytes; the limit is {MAX_FRAME_BYTES}")
@@ -168,7 +168,7 @@ def own_picture(group: h5py.Group, name: str) -> bytes:
 def _value_for_each(group: h5py.Group, name: str, pictures: Any) -> Any:
     """Return a group's member of a number for each picture; VideoError for anything else."""
     node = inside(group, name)
-    if not _stored_here(node) or node.shape != pictures.shape or node.dtype.kind not in "fiu":
+    if not stored_here(node) or node.shape != pictures.shape or node.dtype.kind not in "fiu":
         raise VideoError(f"{name} is no list of numbers in the file itself, one for each frame")
     return node[()]
 

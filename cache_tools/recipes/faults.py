@@ -15,6 +15,12 @@ def fault_path(fault: ErrorDetails) -> Dotted:
     return tuple(str(part) for part in fault["loc"])
 
 
+def flag_of(model: type[BaseModel], dotted: str) -> str:
+    """Return the option that gives the value at a dotted path."""
+    named: Mapping[str, str] = getattr(model, "flags", {})
+    return named.get(dotted) or f"--{dotted.rpartition('.')[2].replace('_', '-')}"
+
+
 def nearest_origin(origins: Mapping[Dotted, str], path: Dotted) -> str | None:
     """Return the place of the value at `path`, or of the nearest value or section that holds it."""
     return next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), None)
@@ -39,7 +45,7 @@ def describe_fault(
         return f"{where}{name}: unknown key{_allowed(model, path, place, env_prefix)}"
     if fault["type"] == "missing":
         if name in flags:
-            return f"{where}{name}: missing; give --{path[-1].replace('_', '-')}, or set it in a recipe (-c FILE)"
+            return f"{where}{name}: missing; give {flag_of(model, name)}, or set it in a recipe (-c FILE)"
         return f"{where}{name}: missing, and it has no default"
     given = repr(fault["input"])
     message = fault["msg"][:1].lower() + fault["msg"][1:]

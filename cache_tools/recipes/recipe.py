@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from mmkd.cache_tools.recipes.faults import describe_fault, fault_path, nearest_origin
+from mmkd.cache_tools.recipes.faults import describe_fault, fault_path, flag_of, nearest_origin
 from mmkd.cache_tools.recipes.yaml_text import Dotted, parse_text, parse_yaml, read_recipe_file
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
@@ -36,6 +36,8 @@ class Recipe(BaseModel):
 
     command: ClassVar[str] = ""
     """The program that takes it, `mmkd-cache` or `mmkd-student`."""
+    flags: ClassVar[Mapping[str, str]] = {}
+    """Dotted path -> the option that gives it, where that is not called after the path's last part."""
     of_other_commands: ClassVar[frozenset[str]] = frozenset()
     """First parts of `MMKD_*` variables that are meant for another command, and passed over by this one."""
 
@@ -135,7 +137,7 @@ def _layers(
     for dotted, value in given.items():
         path = tuple(dotted.split("."))
         values = _nested(path, value)
-        layers.append(Layer(values, _leaf_origins(values, f"--{path[-1].replace('_', '-')}"), {}))
+        layers.append(Layer(values, _leaf_origins(values, flag_of(model, dotted)), {}))
     return layers
 
 

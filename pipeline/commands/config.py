@@ -9,7 +9,7 @@ import click
 from mmkd.cache_tools.process.command import data_options, example_argument, example_recipe, recipe_options
 from mmkd.cache_tools.process.help_text import WholeHelpGroup, example
 from mmkd.cache_tools.recipes.recipe import resolved_with_origins
-from mmkd.pipeline.commands.options import boxes_option, named_options, scratch_option
+from mmkd.pipeline.commands.options import boxes_option, flow_options, named_options
 from mmkd.pipeline.recipe import TeacherRecipe
 
 
@@ -25,7 +25,7 @@ def config() -> None:
 @recipe_options
 @data_options
 @boxes_option
-@scratch_option
+@flow_options
 def config_show(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
     """Print every value of the resolved recipe and where it comes from."""
     _, values = resolved_with_origins(TeacherRecipe, files=files, overrides=overrides, named=named_options(options))

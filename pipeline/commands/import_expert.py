@@ -11,7 +11,7 @@ from mmkd.cache_tools.process.help_text import WholeHelp, example
 from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
-from mmkd.pipeline.commands.options import boxes_option, named_options, scratch_option
+from mmkd.pipeline.commands.options import boxes_option, flow_options, named_options
 from mmkd.pipeline.recipe import ModalityName, TeacherRecipe
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def source_options(function: Any) -> Any:
 @recipe_options
 @data_options
 @boxes_option
-@scratch_option
+@flow_options
 @click.option("-o", "--out", required=True, type=FOLDER, help="Folder of the expert.")
 @click.option("--name", help="Name of the expert [default: that of its folder].")
 @click.option("--dry-run", is_flag=True, help="Report what fits, and write nothing.")

@@ -9,6 +9,7 @@ import click
 from mmkd.cache_tools.process.command import (
     FILE,
     FOLDER,
+    PLACE,
     Function,
     cache_location,
     data_options,
@@ -18,7 +19,7 @@ from mmkd.cache_tools.process.command import (
     trust_option,
 )
 from mmkd.cache_tools.recipes.recipe import load_recipe
-from mmkd.pipeline.recipe import Precision, TeacherRecipe
+from mmkd.pipeline.recipe import FlowLayout, Precision, TeacherRecipe
 
 cache_argument = click.argument("cache", type=cache_location, metavar="CACHE")
 boxes_option = click.option(
@@ -27,9 +28,30 @@ boxes_option = click.option(
     type=FILE,
     help="Boxes: Something-Else's annotations, or a table of `mmkd-cache boxes`; repeatable.",
 )
-scratch_option = click.option(
-    "--flow-scratch", type=FOLDER, help="Folder for flow computed once [default: MANIFEST.flow]."
-)
+
+
+def flow_options(function: Function) -> Function:
+    """Add where flow is kept that is computed, and where flow lies that is there already."""
+    options = (
+        click.option("--flow-scratch", type=FOLDER, help="Folder for flow computed once [default: MANIFEST.flow]."),
+        click.option(
+            "--flow-files",
+            type=PLACE,
+            help="Flow that is there, read in place of computed: a folder or an HDF5 file.",
+        ),
+        click.option(
+            "--flow-layout", type=click.Choice(get_args(FlowLayout)), help="How those files are named and numbered."
+        ),
+        click.option(
+            "--flow-bound",
+            type=click.FloatRange(0, min_open=True),
+            metavar="PX",
+            help="What their 8-bit codes mean: denseflow 20 or 32, EPIC-100 8, EPIC-55 25.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 def out_option(help_text: str) -> Callable[[Function], Function]:
@@ -47,7 +69,7 @@ def teacher_options(function: Any) -> Any:
         type=FOLDER,
         help="Folder of an expert that `teach` made; repeatable.",
     )
-    own = (boxes_option, scratch_option, expert, trust_option, device_option)
+    own = (boxes_option, flow_options, expert, trust_option, device_option)
     for option in reversed((recipe_options, data_options, *own)):
         function = option(function)
     return function
@@ -89,6 +111,12 @@ def has_experts(known: Collection[str], files: Collection[Path]) -> str:
 
 
 def named_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the values of data, boxes and scratch options out of a command's, as named recipe values."""
+    """Take the values of data, boxes and flow options out of a command's, as named recipe values."""
     boxes = [str(path) for path in options["boxes"]] or None
-    return named_data(options) | {"boxes.files": boxes, "flow_scratch": options["flow_scratch"]}
+    flow = {
+        "flow_scratch": options["flow_scratch"],
+        "flow.files.path": options["flow_files"],
+        "flow.files.layout": options["flow_layout"],
+        "flow.files.bound_px": options["flow_bound"],
+    }
+    return named_data(options) | {"boxes.files": boxes} | flow

@@ -17,7 +17,7 @@ from mmkd.cache_tools.process.help_text import WholeHelp, example
 from mmkd.cache_tools.recipes.recipe import load_recipe
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError
-from mmkd.pipeline.commands.options import boxes_option, has_experts, named_options, scratch_option
+from mmkd.pipeline.commands.options import boxes_option, flow_options, has_experts, named_options
 from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.looking.options import looking_of, watch_options
 
@@ -32,7 +32,7 @@ from mmkd.student.looking.options import looking_of, watch_options
 @recipe_options
 @data_options
 @boxes_option
-@scratch_option
+@flow_options
 @click.option(
     "-o", "--out", required=True, type=FOLDER, help="Folder of the expert; unfinished training is continued."
 )

@@ -21,6 +21,7 @@ from mmkd.pipeline.recipe import FlowRecipe
 from mmkd.pipeline.tvl1.params import PRESETS, TVL1Params
 
 FILES_RULES = "flow-files-1: grey codes by cv2.imdecode, v = code / 255 * 2b - b"
+I3D_RULES = "flow-files-i3d-1: float32 * 20, the last field of a frame at 25 frames a second"
 FLOW_RULES = "flow-1: cv2 RGB2GRAY, INTER_LINEAR, last valid pair at the end"
 
 
@@ -33,7 +34,8 @@ def flow_identity(recipe: FlowRecipe) -> dict[str, Any]:
     """Return everything that could change a flow value, for fingerprints."""
     if recipe.files is not None:  # the files say it all, and nothing of how ours would be computed counts
         stated = recipe.files.model_dump(mode="json", exclude={"path"})
-        return {"rules": FILES_RULES, "recipe": {"step": recipe.step, "enlarge": recipe.enlarge}, "files": stated}
+        rules = I3D_RULES if recipe.files.layout == "i3d" else FILES_RULES
+        return {"rules": rules, "recipe": {"step": recipe.step, "enlarge": recipe.enlarge}, "files": stated}
     fields = recipe.model_dump(mode="json", exclude={"files"})
     if recipe.enlarge:  # what every flow was made with before there was a choice: its identity stays as it was
         del fields["enlarge"]

@@ -1,26 +1,25 @@
-"""Flow that a user has: read from files, in place of being computed, behind the same two calls as the scratch
-store.
+"""Flow that a user has: read from files in place of being computed, by the same two calls as the scratch store.
 
-    layout       a video's files                                         field of native frame i, at t seconds
-    denseflow    flow_x_00000.jpg, flow_y_00000.jpg                      i
-    mmaction     x_00001.jpg, y_00001.jpg                                i
-    epic         u/frame_0000000001.jpg, v/..., in a folder or a tar     i where there are as many as the video's
-    own
-                                                                         frames need, as `mmkd-cache flow` writes
-                                                                         them; else t times the official rate: 60 a
-                                                                         second, 50 of PXX_1YY
-    hdf5         flow_x, flow_y: pictures, of `mmkd-cache flow`          i
-    interleaved  h5[video][narration][2 k], [2 k + 1], the authors'      k = i from the segment's first frame
+    layout       a video's files                                      field of native frame i, at t seconds
+    denseflow    flow_x_00000.jpg, flow_y_00000.jpg                   i
+    mmaction     x_00001.jpg, y_00001.jpg                             i
+    epic         u/frame_0000000001.jpg, v/..., a folder or a tar     i where there are as many as the video's own
+                                                                      frames need, as `mmkd-cache flow` writes them;
+                                                                      else t times the official rate: 60 a second,
+                                                                      50 of PXX_1YY
+    hdf5         flow_x, flow_y: pictures, of `mmkd-cache flow`       i
+    i3d          NAME.npy, or `flow` in HDF5: floats of ±20 px / 20   the last that begins with i at 25 a second
+    interleaved  h5[video][narration][2 k], [2 k + 1], the authors'   k = i from the segment's first frame
 
 Where only every `stride`-th frame has a field (EPIC-55: 2), it is that of the frame before. Codes are 8 bits of
 values within ±bound: v = code / 255 * 2 b - b, so that 128, the code of rest, is b / 255. Vectors stay in pixels of
-the grid that they were computed on. What cannot be known from files: the bound, which the user states.
+the grid that they were computed on, per step of the sequence that they were computed on: I3D's in 1/25 s, whatever
+the video's rate. What cannot be known from files: the bound, which the user states.
 """
 
 import hashlib
 import math
 import re
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,25 +28,15 @@ from typing import Any
 
 import h5py
 import numpy as np
-import torch
 
 from mmkd.cache_tools.frames.clip_set import ClipVideo
-from mmkd.cache_tools.frames.records import Float32Array, IntArray
-from mmkd.cache_tools.frames.still_files import tar_members
-from mmkd.cache_tools.frames.still_hdf5 import (
-    find_node,
-    inside,
-    list_of_pictures,
-    open_frames_file,
-    own_picture,
-    picture_bytes,
-)
-from mmkd.cache_tools.frames.stills import still_size
+from mmkd.cache_tools.frames.records import Float32Array, IntArray, VideoFacts
+from mmkd.cache_tools.frames.source import frame_interval_seconds
+from mmkd.cache_tools.frames.still_hdf5 import find_node, open_frames_file
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
-from mmkd.data_manifests.regular_file import open_regular, read_regular
-from mmkd.pipeline.flow.conventions import codes_of_jpeg, flow_of_codes
-from mmkd.pipeline.flow.file_names import NAMES, FlowName, pair_number
+from mmkd.pipeline.flow.conventions import I3D_BOUND_PX, I3D_FPS, frames_at_rate
+from mmkd.pipeline.flow.opened_flow import FolderFlow, Hdf5Floats, Hdf5Flow, NpyFlow, TarFlow, VideoFlow
 from mmkd.pipeline.missing import FlowMissingError
 from mmkd.pipeline.recipe import FlowFilesRecipe, FlowRecipe
 
@@ -55,119 +44,10 @@ KEPT_VIDEOS = 16
 """Videos whose files' list is kept in a process: clips of a long video follow each other."""
 NOMINAL_TOLERANCE = 0.02
 """Share by which the number of official frames may miss duration times nominal rate."""
-
-
+ASPECT_SLACK_PX, ASPECT_TOLERANCE = 2, 0.02
+"""By how much a field's sides may miss the frames' proportion: pixels that tools round away, or a share."""
 LAST_FIELDS = 3
 """Fields that may be missing at the end beside those of the step: the last one that is there stands for them."""
-MAX_FIELD_PIXELS = 2**26
-
-
-class VideoFlow(ABC):
-    """The fields of one video, opened."""
-
-    count: int
-    """How many there are."""
-
-    @abstractmethod
-    def planes(self, field: int) -> tuple[bytes, bytes]:
-        """Return the pictures of u and v of a field; KeyError, ValueError or OSError where it is not there."""
-
-    def identity(self) -> str:
-        """Return a hash of how many fields there are, and of the sizes of the first, middle and last ones."""
-        sizes = [[len(part) for part in self.planes(field)] for field in (0, self.count // 2, self.count - 1)]
-        return hashlib.blake2b(f"{self.count} {sizes}".encode(), digest_size=16).hexdigest()
-
-
-class FolderFlow(VideoFlow):
-    """Files in a folder."""
-
-    def __init__(self, folder: Path, layout: str, step: int) -> None:
-        """Count the fields of a folder; ValueError where they have a gap."""
-        self._folder, self._layout, self._step = folder, layout, step
-        parse = NAMES[layout][1]
-        found: dict[str, set[int]] = {"x": set(), "y": set()}
-        for path in folder.rglob("*.jpg"):
-            name = parse(path.relative_to(folder).as_posix())
-            if name is not None and (name.step == step or layout != "denseflow"):
-                found[name.axis].add(name.number)
-        self.count = count_fields(found, pair_number(layout, 0, step))
-
-    def planes(self, field: int) -> tuple[bytes, bytes]:
-        """Return the pictures of u and v of a field."""
-        number, make = pair_number(self._layout, field, self._step), NAMES[self._layout][0]
-        x, y = (read_regular(self._folder / make(FlowName(axis, number, self._step))) for axis in ("x", "y"))
-        return x, y
-
-
-class TarFlow(VideoFlow):
-    """Files in a tar archive, in EPIC's layout."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the archive's headers; VideoError where it is damaged, ValueError where fields have a gap."""
-        self._path, self._places = path, dict[tuple[str, int], tuple[int, int]]()
-        found: dict[str, set[int]] = {"x": set(), "y": set()}
-        for member, place in tar_members(path).items():
-            name = NAMES["epic"][1]("/".join(PurePosixPath(member).parts[-2:]))
-            if name is not None:
-                found[name.axis].add(name.number)
-                self._places[name.axis, name.number] = place
-        self.count = count_fields(found, 1)
-
-    def planes(self, field: int) -> tuple[bytes, bytes]:
-        """Return the pictures of u and v of a field."""
-        with open_regular(self._path) as file:
-            parts = []
-            for axis in ("x", "y"):
-                begin, size = self._places[axis, field + 1]
-                file.seek(begin)
-                parts.append(file.read(size))
-        return parts[0], parts[1]
-
-
-class Hdf5Flow(VideoFlow):
-    """Two lists of pictures in an HDF5 file, or the authors' group with u and v in turn."""
-
-    def __init__(self, node: Any) -> None:
-        """Take a video's group; ValueError where it is of no known form."""
-        self._u = self._v = None
-        if "flow_x" in node and "flow_y" in node:
-            self._u, self._v = (list_of_pictures(inside(node, name), name) for name in ("flow_x", "flow_y"))
-            self.count = int(self._u.shape[0])
-            if self._v.shape != self._u.shape:
-                raise ValueError("flow_x and flow_y have different lengths")
-        else:
-            numbers = sorted(int(name) for name in node if name.isdigit())
-            if not numbers or numbers != list(range(len(numbers))) or len(numbers) % 2:
-                raise ValueError(
-                    "its group holds neither flow_x and flow_y nor pictures named 0, 1, 2, ... in pairs"
-                )
-            self.count = len(numbers) // 2
-        self._node = node
-
-    def planes(self, field: int) -> tuple[bytes, bytes]:
-        """Return the pictures of u and v of a field."""
-        if self._u is not None and self._v is not None:
-            return picture_bytes(self._u[field]), picture_bytes(self._v[field])
-        return own_picture(self._node, str(2 * field)), own_picture(self._node, str(2 * field + 1))
-
-
-def bounded(picture: bytes) -> bytes:
-    """Return a picture's bytes; ValueError where it states a size that no field has."""
-    size = still_size(picture)
-    if size.width * size.height > MAX_FIELD_PIXELS:
-        raise ValueError(f"a picture of {size.width} x {size.height}; the limit is {MAX_FIELD_PIXELS} pixels")
-    return picture
-
-
-def count_fields(found: dict[str, set[int]], first: int) -> int:
-    """Return how many fields have both planes; ValueError where there is none, or a number is missing."""
-    both = sorted(found["x"] & found["y"])
-    if not both or len(both) != len(found["x"] | found["y"]):
-        raise ValueError("no field of it has both planes" if not both else "a field lacks one of its planes")
-    if both != list(range(first, first + len(both))):
-        raise ValueError(f"its fields are not numbered from {first} without a gap")
-    return len(both)
-
 
 _KEPT: "OrderedDict[tuple[object, ...], VideoFlow]" = OrderedDict()
 
@@ -195,6 +75,7 @@ class FlowFiles:
         flow = self._open(item)
         check_count(flow.count, item, self.files, self.recipe.step)
         with self._faults(item):
+            check_aspect(flow.size(0), item)
             return flow.identity()
 
     def read(self, item: ClipVideo, starts: IntArray) -> Float32Array:
@@ -210,12 +91,11 @@ class FlowFiles:
         if (last := int(fields.max())) >= flow.count + LAST_FIELDS + self.recipe.step:
             raise FlowMissingError(f"its flow ends with field {flow.count - 1}; this clip needs field {last}")
         fields = fields.clip(0, flow.count - 1)
-        read: dict[int, np.ndarray[Any, Any]] = {}
+        bound_px = self.files.bound_px or I3D_BOUND_PX
         with self._faults(item):
-            for field in np.unique(fields).tolist():
-                read[field] = np.stack([codes_of_jpeg(bounded(part)) for part in flow.planes(field)])
-            codes = np.stack([read[field] for field in fields.tolist()])
-        values: Float32Array = flow_of_codes(torch.from_numpy(codes), bound_px=self.files.bound_px).numpy()
+            read = {field: flow.read(field, bound_px=bound_px) for field in np.unique(fields).tolist()}
+            values: Float32Array = np.stack([read[field] for field in fields.tolist()])
+            check_aspect((values.shape[3], values.shape[2]), item)
         return values
 
     def _open(self, item: ClipVideo) -> VideoFlow:
@@ -223,7 +103,7 @@ class FlowFiles:
         with self._faults(item):
             if self.files.path.is_file():
                 names = hdf5_names(video, clip) if self.files.layout == "interleaved" else places_of(video)
-                return Hdf5Flow(first_node(self.files.path, names))
+                return hdf5_flow(first_node(self.files.path, names), self.files.layout)
             path = first_path(self.files.path, video, self.files.layout)
             found = path.stat()
             key = (path, self.files.layout, self.recipe.step, found.st_size, found.st_mtime_ns, found.st_ino)
@@ -280,7 +160,9 @@ def first_node(path: Path, names: Iterable[str]) -> Any:
 
 def first_path(root: Path, video: str, layout: str) -> Path:
     """Return the folder, archive or HDF5 file of a video's flow; VideoError where there is none."""
-    endings = {"epic": ("", ".tar"), "hdf5": (".h5",), "interleaved": (".h5",)}.get(layout, ("",))
+    endings = {"epic": ("", ".tar"), "hdf5": (".h5",), "interleaved": (".h5",), "i3d": (".npy", ".h5")}.get(
+        layout, ("",)
+    )
     for place in places_of(video):
         for ending in endings:
             path = root / f"{place}{ending}"
@@ -293,9 +175,16 @@ def open_path(path: Path, video: str, layout: str, step: int) -> VideoFlow:
     """Open one video's flow."""
     if path.suffix == ".tar":
         return TarFlow(path)
+    if path.suffix == ".npy":
+        return NpyFlow(path)
     if path.suffix == ".h5":
-        return Hdf5Flow(first_node(path, [*places_of(video), PurePosixPath(video).stem]))
+        return hdf5_flow(first_node(path, [*places_of(video), PurePosixPath(video).stem]), layout)
     return FolderFlow(path, layout, step)
+
+
+def hdf5_flow(node: Any, layout: str) -> VideoFlow:
+    """Open a video's group in an HDF5 file."""
+    return Hdf5Floats(node) if layout == "i3d" else Hdf5Flow(node)
 
 
 def nominal_rate(video: str) -> float:
@@ -318,9 +207,33 @@ def field_numbers(starts: IntArray, item: ClipVideo, files: FlowFilesRecipe, *, 
         frames = np.floor(item.video.times_seconds[starts] * nominal_rate(item.clip.video) + 0.5).astype(np.int64)
     elif files.layout == "interleaved":
         frames = starts - item.facts.first_frame
+    elif files.layout == "i3d":
+        # of the fields that begin with one frame, shown twice at 25 a second, the last leads to the next frame
+        frames = np.searchsorted(frames_for_i3d(item.video), starts, side="right") - 1
     else:
         frames = starts
     return np.asarray(frames // files.stride, np.int64)
+
+
+def frames_for_i3d(facts: VideoFacts) -> IntArray:
+    """Return the native frame shown at each tick of 25 a second, as `mmkd-cache flow --layout i3d` pairs them."""
+    return frames_at_rate(
+        facts.times_seconds, I3D_FPS, end_seconds=float(facts.times_seconds[-1]) + frame_interval_seconds(facts)
+    )
+
+
+def check_aspect(size: tuple[int, int], item: ClipVideo) -> None:
+    """Raise FlowMissingError for fields of another proportion than the frames: they are of other pictures.
+
+    Tools round sides to even numbers, downwards; 340 x 256 of 4:3 is such, 340 x 256 of 16:9 is not.
+    """
+    (width, height), facts = size, item.facts
+    off = abs(width * facts.height - height * facts.width)
+    if off > max(ASPECT_SLACK_PX * (facts.width + facts.height), ASPECT_TOLERANCE * width * facts.height):
+        raise FlowMissingError(
+            f"fields of {width} x {height} of a video of {facts.width} x {facts.height}: their proportions differ, "
+            "so they show something else, or were stretched"
+        )
 
 
 def check_count(count: int, item: ClipVideo, files: FlowFilesRecipe, step: int) -> None:
@@ -331,6 +244,9 @@ def check_count(count: int, item: ClipVideo, files: FlowFilesRecipe, step: int) 
         rate = nominal_rate(item.clip.video)
         frames = (float(item.video.times_seconds[-1]) + 1 / rate) * rate
         slack, said = frames * NOMINAL_TOLERANCE + 2 + step, f"{frames:.0f} frames at the nominal {rate:g} a second"
+    elif files.layout == "i3d":
+        frames = float(len(frames_for_i3d(item.video)))
+        slack, said = 1.0 + step, f"{frames:.0f} frames at 25 a second"
     else:
         frames = float(item.facts.frame_count if files.layout == "interleaved" else item.video.frame_count)
         slack, said = 1.0 * step, counted(int(frames), "frame")

@@ -18,6 +18,7 @@ from mmkd.cache_tools.layout import Status
 from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip
 from mmkd.data_manifests.manifest_file import load_manifest
+from mmkd.pipeline.flow.conventions import frames_at_rate
 from mmkd.pipeline.flow.flow_files import FlowFiles, field_numbers, flow_digest
 from mmkd.pipeline.missing import FlowMissingError
 from mmkd.pipeline.recipe import FlowFilesRecipe, FlowRecipe
@@ -263,6 +264,124 @@ def test_a_picture_of_a_size_that_no_field_has_is_refused_undecoded(tmp_path):
         files_of(tmp_path, "denseflow").read(item(), np.array([3]))
 
 
+def i3d(root, fields, values=lambda field: field / 100):
+    """Fields of I3D's floats, each with its number in u and the negative of it in v."""
+    flow = np.zeros((fields, HEIGHT, WIDTH, 2), np.float32)
+    for field in range(fields):
+        flow[field] = values(field), -values(field)
+    root.mkdir(exist_ok=True)
+    np.save(root / "P01_11.npy", flow)
+
+
+def i3d_files(root):
+    recipe = FlowFilesRecipe(path=root, layout="i3d")
+    return FlowFiles(recipe, FlowRecipe(files=recipe))
+
+
+@pytest.mark.parametrize(
+    ("fps", "frames", "fields"), [(25.0, 20, 19), (12.0, 20, 41), (10.0, 20, 49), (50.0, 40, 19)]
+)
+def test_i3d_s_field_of_a_frame_leads_from_it_to_the_next_one_at_25_a_second(tmp_path, fps, frames, fields):
+    i3d(tmp_path, fields)
+    own = item(fps=fps, frames=frames, count=frames)
+    shown = frames_at_rate(own.video.times_seconds, 25.0, end_seconds=frames / fps)
+    assert len(shown) == fields + 1
+    starts = np.unique(shown)[:-1]
+    found = i3d_files(tmp_path).read(own, starts)
+    numbers = np.round(found[:, 0, 0, 0] / 20 * 100).astype(int)
+    np.testing.assert_array_equal(shown[numbers], starts)  # it begins with the frame
+    assert (shown[numbers + 1] > starts).all()  # and leads to another one
+    np.testing.assert_allclose(found[:, 1], -found[:, 0])
+    between = i3d_files(tmp_path).read(own, starts + 1) if fps > 25 else found
+    np.testing.assert_array_equal(between, found)  # a frame that is not shown has the field around it
+
+
+@pytest.mark.parametrize(
+    ("flow", "message"),
+    [
+        (np.zeros((19, HEIGHT, WIDTH, 2)), "float64"),
+        (np.zeros((19, 2, HEIGHT, WIDTH), np.float32), "I3D's flow is little-endian float32"),
+        (np.full((19, HEIGHT, WIDTH, 2), 3, np.float32), "it has values beyond ±1"),
+        (np.full((19, HEIGHT, WIDTH, 2), np.nan, np.float32), "it has values beyond ±1"),
+        (np.zeros((5, HEIGHT, WIDTH, 2), np.float32), "5 fields of flow, where 20 frames at 25 a second"),
+        (np.asfortranarray(np.zeros((19, HEIGHT, WIDTH, 2), np.float32)), "column by column"),
+        (np.array([{}], dtype=object), "I3D's flow is"),
+    ],
+)
+def test_an_npy_file_of_another_form_is_told_and_never_unpickled(tmp_path, flow, message):
+    np.save(tmp_path / "P01_11.npy", flow)
+    with pytest.raises(FlowMissingError, match=message):
+        i3d_files(tmp_path).read(item(fps=25.0), np.array([0]))
+
+
+def test_i3d_s_floats_in_an_hdf5_file_are_the_same(tmp_path):
+    i3d(tmp_path, 19)
+    with h5py.File(tmp_path / "flow.h5", "w") as file:
+        file["P01/videos/P01_11/flow"] = np.load(tmp_path / "P01_11.npy")
+    own, starts = item(fps=25.0), np.array([0, 7])
+    found = i3d_files(tmp_path / "flow.h5").read(own, starts)
+    np.testing.assert_array_equal(found, i3d_files(tmp_path).read(own, starts))
+    assert found[1, 0, 0, 0] == pytest.approx(7 / 100 * 20)
+    with h5py.File(tmp_path / "linked.h5", "w") as file:
+        file["P01_11/flow"] = h5py.ExternalLink("flow.h5", "/P01/videos/P01_11/flow")
+    with pytest.raises(FlowMissingError, match="is a link"):
+        i3d_files(tmp_path / "linked.h5").read(own, starts)
+
+
+def test_an_npy_file_that_is_cut_short_is_told(tmp_path):
+    i3d(tmp_path, 19)
+    data = (tmp_path / "P01_11.npy").read_bytes()
+    (tmp_path / "P01_11.npy").write_bytes(data[:-1])
+    with pytest.raises(FlowMissingError, match="cut short"):
+        i3d_files(tmp_path).check(item(fps=25.0))
+
+
+@pytest.mark.parametrize(
+    ("video", "field", "fits"),
+    [
+        ((1920, 1080), (456, 256), True),  # EPIC's
+        ((1920, 1080), (454, 254), True),  # floored to even
+        ((640, 480), (340, 256), True),
+        ((427, 240), (427, 240), True),
+        ((32, 24), (16, 12), True),
+        ((1920, 1080), (340, 256), False),  # stretched
+        ((1920, 1080), (256, 256), False),
+        ((1920, 1080), (256, 456), False),  # turned
+        ((640, 480), (456, 256), False),
+    ],
+)
+def test_fields_of_another_proportion_than_the_frames_are_refused(tmp_path, video, field, fits):
+    own = item()
+    own = ClipVideo(own.clip, own.video, ClipFacts(*video, 0, FRAMES))
+    (tmp_path / "P01_11").mkdir()
+    picture = cv2.imencode(".jpg", np.full(field[::-1], 128, np.uint8))[1].tobytes()
+    for number in range(FRAMES - 1):
+        for axis in "xy":
+            (tmp_path / "P01_11" / f"flow_{axis}_{number:05d}.jpg").write_bytes(picture)
+    files = files_of(tmp_path, "denseflow")
+    assert files.has(own) == fits
+    if fits:
+        files.read(own, np.array([0]))
+        return
+    for ask in (files.check, lambda own: files.read(own, np.array([0]))):
+        with pytest.raises(
+            FlowMissingError, match=rf"fields of {field[0]} x {field[1]} of a video of {video[0]} x"
+        ):
+            ask(own)
+
+
+def test_options_that_name_flow_say_what_is_missing(tmp_path):
+    teach = ("mmkd-cache", "teach", "flow", "--manifest", "m", "--videos", "v", "-o", tmp_path / "e")
+    error = refused(*teach, "--flow-files", tmp_path)
+    assert "flow.files.layout: missing; give --flow-layout, or set it in a recipe (-c FILE)" in error
+    error = refused(*teach, "--flow-files", tmp_path, "--flow-layout", "epic")
+    assert "bound_px is missing: say what the 8-bit codes of layout epic mean, e.g. --flow-bound 20" in error
+    error = refused(*teach, "--flow-files", tmp_path, "--flow-layout", "i3d", "--flow-bound", 20)
+    assert "bound_px and stride are not for layout i3d" in error
+    error = refused(*teach, "--flow-bound", 20)
+    assert "flow.files.path: missing; give --flow-files, or set it in a recipe (-c FILE)" in error
+
+
 def test_no_flow_at_all_ends_a_build_before_it_begins(tmp_path):
     (tmp_path / "unmounted").mkdir()
     flow = files_of(tmp_path / "unmounted", "denseflow")
@@ -283,20 +402,18 @@ def test_the_identity_is_the_content_and_never_the_path(tmp_path):
     assert files_of(changed, "denseflow").check(item()) != first
 
 
-@pytest.mark.parametrize("layout", ["denseflow", "epic", "mmaction", "hdf5"])
+def named(out, layout):
+    """The options that name flow files."""
+    return ("--flow-files", out, "--flow-layout", layout, *(() if layout == "i3d" else ("--flow-bound", 8)))
+
+
+@pytest.mark.parametrize("layout", ["denseflow", "epic", "mmaction", "hdf5", "i3d"])
 def test_what_the_flow_command_writes_teach_and_build_read(tiny, tmp_path, layout):
     out = tmp_path / ("flow.h5" if layout == "hdf5" else "flow")
     written = ("--layout", layout) if layout != "hdf5" else ()
-    bound = ("--bound", 8)
+    bound = ("--bound", 8) if layout != "i3d" else ()
     call_ok("mmkd-cache", "flow", tiny.root / "videos", "-o", out, *written, *bound, "--workers", 0)
-    files = (
-        "--set",
-        f"flow.files.path={out}",
-        "--set",
-        f"flow.files.layout={layout}",
-        "--set",
-        "flow.files.bound_px=8",
-    )
+    files = named(out, layout)
     short = ("--set", "experts.flow.train.epochs=1", "--set", "experts.flow.train.warmup_epochs=0")
     call_ok("mmkd-cache", "teach", "flow", *tiny.stage_one, *files, *short, "-o", tmp_path / "expert")
     experts = ("--expert", tmp_path / "expert", "-o", tmp_path / "cache")
@@ -312,14 +429,7 @@ def test_what_the_flow_command_writes_teach_and_build_read(tiny, tmp_path, layou
 def test_one_video_s_missing_flow_fails_the_flow_expert_alone(tiny, tmp_path):
     out = tmp_path / "flow"
     call_ok("mmkd-cache", "flow", tiny.root / "videos", "-o", out, "--bound", 8, "--workers", 0)
-    files = (
-        "--set",
-        f"flow.files.path={out}",
-        "--set",
-        "flow.files.layout=denseflow",
-        "--set",
-        "flow.files.bound_px=8",
-    )
+    files = named(out, "denseflow")
     short = ("--set", "experts.flow.train.epochs=1", "--set", "experts.flow.train.warmup_epochs=0")
     call_ok("mmkd-cache", "teach", "flow", *tiny.stage_one, *files, *short, "-o", tmp_path / "expert")
     lost = load_manifest(tiny.root / "manifest.jsonl").split("standard")[3]
