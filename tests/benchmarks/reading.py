@@ -3,14 +3,14 @@
     python tests/benchmarks/reading.py [FOLDER] [--frames N] [--size PX] [--batch N] [--batches N] [--rounds N]
         [--cores N]
 
-FOLDER holds videos that decord reads exactly (others are passed over and counted); without it 56 videos of the demo
-are made. Fewer than 64 are copied, since a process remembers packets of the last 16. Every case reads the same clips
-under the same fresh views in the same order, each view decoded again. Bare decoding opens the file with decord,
-decodes the view's frames and drops them; ours checks them, crops, resizes (area) and stacks, the plain loaders crop,
-resize (bilinear) and stack. One core: one thread, or one process; all cores: as many. Nobody trains meanwhile, and a
-batch is taken as soon as it is there. The cases take turns in each round; shares of bare decoding are medians of the
-rounds' own, of the wall and of CPU time (that of all processes), which other work on the machine disturbs less. The
-aim: 90 % or more.
+FOLDER holds videos that decord reads exactly (others are passed over and counted); without it 56 videos of the
+demo are made. Fewer than 64 are copied, since a process remembers packets of the last 16. Every case reads the
+same clips under the same fresh views in the same order, each view decoded again. Bare decoding opens the file with
+decord, decodes the view's frames and drops them; ours checks them, crops, resizes (area) and stacks, the plain
+loaders crop, resize (bilinear) and stack. One core: one thread, or one process; all cores: as many. Nobody trains
+meanwhile, and a batch is taken as soon as it is there. The cases take turns in each round; shares of bare decoding
+are medians of the rounds' own, of the wall and of CPU time (that of all processes), which other work on the
+machine disturbs less. The aim: 90 % or more.
 """
 
 import argparse
