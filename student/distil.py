@@ -186,6 +186,8 @@ def training_data(
         mixtures, warning = chosen_mixtures(recipe, reader)
         if warning:
             log.warning(warning)
+        if resting := recipe.of_labels_alone():
+            log.warning("%s: no effect, as labels have the weight 0 (loss.label_weight)", ", ".join(resting))
     split = open_training(recipe, splits, mode)
     for name in evaluation_splits(splits.names, splits.clip_set.manifest, recipe.train_split):
         splits.open(name, memory_bytes=0)

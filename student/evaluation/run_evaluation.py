@@ -180,11 +180,23 @@ def finished_network(
     """Return a finished run's network with its weights; raises as `load_model`, and for code that is not
     `trusted`."""
     require_trust(recipe.train.network, trusted, f"run {run}")
+    refuse_another_look(recipe.train, record, run)
     network = new_network(without_weights(recipe.train), splits, record.input)
     if record.input is None:
         network.set_normalisation(before_it_was_stated("rgb"))
     load_model(network, run, record)
     return network
+
+
+def refuse_another_look(train: TrainRecipe, record: RunRecord, run: Path) -> None:
+    """Raise InputError for a recipe whose network would see other parts of a view than the run's student."""
+    own = TrainRecipe.model_validate(record.recipe["train"])
+    for name in ("input", "stem"):
+        if getattr(train, name) != getattr(own, name):
+            raise InputError(
+                f"train.{name} is not what the student of {run} was trained with: leave it out, since the run says "
+                "what its student sees"
+            )
 
 
 def teacher_of_run(recipe: StudentRecipe, reader: CacheReader | None, run: Path) -> HeadMixtures | None:

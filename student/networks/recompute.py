@@ -34,6 +34,8 @@ def recompute_blocks(network: nn.Module) -> int:
 def _checkpointed(block: nn.Module, forward: Any, *args: Any, **options: Any) -> Any:
     if not (block.training and torch.is_grad_enabled()):
         return forward(*args, **options)
+    if torch.compiler.is_compiling():  # which takes no context, and updates statistics once of itself
+        return checkpoint(forward, *args, use_reentrant=False, **options)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=partial(_contexts, block), **options)
 
 

@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mmkd.cache_tools.recipes.recipe import Recipe
+from mmkd.data_manifests.counted import counted
 from mmkd.student.network_table import OWN_NETWORK
 from mmkd.student.recipes.balance import BalanceRecipe
 from mmkd.student.recipes.growing import GrowingRecipe
@@ -169,6 +170,22 @@ class LoopRecipe(GrowingRecipe):
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate ({self.accumulate}) is above batch_size ({self.batch_size})")
         return self
+
+    @model_validator(mode="after")
+    def _different_clips_to_mix(self) -> Self:
+        self.check_mixing(processes=1)
+        return self
+
+    def check_mixing(self, *, processes: int) -> None:
+        """Raise ValueError where mixing finds no pairs: all views that are computed together are of one clip."""
+        together = self.batch_size // processes // self.accumulate
+        if self.mix is not None and together <= self.repeats:
+            shared = f" by {processes} processes" if processes > 1 else ""
+            raise ValueError(
+                f"mix pairs different clips, and of batch_size {self.batch_size}, computed{shared} in "
+                f"{counted(self.accumulate, 'part')}, views of one clip alone are in each: set a larger "
+                "batch_size, or leave mix out"
+            )
 
     @model_validator(mode="after")
     def _warmup_within_run(self) -> Self:

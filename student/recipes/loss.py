@@ -50,6 +50,11 @@ def courses(value: ByHead) -> list[Course]:
     return list(value.values()) if isinstance(value, dict) else [value]
 
 
+def values_of(course: Course) -> list[float]:
+    """Return the values of a course at its points."""
+    return [course] if isinstance(course, float) else [value for _, value in course]
+
+
 def value_at(course: Course, share: float) -> float:
     """Return the value when a share 0..1 of the run is done."""
     if isinstance(course, float):
@@ -63,7 +68,7 @@ def within(low: float, high: float, *, open_below: bool = False) -> BeforeValida
     def check(value: Any) -> Any:
         found = check_by_head(value)
         for course in courses(found):
-            for number in [course] if isinstance(course, float) else [number for _, number in course]:
+            for number in values_of(course):
                 if not (low <= number <= high) or (open_below and number == low):
                     raise ValueError(
                         f"must be {'above' if open_below else 'at least'} {low:g} and at most {high:g}"

@@ -16,7 +16,7 @@ from mmkd.cache_tools.recipes.recipe import WHOLE, Recipe
 from mmkd.cache_tools.views.drawing import ViewPolicy
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.recipes.growing import GrowingRecipe
-from mmkd.student.recipes.loss import LossOptions, LossRecipe
+from mmkd.student.recipes.loss import LossOptions, LossRecipe, courses, values_of
 from mmkd.student.recipes.train import TrainRecipe
 
 Missing = Literal["renormalise", "drop", "label-only"]
@@ -128,6 +128,13 @@ class StudentRecipe(GrowingRecipe):
             need = "needs" if len(asked) == 1 else "need"
             advice = "or leave that out" if labels_only else "or --labels-only to train without one"
             raise InputError(f"{', '.join(asked)} {need} a teacher: give --cache, {advice}")
+
+    def of_labels_alone(self) -> list[str]:
+        """Return the settings that change the label term, where a student has none because its weight is 0."""
+        weights = [weight for course in courses(self.loss.label_weight) for weight in values_of(course)]
+        if any(weights) or self.teacher.missing == "label-only":
+            return []
+        return [f"train.{name}" for name in ("label_smoothing", "class_balance") if getattr(self.train, name)]
 
     def loss_options(self) -> LossOptions:
         """Return the loss with what `teacher.missing` says of clips without a target."""

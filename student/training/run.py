@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ from mmkd.student.data.batches import Batch, Schedule, ViewDataset
 from mmkd.student.data.reading import Reading, read_batches
 from mmkd.student.loss.criterion import Criterion
 from mmkd.student.networks.freezing import freeze, frozen_modules, train_all_but
+from mmkd.student.networks.own_networks import one_line
 from mmkd.student.networks.recompute import recompute_blocks
 from mmkd.student.recipes.loop import LoopRecipe
 from mmkd.student.recipes.loss import LossOptions
@@ -202,7 +203,8 @@ class Run:
         torch.manual_seed(step_seed(recipe.seed, step, self.ranks.rank))  # a resumed run draws the same
         set_rate(self.optimizer, learning_rate(recipe, step, self.schedule.steps_per_epoch))
         self.optimizer.zero_grad(set_to_none=True)
-        loss, suspects = self._backward(batch)
+        with told_when_uncompiled(recipe):
+            loss, suspects = self._backward(batch)
         with part(OPTIMISER):
             self._scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip_norm)
@@ -257,6 +259,10 @@ class Run:
                 f"{self.ranks.count} processes cannot share a step of {counted(each, 'clip')}: set a larger "
                 "train.batch_size, or start fewer"
             )
+        try:
+            self.recipe.check_mixing(processes=self.ranks.count)
+        except ValueError as error:
+            raise InputError(f"train: {error}") from error
 
     def _labels_and_targets(self, batch: Batch) -> tuple[dict[str, Tensor], Targets | None]:
         own = {head: values[batch.rows] for head, values in self.dataset.labels.items()}
@@ -396,6 +402,19 @@ class Run:
 
 SCALER = "scaler."
 """Begins the names of the loss scaler's numbers in a checkpoint."""
+
+
+@contextmanager
+def told_when_uncompiled(recipe: LoopRecipe) -> Iterator[None]:
+    """Raise InputError in place of torch's own when a network cannot be compiled here."""
+    try:
+        yield
+    except RuntimeError as error:
+        if recipe.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise InputError(
+                f"train.compile: torch cannot compile this network here ({one_line(error)})"
+            ) from error
+        raise
 
 
 def waiting(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -138,6 +138,11 @@ def test_a_run_trains_evaluates_and_is_read_with_its_look_and_stem(tiny, tmp_pat
     }
     said = refused("mmkd-student", "train", *tiny.stage_two, "--set", "train.input.every=64", "-o", tmp_path / "no")
     assert "leaves one frame" in said
+    evaluate, before = ("evaluate", run, "--cache", tiny.root / "cache"), (run / "evaluation.json").read_bytes()
+    call_ok("mmkd-student", *evaluate)
+    assert "train.input is not what the student" in refused("mmkd-student", *evaluate, "--set", "train.input=null")
+    assert "train.stem is not what" in refused("mmkd-student", *evaluate, "--set", "train.stem=frames")
+    assert (run / "evaluation.json").read_bytes() == before
 
 
 def test_a_network_s_own_numbers_are_read_from_its_factory(tmp_path, monkeypatch):

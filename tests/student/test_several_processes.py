@@ -19,6 +19,8 @@ from tests.helpers.commands import ENVIRONMENT
 from tests.helpers.in_process import call_ok
 from tests.helpers.several import finish, start, work
 
+MIXUP = {"mixup_alpha": 1.0}
+
 
 def trained(out, *, count, options=None):
     """The weights and the report of a run that ends well."""
@@ -92,6 +94,12 @@ def test_more_processes_than_clips_of_a_step_are_refused_in_all_of_them(tmp_path
     codes, said = finish(start(tmp_path / "run", count=2, options={"recipe": {"batch_size": 1}}))
     assert codes == [2, 2]
     assert "2 processes cannot share a step of 1 clip:" in said[0]
+
+
+def test_shares_of_one_clip_cannot_be_mixed(tmp_path):
+    codes, said = finish(start(tmp_path / "run", count=2, options={"recipe": {"batch_size": 3, "mix": MIXUP}}))
+    assert codes == [2, 2]
+    assert "computed by 2 processes in 1 part, views of one clip alone are in each:" in said[0]
 
 
 def by_torchrun(program, *arguments):

@@ -14,7 +14,7 @@ from mmkd.cache_tools.cache.sealed import open_seal, seal
 from mmkd.student.evaluation.table import load_table
 from mmkd.student.teacher.cached_teacher import choose_mixtures, mix_split
 from tests.helpers.commands import ENVIRONMENT
-from tests.helpers.in_process import call_ok, refused
+from tests.helpers.in_process import call, call_ok, refused
 from tests.helpers.tiny import Tiny
 
 FAST = ("--set", "train.epochs=2", "--set", "train.batch_size=8", "--set", "train.warmup_epochs=0")
@@ -93,6 +93,19 @@ def test_baseline_and_student_share_everything_but_the_targets(student, baseline
     assert alone["loss"] is None
     weights = [load_file(run / "model.safetensors") for run in (student, baseline)]
     assert any(not np.array_equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_settings_of_labels_that_a_student_does_not_learn_from_are_said_to_rest(stripped, tmp_path):
+    smooth = ("--set", "train.label_smoothing=0.1", "--set", "train.class_balance={inverse_frequency: 1}")
+    said = "train.label_smoothing, train.class_balance: no effect, as labels have the weight 0 (loss.label_weight)"
+    for number, (options, rests) in enumerate(
+        [((), True), (("--label-weight", 0.5), False), (("--labels-only",), False)]
+    ):
+        done = call(
+            "mmkd-student", "train", *stripped.stage_two, *FAST, *smooth, *options, "-o", tmp_path / f"{number}"
+        )
+        assert done.code == 0
+        assert (said in done.err) == rests
 
 
 def test_the_table_compares_experts_teacher_and_runs(stripped, student, baseline, tmp_path):

@@ -19,6 +19,7 @@ from mmkd.student.data.batches import Schedule
 from mmkd.student.networks.blocks import blocks
 from mmkd.student.networks.networks import build_network, headed_network
 from mmkd.student.networks.recompute import recompute_blocks
+from mmkd.student.recipes.augment import JitterRecipe
 from mmkd.student.recipes.loop import AveragingRecipe, LoopRecipe
 from mmkd.student.recipes.loss import LossOptions
 from mmkd.student.recipes.train import TrainRecipe
@@ -38,6 +39,9 @@ from tests.helpers.plain_network import Plain, plain
 
 HEADS = {"direction": 4}
 SHORT = TrainRecipe(network="small3d", epochs=3, batch_size=4, learning_rate=1e-3, loader_threads=1)
+
+
+STILL = JitterRecipe(brightness=0, contrast=0, saturation=0, hue=0)
 
 
 def changed(**fields):
@@ -456,6 +460,46 @@ def test_a_compiled_network_learns_the_same_within_rounding():
     assert other.final_loss == pytest.approx(report.final_loss, rel=1e-3)
     for a, b in zip(exact.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_recomputes_activations_and_counts_a_step_once():
+    plainly, report = run(changed(epochs=1), MovingBars(8), without_dropout())
+    recomputed, other = run(
+        changed(epochs=1, compile=True, gradient_checkpointing=True), MovingBars(8), without_dropout()
+    )
+    assert other.final_loss == pytest.approx(report.final_loss, rel=1e-3)
+    for (name, a), b in zip(plainly.named_buffers(), recomputed.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def without_dropout():
+    network = build_network(changed(jitter=STILL), heads=HEADS, modality="rgb")
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return network
+
+
+def test_a_network_that_cannot_be_compiled_is_told_in_one_line(monkeypatch):
+    def no_compiler(module):
+        def compiled(inputs):
+            raise torch._dynamo.exc.Unsupported("no C++ compiler\nis here", case_name="none")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(InputError, match=r"^train\.compile: torch cannot compile .*no C\+\+ compiler is here"):
+        run(changed(epochs=1, compile=True), MovingBars(4), plain())
+
+
+@pytest.mark.parametrize("fields", [{"accumulate": 4}, {"repeats": 4}, {"repeats": 2, "accumulate": 2}])
+def test_mixing_of_parts_with_one_clip_each_is_refused(fields):
+    """It would change nothing, or mix views of one clip, in silence."""
+    recipe = {"batch_size": 4, "mix": {"mixup_alpha": 1}}
+    with pytest.raises(ValueError, match="mix pairs different clips, and of batch_size 4, computed in"):
+        LoopRecipe(**recipe | fields)
+    assert LoopRecipe(**recipe | fields | {"batch_size": 8})
 
 
 def test_channels_last_changes_the_layout_alone():
