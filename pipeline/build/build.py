@@ -45,7 +45,7 @@ from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import FingerprintError, InterruptedByUserError, StorageError, VideoError
 from mmkd.pipeline.build.open_shard import OpenShard, clip_job
 from mmkd.pipeline.build.retry_unusable import retry_unusable
-from mmkd.pipeline.build.start import initialise, stored_layouts
+from mmkd.pipeline.build.start import initialise, stored_init
 from mmkd.pipeline.build.work import BuildPlan, ShardWork, committed_nodes, count_clips, pending_shards, plan_build
 from mmkd.pipeline.experts.expert import Expert
 from mmkd.pipeline.inputs.prepare import ClipJob, prepare_clip
@@ -108,7 +108,7 @@ def build_cache(
     report = BuildReport()
     store = open_store(out) if isinstance(out, (Path, str)) else out
     require_own_place(store)
-    plan = plan_build(recipe, experts, stored_layouts(store))
+    plan = plan_build(recipe, experts, stored_init(store), replace=replace)
     task_id = new_task_id()
     with stop_on_signals() as stop, Task(store, task_id) as own:
         others = OtherTasks(own)

@@ -1,6 +1,7 @@
 """Clips that were recorded as unusable and can be read now are computed again: what was wrong was not their video.
 
-A status is for good otherwise: a row's views, its video's identity and its logits never change. This goes the way
+So are those whose flow files were missing, for the experts that see them. A status is for good otherwise: a row's
+views, its video's identity and its logits never change. This goes the way
 of growth: under the claim on the whole cache, and with no other task at work, the records of the shards that hold
 such rows are dropped, and the rows' facts and views are written as an undisturbed start would have written them. So
 the finished cache has that start's bytes. Killed at any instant it is gone on with by the same command.
@@ -22,6 +23,7 @@ from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.tasks.heartbeat import OtherTasks
 from mmkd.data_manifests.counted import counted
 from mmkd.data_manifests.errors import InputError, VideoError
+from mmkd.pipeline.build.flow_came import FlowCame, flow_that_came, write_again
 from mmkd.pipeline.build.start import NEW_PLACE, check_same, static_objects, stored_init
 from mmkd.pipeline.build.work import BuildPlan, SplitPlan, draw_views
 
@@ -39,39 +41,51 @@ def retry_unusable(store: Store, plan: BuildPlan, others: OtherTasks) -> None:
     init = stored_init(store)
     if init is None:
         return
-    refuse_other_cache(store, init, plan)
+    came = flow_that_came(store, init, plan)
+    refuse_other_cache(store, init, plan, came)
     changed = changed_objects(init, plan)
     revived = revived_rows(store, init, plan) if changed else {}
     if changed and not revived:
         return  # other videos than the cache's: the start says so
     failed = failed_rows(store, init, plan)
     rows = {split: revived.get(split, set()) | failed.get(split, set()) for split in {*revived, *failed}}
-    shards = [own for own in init.wanted() if not rows.get(own[0].split.name, set()).isdisjoint(own[0].rows)]
-    if not shards:
+    shards = [
+        own
+        for own in init.wanted()
+        if not rows.get(own[0].split.name, set()).isdisjoint(own[0].rows) or came.lacks(own[0], own[1])
+    ]
+    if not shards and not came.before:
         log.info("no clip that is recorded as unusable can be read now")
         return
-    if absent := init.experts.keys() - plan.nodes.keys():
+    if any(rows.values()) and (absent := init.experts.keys() - plan.nodes.keys()):
         raise InputError(f"--retry-unusable: give all experts of the cache; {sorted(absent)[0]!r} is missing")
     if living := others.living():
         raise InputError(
             f"--retry-unusable: {counted(len(living), 'other task')} at work on {store.locate()}; "
             "wait for the end, or stop them"
         )
-    log.info("%s can be read now, and computed again", counted(sum(map(len, rows.values())), "unusable clip"))
+    lacked = [(split, row) for own in (rows, *came.rows.values()) for split in own for row in own[split]]
+    log.info("%s can be read now, and computed again", counted(len(set(lacked)), "unusable clip"))
     for key in (ROOT, INDEX):  # from here on the cache is unfinished
         store.delete(key)
     for shard, node, fingerprint in shards:
-        store.delete(commit_key(shard, node, fingerprint))
-    if revived:
+        if node not in came.before:  # whose old records tell what lacked flow, until init.json is written
+            store.delete(commit_key(shard, node, fingerprint))
+    after = came.as_now(replace(init, objects={**init.objects, **(changed if revived else {})}), plan)
+    write_again(store, came, init, after, {(shard.name, node) for shard, node, _ in shards})
+    if after != init:
         # Before the objects: those that differ from it are written again by any later start.
-        store.write(INIT, replace(init, objects={**init.objects, **changed}).to_bytes())
+        store.write(INIT, after.to_bytes())
+    for shard, node, fingerprint in init.wanted():
+        if node in came.before:
+            store.delete(commit_key(shard, node, fingerprint))
 
 
-def refuse_other_cache(store: Store, init: CacheInit, plan: BuildPlan) -> None:
-    """Raise FingerprintError, before anything is dropped, unless the plan is the cache's own."""
+def refuse_other_cache(store: Store, init: CacheInit, plan: BuildPlan, came: FlowCame) -> None:
+    """Raise FingerprintError, before anything is dropped, unless the plan is the cache's own but for what came."""
     found = base_differences(store, init, plan.base, plan.clip_set.manifest)
     refuse_differences(found, what=f"{store.locate()}: the data or its views", advice=NEW_PLACE)
-    fields = {name: node.fields for name, node in plan.nodes.items()}
+    fields = came.as_before({name: node.fields for name, node in plan.nodes.items()})
     layouts = [split.layout for split in plan.splits]
     check_same(store.locate(), init, layouts=layouts, experts=fields, replace=())
 

@@ -23,7 +23,7 @@ from mmkd.cache_tools.views.canonical import THUMBNAIL_SIZE
 from mmkd.cache_tools.views.held_out import HeldOut
 from mmkd.data_manifests.errors import FingerprintError, InputError, VideoError
 from mmkd.data_manifests.manifest import Manifest
-from mmkd.pipeline.build.work import ExpertNode, SplitPlan
+from mmkd.pipeline.build.work import FLOW_FIELD, ExpertNode, SplitPlan
 
 NEW_PLACE = "Build into another directory, or restore what changed"
 
@@ -177,12 +177,6 @@ def stored_init(store: Store) -> CacheInit | None:
     return read_init(store)
 
 
-def stored_layouts(store: Store) -> dict[str, SplitLayout]:
-    """Return the layouts of the cache that was started there; none where there is no cache."""
-    there = stored_init(store)
-    return {} if there is None else there.layouts()
-
-
 def check_same(
     where: str,
     stored: CacheInit,
@@ -207,8 +201,16 @@ def check_same(
         {"experts": kept},
         {"experts": {name: experts[name] for name in kept}},
         what=f"{where}: the teacher",
-        advice="Give --replace NAME to compute that expert again, or build into another directory",
+        advice=f"{flow_advice(kept, experts)}Give --replace NAME to compute that expert again, or build into "
+        "another directory",
     )
+
+
+def flow_advice(kept: Mapping[str, Mapping[str, Any]], experts: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what to do where flow files are not those that the cache's experts saw."""
+    if all(fields.get(FLOW_FIELD) == experts[name].get(FLOW_FIELD) for name, fields in kept.items()):
+        return ""
+    return "If flow was missing and has come since, --retry-unusable computes what lacked it. "
 
 
 def layout_advice(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> str:

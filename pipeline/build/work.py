@@ -36,7 +36,8 @@ from mmkd.data_manifests.leaks import leak_lines
 from mmkd.data_manifests.manifest import Clip, Manifest
 from mmkd.pipeline.experts.expert import Expert
 from mmkd.pipeline.experts.teacher import check_teacher
-from mmkd.pipeline.flow.flow_files import FlowFiles, flow_digest
+from mmkd.pipeline.flow.flow_digests import BY_CONTENT, FlowDigests, rules_of
+from mmkd.pipeline.flow.flow_files import FlowFiles
 from mmkd.pipeline.inputs.boxes import BoxFile, boxes_fields, open_boxes
 from mmkd.pipeline.inputs.modalities import needs_boxes, needs_flow
 from mmkd.pipeline.recipe import BuildRecipe, TeacherRecipe
@@ -117,6 +118,8 @@ def draw_views(
 
 
 log = logging.getLogger("mmkd")
+FLOW_FIELD = "flow_files"
+"""The field of an expert's node that has the hash of its flow files."""
 LIKE = 0.75
 """From this similarity of two names on (difflib's ratio), one is taken for the other mistyped."""
 
@@ -139,6 +142,8 @@ class BuildPlan:
     """Fields of the base node."""
     nodes: dict[str, ExpertNode]
     """Expert -> what the cache keeps of it."""
+    flow: FlowDigests | None = None
+    """What tells flow files apart, where an expert reads such."""
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -169,18 +174,24 @@ class ShardWork:
 
 
 def plan_build(
-    recipe: TeacherRecipe, experts: tuple[Expert, ...], there: Mapping[str, SplitLayout] | None = None
+    recipe: TeacherRecipe,
+    experts: tuple[Expert, ...],
+    there: CacheInit | None = None,
+    *,
+    replace: Collection[str] = (),
 ) -> BuildPlan:
     """Fix rows, views and fingerprints; raise InputError for what cannot be built.
 
-    `there` are the layouts of the cache that is to grow: its views come in the blocks that it has.
+    `there` is the cache that is to grow: its views come in the blocks that it has, and what it says of flow files
+    is compared by the rules that it was made by, but for experts that are to be replaced.
     """
+    layouts = {} if there is None else there.layouts()
     clip_set = ClipSet(recipe.data)
     manifest = clip_set.manifest
     check_teacher([expert.card for expert in experts], manifest, recipe)
     names = cached_splits(manifest, recipe)
     warn_of_leaks(experts, manifest, [name for name in names if name != recipe.train_split])
-    splits = tuple(plan_split(name, clip_set, recipe, (there or {}).get(name)) for name in names)
+    splits = tuple(plan_split(name, clip_set, recipe, layouts.get(name)) for name in names)
     items = [split.items for split in splits]
     for line in filter(None, (unusable_line(items), short_views_line(recipe.views, items))):
         log.warning(line)
@@ -195,9 +206,13 @@ def plan_build(
         view_seed=recipe.view_seed,
         decoder=decoder_of(items),
     )
-    flow = digest_of_flow(recipe, experts, items)
-    nodes = {expert.name: expert_node(expert, box_identity, recipe, flow) for expert in experts}
-    return BuildPlan(recipe, clip_set, splits, experts, boxes, base, nodes)
+    flow = flow_digests(recipe, experts, items)
+    stored = {name: fields for name, fields in (there.experts if there else {}).items() if name not in replace}
+    nodes = {
+        expert.name: expert_node(expert, box_identity, recipe, flow_field(flow, stored.get(expert.name)))
+        for expert in experts
+    }
+    return BuildPlan(recipe, clip_set, splits, experts, boxes, base, nodes, flow)
 
 
 def warn_of_leaks(experts: Sequence[Expert], manifest: Manifest, splits: Sequence[str]) -> None:
@@ -210,14 +225,21 @@ def warn_of_leaks(experts: Sequence[Expert], manifest: Manifest, splits: Sequenc
             log.warning(line)
 
 
-def digest_of_flow(
+def flow_digests(
     recipe: TeacherRecipe, experts: Sequence[Expert], splits: Sequence[ClipVideos]
-) -> dict[str, str] | None:
-    """Return a hash of the flow files of all clips, where an expert sees such; None where flow is computed."""
+) -> FlowDigests | None:
+    """Return what tells the flow files of all clips apart; None where no expert sees such, or flow is computed."""
     if recipe.flow.files is None or not needs_flow(expert.modality for expert in experts):
         return None
-    clips = (item for items in splits for item in items if not isinstance(item, VideoError))
-    return {"flow_files": flow_digest(FlowFiles(recipe.flow.files, recipe.flow), clips)}
+    return FlowDigests(FlowFiles(recipe.flow.files, recipe.flow), splits)
+
+
+def flow_field(flow: FlowDigests | None, stored: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """Return the hash of the flow files, made as that in the `stored` fields of the same expert was."""
+    if flow is None:
+        return None
+    before = (stored or {}).get(FLOW_FIELD)
+    return {FLOW_FIELD: flow.digest(rules_of(before) if before else BY_CONTENT)}
 
 
 def expert_node(

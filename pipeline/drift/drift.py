@@ -31,7 +31,7 @@ from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.views.view import View
 from mmkd.data_manifests.errors import FingerprintError, StorageError, VerificationError, VideoError
 from mmkd.data_manifests.manifest import Manifest
-from mmkd.pipeline.build.work import base_fields, expert_node
+from mmkd.pipeline.build.work import FLOW_FIELD, base_fields, expert_node
 from mmkd.pipeline.drift.report import DriftReport, HeadDrift, PixelDrift
 from mmkd.pipeline.drift.sample import Sampled, draw_sample, stored_logits
 from mmkd.pipeline.experts.expert import Expert
@@ -86,8 +86,8 @@ def check_node_fields(
     boxes = boxes_fields(recipe.boxes) if needs_boxes(expert.modality for expert in experts) else None
     fields = {expert.name: dict(expert_node(expert, boxes, recipe).fields) for expert in experts}
     for name, own in fields.items():  # that of all videos is not asked again for a sample: each clip's flow is read
-        if digest := reader.init.experts.get(name, {}).get("flow_files"):
-            own["flow_files"] = digest
+        if digest := reader.init.experts.get(name, {}).get(FLOW_FIELD):
+            own[FLOW_FIELD] = digest
     stored = {name: reader.init.experts[name] for name in fields if name in reader.experts}
     lines = [
         *base_differences(reader.store, reader.init, base, manifest),

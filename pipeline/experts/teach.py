@@ -39,6 +39,7 @@ from mmkd.pipeline.experts.expert import (
 )
 from mmkd.pipeline.experts.trained_on import write_trained_on
 from mmkd.pipeline.flow.clip_flow import all_pairs, clip_flow
+from mmkd.pipeline.flow.flow_digests import digest_of_clips
 from mmkd.pipeline.flow.flow_files import FlowFiles
 from mmkd.pipeline.flow.scratch import FlowStore
 from mmkd.pipeline.inputs.boxes import BoxFile, boxes_at, open_boxes
@@ -65,6 +66,8 @@ from mmkd.student.training.watch import Watch, Watches
 log = logging.getLogger("mmkd")
 TRAINING = "training"
 """The folder of the checkpoints, in an expert's."""
+FLOW_FILES = "flow_files"
+"""Among what training reports: a hash of the flow files that it read."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class Taught:
     """Tells after each epoch how it does on those of `train.held_out`; None without them."""
     held_out: Sequence[ClipVideo | VideoError]
     """Clips that no expert learns from."""
+    flow_files: str | None = None
+    """Hash of the flow files of all of them; None where none are read."""
 
 
 def teach_expert(
@@ -115,7 +120,7 @@ def teach_expert(
         check_input(expert.train.network, frames=frames, size_px=size_px)
     seen = expert_identity(recipe, recipe.experts[name], clip_set)
     with joined(device) as ranks:
-        if (card := ranks.same(lambda: whole_expert(out, name, seen))) is not None:
+        if (card := ranks.same(lambda: whole_expert(out, name, seen, recipe, clip_set))) is not None:
             return TeachReport(card, trained=False)
         with held_by_first(out, ranks) as lock:
             watch = Watches(watches_of(looking, out / TRAINING, lock))
@@ -137,7 +142,9 @@ def trained_clips(recipe: TeacherRecipe, clip_set: ClipSet) -> TrainedOn:
     return trained_on(f"{manifest.dataset}, split {recipe.train_split}", kept)
 
 
-def whole_expert(out: Path, name: str, seen: dict[str, Any]) -> ExpertCard | None:
+def whole_expert(
+    out: Path, name: str, seen: dict[str, Any], recipe: TeacherRecipe, clip_set: ClipSet
+) -> ExpertCard | None:
     """Return the card of the expert in `out`, None where it has to be trained; raises as `teach_expert`."""
     for folder in (out, out / TRAINING):
         if (folder / RUN_FILE).exists():
@@ -150,6 +157,7 @@ def whole_expert(out: Path, name: str, seen: dict[str, Any]) -> ExpertCard | Non
             )
         return None
     card = same_expert(out, name, seen)
+    check_same_flow(out, card, recipe, clip_set)
     if has_weights(out, card):
         write_card(out, card)  # with the seal that an earlier version did not write
         return card
@@ -196,6 +204,8 @@ def train_expert(
             "clips": taught.training.data.rows,
             "skipped": taught.training.skipped,
         }
+        if taught.flow_files:
+            report[FLOW_FILES] = taught.flow_files
         if taught.held_out:
             held_data = expert_data(recipe, expert, clip_set, items=taught.held_out, device=device).data
             precision = expert.train.precision
@@ -224,12 +234,13 @@ def open_taught(recipe: TeacherRecipe, expert: ExpertRecipe, clip_set: ClipSet, 
     if unlabelled := clip_set.manifest.unlabelled(recipe.train_split):
         log.warning("%d of %s have no label, and teach nothing", unlabelled, counted(len(clips), "training clip"))
     training = expert_data(recipe, expert, clip_set, items=seen_items, device=device)
+    flow = digest_of_clips(recipe.flow, items) if MODALITIES[expert.modality].needs_flow else None
     if not told_by:
-        return Taught(training, None, held_items)
+        return Taught(training, None, held_items, flow)
     log.info("training on %s; %d tell which epoch is the best", counted(training.data.rows, "clip"), len(told_by))
     looked_at = expert_data(recipe, expert, clip_set, items=told_by, device=device, evaluation=True)
     validate = after_epochs(looked_at.data, clip_set.manifest.heads, device, expert.train)
-    return Taught(training, validate, held_items)
+    return Taught(training, validate, held_items, flow)
 
 
 class Part(IntEnum):
@@ -294,6 +305,20 @@ def same_expert(out: Path, name: str, seen: dict[str, Any]) -> ExpertCard:
             "delete this one"
         )
     return card
+
+
+def check_same_flow(out: Path, card: ExpertCard, recipe: TeacherRecipe, clip_set: ClipSet) -> None:
+    """Raise InputError unless the expert in `out` learned from the flow files that are there now.
+
+    One of an earlier version does not say from which.
+    """
+    if recipe.flow.files is None or (before := card.training.get(FLOW_FILES)) is None:
+        return
+    if before != digest_of_clips(recipe.flow, clip_set.probe(clip_set.manifest.split(recipe.train_split))):
+        raise InputError(
+            f"{out} holds an expert made with other flow files than those in {recipe.flow.files.path}, or with "
+            "fewer; train into another directory, or delete this one"
+        )
 
 
 def expert_data(
@@ -411,14 +436,22 @@ def with_sound(clips: Sequence[ClipVideo], clip_set: ClipSet) -> tuple[list[Clip
 
 def with_flow_files(recipe: TeacherRecipe, clips: Sequence[ClipVideo]) -> tuple[list[ClipVideo], list[str]]:
     """Return the clips whose flow is among a user's files and fits, and the reasons of the others."""
-    store, kept, reasons = open_flow(recipe, "cpu"), [], []
+    store, kept, reasons = open_flow(recipe, "cpu"), list[ClipVideo](), list[str]()
+    if not isinstance(store, FlowFiles):
+        return list(clips), []
+    faults: dict[str, str | None] = {}  # each video is asked once, whose clips may be hundreds
     for item in clips:
-        try:
-            if isinstance(store, FlowFiles):
+        source = store.source_of(item)
+        if source not in faults:
+            try:
                 store.check(item)
+                faults[source] = None
+            except FlowMissingError as error:
+                faults[source] = str(error)
+        if (fault := faults[source]) is None:
             kept.append(item)
-        except FlowMissingError as error:
-            reasons.append(f"clip {item.clip.clip_id!r}: {error}")
+        else:
+            reasons.append(f"clip {item.clip.clip_id!r}: {fault}")
     return kept, reasons
 
 

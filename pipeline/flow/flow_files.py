@@ -17,7 +17,6 @@ the grid that they were computed on, per step of the sequence that they were com
 the video's rate. What cannot be known from files: the bound, which the user states.
 """
 
-import hashlib
 import math
 import re
 from collections import OrderedDict
@@ -34,7 +33,7 @@ from mmkd.cache_tools.frames.records import Float32Array, IntArray, VideoFacts
 from mmkd.cache_tools.frames.source import frame_interval_seconds
 from mmkd.cache_tools.frames.still_hdf5 import find_node, open_frames_file
 from mmkd.data_manifests.counted import counted
-from mmkd.data_manifests.errors import InputError, StorageError, VideoError
+from mmkd.data_manifests.errors import StorageError, VideoError
 from mmkd.pipeline.flow.conventions import I3D_BOUND_PX, I3D_FPS, frames_at_rate
 from mmkd.pipeline.flow.opened_flow import FolderFlow, Hdf5Floats, Hdf5Flow, NpyFlow, TarFlow, VideoFlow
 from mmkd.pipeline.missing import FlowMissingError
@@ -77,6 +76,17 @@ class FlowFiles:
         with self._faults(item):
             check_aspect(flow.size(0), item)
             return flow.identity()
+
+    def check_sizes(self, item: ClipVideo) -> str:
+        """Return what `check` did in earlier versions, for the caches that they made."""
+        flow = self._open(item)
+        check_count(flow.count, item, self.files, self.recipe.step)
+        with self._faults(item):
+            return flow.identity_by_sizes()
+
+    def source_of(self, item: ClipVideo) -> str:
+        """Return what clips of the same flow files have in common: their video, in `interleaved` themselves."""
+        return f"{item.clip.video} {item.clip.clip_id if self.files.layout == 'interleaved' else ''}"
 
     def read(self, item: ClipVideo, starts: IntArray) -> Float32Array:
         """Return the fields (T, 2, h, w) of the pairs that begin at `starts`, which may repeat, in pixels.
@@ -260,24 +270,3 @@ def check_count(count: int, item: ClipVideo, files: FlowFilesRecipe, step: int) 
         f"{counted(count, 'field')} of flow, where {said} at step {step} and stride {files.stride} need "
         f"{wanted:.0f}{hint}"
     )
-
-
-def flow_digest(files: FlowFiles, items: Iterable[ClipVideo]) -> str:
-    """Return a hash over the flow of all videos that a build reads: of its content, never of its path.
-
-    Raises InputError where no video has flow there: another folder was meant, or its disk is not there.
-    """
-    found: dict[str, str] = {}
-    first = ""
-    for item in items:
-        key = f"{item.clip.video} {item.clip.clip_id if files.files.layout == 'interleaved' else ''}"
-        if key not in found:
-            try:
-                found[key] = files.check(item)
-            except FlowMissingError as error:
-                found[key] = ""
-                first = first or f"{item.clip.video}: {error}"
-    if found and not any(found.values()):
-        raise InputError(f"no video has flow in {files.files.path} (flow.files.path); the first, {first}")
-    text = "\n".join(f"{key} {value}" for key, value in sorted(found.items()))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -21,6 +21,8 @@ from mmkd.pipeline.flow.conventions import codes_of_jpeg, flow_of_codes, flow_of
 from mmkd.pipeline.flow.file_names import NAMES, FlowName, pair_number
 
 MAX_FIELD_PIXELS = 2**26
+SAMPLED_FIELDS = 5
+"""Fields of a video whose bytes its identity covers: the first, the last, and others evenly between them."""
 
 
 class VideoFlow(ABC):
@@ -45,7 +47,15 @@ class VideoFlow(ABC):
         return values
 
     def identity(self) -> str:
-        """Return a hash of how many fields there are, and of the sizes of the first, middle and last ones."""
+        """Return a hash of how many fields there are, and of all bytes of `SAMPLED_FIELDS` of them."""
+        found = hashlib.blake2b(str(self.count).encode(), digest_size=16)
+        for field in np.linspace(0, self.count - 1, SAMPLED_FIELDS).round().astype(int).tolist():
+            for part in self.planes(field):
+                found.update(len(part).to_bytes(8, "little") + part)
+        return found.hexdigest()
+
+    def identity_by_sizes(self) -> str:
+        """Return what `identity` was in earlier versions: other flow whose files are as large is not noticed."""
         sizes = [[len(part) for part in self.planes(field)] for field in (0, self.count // 2, self.count - 1)]
         return hashlib.blake2b(f"{self.count} {sizes}".encode(), digest_size=16).hexdigest()
 

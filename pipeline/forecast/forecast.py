@@ -25,7 +25,7 @@ from mmkd.cache_tools.storage.store import Store
 from mmkd.cache_tools.upkeep.free_place import require_own_place
 from mmkd.data_manifests.counted import ARE, counted
 from mmkd.data_manifests.errors import InputError, StorageError, VideoError
-from mmkd.pipeline.build.start import plan_init, stored_layouts
+from mmkd.pipeline.build.start import plan_init, stored_init
 from mmkd.pipeline.build.work import BuildPlan, ShardWork, SplitPlan, pending_shards, plan_build
 from mmkd.pipeline.experts.expert import Expert
 from mmkd.pipeline.forecast.rates import WriteRate, measure_clips, measure_folder, measure_writes, readable_rows
@@ -61,7 +61,7 @@ def plan_cache(
     """
     store = open_store(out)
     require_own_place(store)
-    build_plan = plan_build(recipe, experts, stored_layouts(store))
+    build_plan = plan_build(recipe, experts, stored_init(store), replace=replace)
     there, init, objects = plan_init(
         store,
         build_plan.splits,

@@ -19,7 +19,8 @@ from mmkd.data_manifests.errors import InputError
 from mmkd.data_manifests.manifest import Clip
 from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.pipeline.flow.conventions import frames_at_rate
-from mmkd.pipeline.flow.flow_files import FlowFiles, field_numbers, flow_digest
+from mmkd.pipeline.flow.flow_digests import digest_of_clips
+from mmkd.pipeline.flow.flow_files import FlowFiles, field_numbers
 from mmkd.pipeline.missing import FlowMissingError
 from mmkd.pipeline.recipe import FlowFilesRecipe, FlowRecipe
 from tests.helpers.in_process import call, call_ok, refused
@@ -385,9 +386,9 @@ def test_options_that_name_flow_say_what_is_missing(tmp_path):
 def test_no_flow_at_all_ends_a_build_before_it_begins(tmp_path):
     (tmp_path / "unmounted").mkdir()
     flow = files_of(tmp_path / "unmounted", "denseflow")
-    with pytest.raises(InputError, match=r"no video has flow in .*unmounted \(flow.files.path\); the first, P01/"):
-        flow_digest(flow, [item()])
-    assert flow_digest(flow, []) != ""
+    with pytest.raises(InputError, match=r"no video has flow in .*unmounted \(--flow-files, flow.files.path"):
+        digest_of_clips(flow.recipe, [item()])
+    assert digest_of_clips(flow.recipe, []) != ""
 
 
 def test_the_identity_is_the_content_and_never_the_path(tmp_path):
