@@ -54,6 +54,7 @@ BENCHMARKS = (
     Benchmark("live_teacher.py", ("--clips", "14", "--batches", "1", "--batch", "14")),
     Benchmark("steps.py", ("--clips", "14", "--batch", "14", "--steps", "3", "--live-steps", "1")),
     Benchmark("reading.py", ("--batches", "2", "--rounds", "1", "--batch", "4")),
+    Benchmark("endurance.py", ("--clips", "14", "--steps", "8", "--every", "2", "--batch", "7")),
     Benchmark("cost.py", ()),
     Benchmark("flow.py", ("--frames", "2", "--repetitions", "1")),
     Benchmark("drift.py", (str(DEMO), "--views", "8", "--flips", "2", "--swin-views", "2"), lacks_demo),

@@ -47,6 +47,7 @@ from mmkd.student.data.reading import read_by_threads
 from mmkd.student.data.rgb_views import RGBViews
 from mmkd.student.data.view_streams import DrawnViews
 from tests.helpers.demo_place import machine
+from tests.helpers.processes import cpu_seconds
 
 SUFFIXES = {".webm", ".mp4", ".mkv", ".avi"}
 WARM, AHEAD = 2, 4
@@ -193,34 +194,6 @@ def torchcodec_fault(look: Look) -> str | None:
     except (ImportError, OSError, RuntimeError) as error:
         return next(iter(str(error).strip().splitlines()), type(error).__name__)
     return None
-
-
-def descendants() -> list[int]:
-    """Return the ids of all processes that began in this one."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    found = [os.getpid()]
-    for pid in found:
-        found += parents.get(pid, [])
-    return found[1:]
-
-
-def cpu_seconds() -> float:
-    """Return the CPU time so far of this process and its descendants."""
-    total, ticks = time.process_time(), os.sysconf("SC_CLK_TCK")
-    for pid in descendants():
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        total += (int(fields[11]) + int(fields[12])) / ticks
-    return total
 
 
 def measure(batches: Batches, batch: int, count: int) -> tuple[float, float]:

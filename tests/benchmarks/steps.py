@@ -34,6 +34,7 @@ from mmkd.student.training.ranks import ALONE
 from mmkd.student.training.run import Run
 from mmkd.student.training.watch import NOBODY
 from tests.helpers.demo_place import Place, StageTwo, chosen_place, machine, open_stage_two, place_options
+from tests.helpers.processes import memory_kib
 
 LABELS, CACHED, LIVE = "labels", "cached", "live"
 NAMES = {LABELS: "labels alone", CACHED: "cached targets", LIVE: "live teacher"}
@@ -120,23 +121,16 @@ def print_times(seconds: dict[str, list[tuple[float, float] | None]]) -> None:
         print(line)
 
 
-def own_memory_kib() -> dict[str, int]:
-    """Return resident memory and its peak, in KiB."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    found = {parts[0]: int(parts[1]) for parts in lines if parts[0] in ("VmRSS:", "VmHWM:")}
-    return {"now": found["VmRSS:"], "peak": found["VmHWM:"]}
-
-
 def steps_in_own_process(kind: str, place: Place, options: argparse.Namespace) -> None:
     """Do a few steps of one kind and print the memory that they took."""
     data = open_stage_two(place, clips=options.clips)
     run = run_of(kind, place, data, options.batch)
     batches = batches_of(data, options.batch, MEMORY_STEPS)
-    before = own_memory_kib()["now"]
+    before = memory_kib()["now"]
     with reproducible(CPU):
         for batch in batches:
             run.step(batch)
-    print(json.dumps({"before": before, "peak": own_memory_kib()["peak"]}))
+    print(json.dumps({"before": before, "peak": memory_kib()["peak"]}))
 
 
 def print_memory(place: Place, options: argparse.Namespace) -> None:

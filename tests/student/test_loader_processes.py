@@ -1,6 +1,5 @@
 """Loader processes: the same bytes as threads give, one clear error for each fault, nothing left behind."""
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -20,6 +19,7 @@ from mmkd.student.data.reading import Reading, own_cores, read_batches, usual_pr
 from tests.helpers import loader_run
 from tests.helpers.moving_bars import MovingBars
 from tests.helpers.places import ROOT
+from tests.helpers.processes import session
 from tests.helpers.stored_clips import rgb_views, write_videos
 
 
@@ -147,17 +147,6 @@ def told(tmp_path_factory):
     lines["left"] = session(program.pid)
     lines["code"] = program.returncode
     return lines
-
-
-def session(number: int) -> list[int]:
-    """The living processes of a session."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) == number and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
 
 
 on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
