@@ -15,6 +15,7 @@ from mmkd.pipeline.commands import (
     import_expert,
     manifest,
     pack,
+    submit,
     teach,
 )
 
@@ -45,6 +46,7 @@ COMMANDS: tuple[click.Command, ...] = (
     cache.merge,
     cache.inspect,
     cache.weigh,
+    submit.submit,
     flow.flow,
     boxes.boxes,
     detect.detect,

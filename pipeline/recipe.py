@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mmkd.cache_tools.cluster.recipe import ClusterRecipe
 from mmkd.cache_tools.frames.clip_set import DataRecipe
 from mmkd.cache_tools.recipes.recipe import Recipe
 from mmkd.cache_tools.views.drawing import ViewPolicy
@@ -222,6 +223,9 @@ class TeacherRecipe(Recipe):
     audio: AudioRecipe = Field(default_factory=AudioRecipe)
     experts: dict[str, ExpertRecipe] = Field(default_factory=dict, description="name -> expert")
     build: BuildRecipe = Field(default_factory=BuildRecipe)
+    cluster: ClusterRecipe = Field(
+        default_factory=ClusterRecipe, description="what `mmkd-cache submit` asks a cluster for"
+    )
 
     @property
     def scratch(self) -> Path:

@@ -35,6 +35,7 @@ from mmkd.student.evaluation.run_files import EVALUATION_FILE, RUN_FILE, read_ru
 from mmkd.student.looking.options import looking_of, watch_options
 from mmkd.student.prediction.command import asked_look, look_options, predict
 from mmkd.student.recipes.student import Missing, Mode, StudentRecipe
+from mmkd.student.submit import submit_of
 from mmkd.student.training.launcher import refuse_several_processes
 
 cache_option = click.option(
@@ -93,24 +94,7 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
 
     Without --cache it learns from the labels of --manifest alone, under views that the recipe's `views` describes.
     """
-    flags = {
-        "teacher.weights": "weights",
-        "loss.temperature": "temperature",
-        "loss.label_weight": "label_weight",
-        "teacher.missing": "missing",
-        "node_copies": "node_copies",
-    }
-    named = named_data(options) | {path: options[name] for path, name in flags.items()}
-    named["train.seed"] = options["seed"]
-    recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named)
-    if options["cache"] is None:
-        recipe.refuse_teacher(
-            {path: f"--{name.replace('_', '-')}" for path, name in flags.items() if options[name] is not None},
-            labels_only=options["labels_only"],
-        )
-        mode = Mode(labels_only=True, fresh_views=True)
-    else:
-        mode = Mode(options["labels_only"], options["fresh_views"])
+    recipe, mode = _asked(files, overrides, options)
     from mmkd.student.distil import train_student
     from mmkd.student.evaluation.table_text import metric_lines
     from mmkd.student.training.devices import choose_device
@@ -127,6 +111,32 @@ def train(files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -
     metrics = json.loads((options["out"] / EVALUATION_FILE).read_bytes())["metrics"]
     value = {"run": str(options["out"]), "steps": report.steps, "metrics": metrics}
     print_result(value, as_json=options["as_json"], lines=metric_lines(metrics))
+
+
+def _asked(
+    files: tuple[Path, ...], overrides: tuple[str, ...], options: dict[str, Any]
+) -> tuple[StudentRecipe, Mode]:
+    """Return what `train` is asked for; InputError for what does not fit together."""
+    flags = {
+        "teacher.weights": "weights",
+        "loss.temperature": "temperature",
+        "loss.label_weight": "label_weight",
+        "teacher.missing": "missing",
+        "node_copies": "node_copies",
+    }
+    named = named_data(options) | {path: options[name] for path, name in flags.items()}
+    named["train.seed"] = options["seed"]
+    recipe = load_recipe(StudentRecipe, files=files, overrides=overrides, named=named)
+    if options["cache"] is not None:
+        return recipe, Mode(options["labels_only"], options["fresh_views"])
+    recipe.refuse_teacher(
+        {path: f"--{name.replace('_', '-')}" for path, name in flags.items() if options[name] is not None},
+        labels_only=options["labels_only"],
+    )
+    return recipe, Mode(labels_only=True, fresh_views=True)
+
+
+cli.add_command(submit_of(train, _asked))
 
 
 @cli.command(epilog=example("mmkd-student evaluate runs/student --cache cache"))

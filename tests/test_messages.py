@@ -23,6 +23,15 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 SETTING = re.compile(r"--set ([a-z_.]+)=(?!value)")
 OF_OTHERS = {
     *("--signal", "--requeue", "--array", "--ntasks", "--nproc-per-node", "--standalone"),
+    *(
+        "--open-mode",
+        "--parsable",
+        "--jobs",
+        "--dependency",
+        "--kill-on-bad-exit",
+        "--cpus-per-task",
+        "--constraint",
+    ),
     *("--force-reinstall", "--gpu-architecture", "--std", "--fmad"),
 }
 """Options of programs that are not ours: sbatch, torchrun, pip, nvrtc."""

@@ -1,5 +1,6 @@
 """The command `mmkd-cache teach`: one expert, trained on labels."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,7 @@ from mmkd.student.looking.options import looking_of, watch_options
 @as_json
 def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **options: Any) -> None:
     """Train the recipe's expert NAME on labels: it sees rgb, flow or boxes, or hears audio."""
-    named = named_options(options)
-    known = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named).experts
-    if name not in known:  # --seed would begin a new expert, and the error be about its missing modality
-        raise InputError(f"NAME: the recipe has no expert {name!r}; {has_experts(known, files)}")
-    named |= {f"experts.{name}.train.seed": options["seed"]}
-    recipe = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)
+    recipe = teach_recipe((name,), files, overrides, options)
     from mmkd.pipeline.experts.teach import teach_expert
     from mmkd.student.training.devices import choose_device
     from mmkd.student.training.launcher import launched
@@ -64,3 +60,16 @@ def teach(name: str, files: tuple[Path, ...], overrides: tuple[str, ...], **opti
         lines.append(f"held-out {head}: top-1 {100 * found['top1']:.1f} on {counted(found['clips'], 'clip')}")
     value = {"name": name, "trained": report.trained, "training": card.training}
     print_result(value, as_json=options["as_json"], lines=lines)
+
+
+def teach_recipe(
+    names: Sequence[str], files: tuple[Path, ...], overrides: tuple[str, ...], options: dict[str, Any]
+) -> TeacherRecipe:
+    """Return the recipe by which its experts of these names are taught, or without a name all of them."""
+    named = named_options(options)
+    known = load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named).experts
+    for name in names:  # --seed would begin a new expert, and the error be about its missing modality
+        if name not in known:
+            raise InputError(f"NAME: the recipe has no expert {name!r}; {has_experts(known, files)}")
+    named |= {f"experts.{name}.train.seed": options["seed"] for name in names or known}
+    return load_recipe(TeacherRecipe, files=files, overrides=overrides, named=named)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializationInfo, field_serializer
 
+from mmkd.cache_tools.cluster.recipe import ClusterRecipe
 from mmkd.cache_tools.frames.clip_set import DataRecipe
 from mmkd.cache_tools.recipes.recipe import WHOLE, Recipe
 from mmkd.cache_tools.views.drawing import ViewPolicy
@@ -93,6 +94,9 @@ class StudentRecipe(GrowingRecipe):
         "frames of 224 x 224. With a cache its own: what is given here must be the same",
     )
     view_seed: int = Field(0, ge=0, description="seed of the random views, likewise")
+    cluster: ClusterRecipe = Field(
+        default_factory=ClusterRecipe, description="what `mmkd-student submit` asks a cluster for"
+    )
 
     @field_serializer("views")
     def _without_the_other_distance(
