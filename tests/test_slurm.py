@@ -77,13 +77,22 @@ def restarts(cluster: Slurm, number: str) -> list[str]:
     return [cluster.job(f"{number}_{task}")["Restarts"] for task in range(4)]
 
 
-def test_an_array_builds_to_the_bytes_of_one_process_and_the_chain_verifies_it(
+def test_teach_build_and_verify_in_a_chain_make_the_bytes_of_one_process(
     cluster: Slurm, submit, quick: Forked, tmp_path
 ):
-    jobs = submit("mmkd-cache", "build", *quick.options(), "-o", "cache", "--tasks", 2)
-    assert cluster.job(jobs["mmkd-verify"])["Dependency"].startswith(f"afterok:{jobs['mmkd-build']}")
-    cluster.wait(*jobs.values())
-    assert contents(tmp_path / "cache") == contents(quick.cache), logs(tmp_path)
+    """An expert is taught by one job, an array builds with it in the next, and a third one verifies."""
+    (tmp_path / "short.yaml").write_text(
+        json.dumps({"experts": {"rgb": {"train": {"epochs": 1, "batch_size": 8, "warmup_epochs": 0}}}})
+    )
+    options = [*quick.options()[: quick.options().index("--expert")], "-c", "short.yaml"]
+    taught = submit("mmkd-cache", "teach", "rgb", *options, "-o", "experts")["mmkd-teach"]
+    build = (*options, "--expert", "experts/rgb")
+    jobs = submit("mmkd-cache", "build", *build, "-o", "cache", "--tasks", 2, "--after", taught)
+    for job, before in (("mmkd-build", taught), ("mmkd-verify", jobs["mmkd-build"])):
+        assert f"afterok:{before}" in cluster.run("scontrol", "-o", "show", "job", jobs[job])
+    cluster.wait(taught, *jobs.values())
+    call_ok("mmkd-cache", "build", *build, "-o", "alone")
+    assert contents(tmp_path / "cache") == contents(tmp_path / "alone"), logs(tmp_path)
     assert [cluster.job(f"{jobs['mmkd-build']}_{task}")["ExitCode"] for task in (0, 1)] == ["0:0", "0:0"]
     (log,) = tmp_path.glob("mmkd-verify-*.log")
     assert "; 0 damaged" in log.read_text(), log.read_text()

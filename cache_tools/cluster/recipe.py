@@ -66,12 +66,28 @@ class ClusterRecipe(Recipe):
                 f"processes {self.processes} on {self.gpus} GPUs: each needs its own; to train without GPUs say "
                 "gpus: 0"
             )
+        if self.time is not None and _seconds(self.time) < 2 * self.stop_seconds:
+            raise ValueError(
+                f"time {self.time}: with stop_seconds {self.stop_seconds} a task is told to stop before it has done "
+                "much; give at least twice that"
+            )
         return self
 
     @property
     def processes_per_node(self) -> int:
         """How many processes train on each node."""
         return self.processes or max(1, self.gpus)
+
+
+def _seconds(text: str) -> int:
+    """Return the seconds of a time as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash or len(parts) == 3:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 class WithCluster(Recipe):

@@ -15,9 +15,15 @@ def options_of(script: str) -> dict[str, str]:
     return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, re.MULTILINE))
 
 
-@pytest.mark.parametrize("time", ["30", "90:00", "12:00:00", "2-12", "2-12:30", "2-12:30:00"])
-def test_every_form_of_a_time_that_slurm_knows_is_taken(time):
-    assert ClusterRecipe(time=time).time == time
+TIMES = {"30": 1800, "90:30": 5430, "12:01:02": 43_262, "2-12": 216_000, "2-12:30": 217_800, "1-00:00:05": 86_405}
+
+
+@pytest.mark.parametrize(("time", "seconds"), TIMES.items())
+def test_every_form_of_a_time_that_slurm_knows_is_taken_where_it_leaves_room_to_stop(time, seconds):
+    assert ClusterRecipe(time=time, stop_seconds=min(seconds // 2, 65535)).time == time
+    if seconds < 2 * 65535:
+        with pytest.raises(ValidationError, match="told to stop before it has done much"):
+            ClusterRecipe(time=time, stop_seconds=seconds // 2 + 1)
 
 
 @pytest.mark.parametrize(

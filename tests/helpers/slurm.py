@@ -100,13 +100,19 @@ class Slurm:
         return re.findall(r"JobState=(\w+)", self.run("scontrol", "-o", "show", "job", number))
 
     def wait(self, *numbers: str, states: tuple[str, ...] = ("COMPLETED",), seconds: float = 60) -> None:
-        """Wait until all of the jobs are in one of the states; a requeued one is started at once."""
+        """Wait until all of the jobs are in one of the states; a requeued one is started soon.
+
+        Not at once: what starts in the second of its end is refused for good ("Job credential revoked").
+        """
         deadline = time.monotonic() + seconds
+        begun: set[str] = set()
         while any(found not in states for number in numbers for found in self.states(number)):
             assert time.monotonic() < deadline, self.said(numbers)
             for number in numbers:
-                if "Reason=BeginTime" in self.run("scontrol", "-o", "show", "job", number):
-                    self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
+                waits = "Reason=BeginTime" in self.run("scontrol", "-o", "show", "job", number)
+                if waits and number not in begun:
+                    self.run("scontrol", "update", f"jobid={number}", "StartTime=now+2")
+                    begun.add(number)
             time.sleep(0.2)
 
     def wait_until(self, reached: Callable[[], object], what: str, seconds: float = 60) -> None:
