@@ -68,8 +68,8 @@ class ClusterRecipe(Recipe):
             )
         if self.time is not None and _seconds(self.time) < 2 * self.stop_seconds:
             raise ValueError(
-                f"time {self.time}: with stop_seconds {self.stop_seconds} a task is told to stop before it has done "
-                "much; give at least twice that"
+                f"time {self.time}: with stop_seconds {self.stop_seconds} a task is told to stop before it has "
+                "done much; give at least twice that"
             )
         return self
 
