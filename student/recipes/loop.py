@@ -121,7 +121,8 @@ class LoopRecipe(GrowingRecipe):
     )
     precision_mode: PrecisionMode = Field(
         "deterministic",
-        description="deterministic: kernels that repeat bit for bit, no TF32; fast: TF32, and the fastest kernels",
+        description="deterministic: kernels that repeat bit for bit, no TF32; on CUDA torch warns of what has "
+        "none, the gradients of 3D pooling in s3d and mvit; fast: TF32, and the fastest kernels",
     )
     compile: bool = Field(False, description="torch.compile the network: slow to begin, faster then")
     channels_last: bool = Field(False, description="channels innermost in memory: faster convolutions on CUDA")

@@ -1,6 +1,7 @@
 """Arrays to a device, and computation there that repeats bit for bit."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.data.batches import AnyArray
@@ -40,7 +42,8 @@ def to_device(arrays: Mapping[str, AnyArray | Tensor], device: torch.device) -> 
 def reproducible(device: torch.device, mode: PrecisionMode = "deterministic") -> Iterator[None]:
     """Compute with kernels that repeat bit for bit and without TF32, and leave torch's random state as it was.
 
-    With the mode `fast`: TF32, and whichever convolutions are fastest on the first batch.
+    With the mode `fast`: TF32, and whichever convolutions are fastest on the first batch. Of gradients
+    `repeating_gradients` takes care.
     """
     fast = mode == "fast"
     devices = [device] if device.type == "cuda" else []
@@ -50,6 +53,31 @@ def reproducible(device: torch.device, mode: PrecisionMode = "deterministic") ->
         _matrix_products(fast),
     ):
         yield
+
+
+@contextmanager
+def repeating_gradients(device: torch.device, mode: PrecisionMode) -> Iterator[None]:
+    """Train on CUDA with gradients that repeat bit for bit, wherever torch can; on a CPU, or if `fast`, do nothing.
+
+    Attention is computed by matrix products, as its other kernels add gradients up in any order. Torch warns of the
+    operations that have no kernel which repeats: the gradients of 3D pooling, in s3d and mvit.
+    """
+    if device.type != "cuda" or mode == "fast":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to promise it, before its start
+    enabled = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False  # it would cost time, and what is not written is not read here
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=only_warns)
+        settings.fill_uninitialized_memory = fills
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from mmkd.student.recipes.loss import LossOptions
 from mmkd.student.teacher.targets import TargetSource
 from mmkd.student.training.best import Validate
 from mmkd.student.training.checkpoint import INITIAL_WEIGHTS, encode_network
-from mmkd.student.training.devices import keep_freed_memory, reproducible, sound_kernels
+from mmkd.student.training.devices import keep_freed_memory, repeating_gradients, reproducible, sound_kernels
 from mmkd.student.training.ranks import ALONE, Ranks, told_when_lost
 from mmkd.student.training.run import Run
 from mmkd.student.training.watch import KEEPING, NOBODY, Watch, part
@@ -101,6 +101,7 @@ def fit(
         closing(run),
         stop_on_signals() as stop,
         reproducible(device, recipe.precision_mode),
+        repeating_gradients(device, recipe.precision_mode),
         sound_kernels(device, recipe.precision),
         run.show(what, progress and ranks.is_first) as bar,
         closing(run.batches_left()) as batches,  # what reads them ends here, also on a stop or a fault

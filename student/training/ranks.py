@@ -4,9 +4,12 @@ Each of them computes its share of every batch; gradients are averaged by torch'
 on GPUs and gloo elsewhere. Process 0 alone writes and reports.
 """
 
+import atexit
 import gc
+import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmkd.cache_tools.frames.records import IntArray
 from mmkd.cache_tools.tasks.folder_lock import FolderLock, folder_lock
-from mmkd.data_manifests.errors import InputError, InterruptedByUserError, MmkdError
+from mmkd.data_manifests.errors import (
+    EXIT_INTERRUPTED,
+    InputError,
+    InterruptedByUserError,
+    MmkdError,
+    StorageError,
+)
 from mmkd.student.training.launcher import Launch, launched
 
 Value = TypeVar("Value")
@@ -137,13 +146,14 @@ def joined(device: torch.device, launch: Launch | None = None) -> Iterator[Ranks
     try:
         yield ranks
         _leave_together(ranks)
-    except InterruptedByUserError as error:
-        if str(error) != LOST:  # a clean stop, of all of them
-            _leave_together(ranks)
+    except BaseException as error:
+        if not isinstance(error, InterruptedByUserError) or str(error) == LOST:
+            _leave_alone(error)
+            raise
+        _leave_together(ranks)  # a clean stop, of all of them
+        _let_go()
         raise
-    finally:
-        gc.collect()  # what still holds on to the group would outlive it, and end this process with an abort
-        dist.destroy_process_group()
+    _let_go()
 
 
 @contextmanager
@@ -156,6 +166,36 @@ def held_by_first(folder: Path, ranks: Ranks) -> Iterator[FolderLock | None]:
         locks: list[FolderLock] = []
         ranks.same(lambda: locks.append(held.enter_context(folder_lock(folder))))
         yield locks[0] if locks else None
+
+
+def _let_go() -> None:
+    gc.collect()  # what still holds on to the group would outlive it, and end this process with an abort
+    dist.destroy_process_group()
+
+
+def _leave_alone(error: BaseException) -> None:
+    """See to it that this process ends once its error is told, without a farewell to the others.
+
+    Closing a group waits for operations that the others have begun: NCCL's may do so for ever, and the launcher,
+    which ends the others when this process has ended, would never know.
+    """
+    code = 1
+    if isinstance(error, MmkdError):
+        code = error.exit_code
+    elif isinstance(error, SystemExit) and isinstance(error.code, int):
+        code = error.code
+    elif isinstance(error, KeyboardInterrupt):
+        code = EXIT_INTERRUPTED
+    elif isinstance(error, OSError | MemoryError):
+        code = StorageError.exit_code
+    atexit.register(_end_at_once, code)
+
+
+def _end_at_once(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _leave_together(ranks: Ranks) -> None:

@@ -87,6 +87,7 @@ class Run:
         self.clips_of_step = 0
         self._best: bytes | None = None
         self._late, self._settled, self._skipped, self._asked = LateResults(), 0, 0, False
+        self._all_used = not ranks.several
         self._refuse_small_batches()
         self._last_loss = float("nan")
         self._run_dir: Path | None = None
@@ -205,6 +206,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         with told_when_uncompiled(recipe):
             loss, suspects = self._backward(batch)
+        self._refuse_unused()
         with part(OPTIMISER):
             self._scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip_norm)
@@ -263,6 +265,19 @@ class Run:
             self.recipe.check_mixing(processes=self.ranks.count)
         except ValueError as error:
             raise InputError(f"train: {error}") from error
+
+    def _refuse_unused(self) -> None:
+        """Raise InputError after the first step where parameters have no gradient that processes could exchange."""
+        if self._all_used:
+            return
+        self._all_used = True
+        learning = [(name, own) for name, own in self.network.named_parameters() if own.requires_grad]
+        if unused := [name for name, own in learning if own.grad is None]:
+            raise InputError(
+                f"train.network: several processes train all of a network, and this one's {', '.join(unused[:4])}"
+                f"{', ...' if len(unused) > 4 else ''} had no part in the loss: leave out what is not "
+                "used, or let it have requires_grad=False"
+            )
 
     def _labels_and_targets(self, batch: Batch) -> tuple[dict[str, Tensor], Targets | None]:
         own = {head: values[batch.rows] for head, values in self.dataset.labels.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmkd.data_manifests.errors import MmkdError
+from mmkd.data_manifests.errors import MmkdError, VideoError
 from mmkd.student.recipes.loss import LossOptions
 from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.training.loop import fit
@@ -29,14 +29,16 @@ RECIPE |= {"loader_threads": 1, "prefetch_batches": 1, "clip_norm": 1e9}
 class Ending(MovingBars):
     """Sends this process a signal when an item is read for the given time."""
 
-    def __init__(self, *args, at, number, **options):
+    def __init__(self, *args, at, number, faulty=False, **options):
         super().__init__(*args, **options)
-        self.reads_left, self.number = at, number
+        self.reads_left, self.number, self.faulty = at, number, faulty
 
     def item(self, row, view):
         self.reads_left -= 1
         if self.reads_left == 0:
             os.kill(os.getpid(), self.number)
+        if self.faulty:
+            raise VideoError("broken")
         return super().item(row, view)
 
 
@@ -53,9 +55,12 @@ def work(out, options):
     logits[[1, 2, 3, 7, 20]] = np.nan
     with joined(torch.device("cpu")) as ranks:
         at = options.get("at", {}).get(str(ranks.rank), 0)
-        dataset = Ending(26, views=2, at=at, number=options.get("signal", signal.SIGUSR1))
+        faulty = options.get("fault") == ranks.rank
+        dataset = Ending(26, views=2, at=at, number=options.get("signal", signal.SIGUSR1), faulty=faulty)
         dataset.labels["direction"] = np.where(np.arange(26) % 5 == 3, -1, dataset.classes)
         network = plain()
+        if options.get("unused"):
+            network.extra = torch.nn.Linear(3, 3)
         report = fit(
             network,
             dataset,

@@ -96,6 +96,21 @@ def test_more_processes_than_clips_of_a_step_are_refused_in_all_of_them(tmp_path
     assert "2 processes cannot share a step of 1 clip:" in said[0]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_fault_of_one_ends_it_with_its_own_word_and_the_others_with_theirs(tmp_path, rank):
+    codes, said = finish(start(tmp_path / "run", count=2, options={"fault": rank}))
+    assert codes[rank] == 2
+    assert "broken; leave it out, or replace its video" in said[rank]
+    assert codes[1 - rank] == EXIT_INTERRUPTED
+    assert said[1 - rank].splitlines()[-1].startswith("error: another process of this run has ended;")
+
+
+def test_a_network_with_a_part_that_is_not_used_is_refused_by_name(tmp_path):
+    codes, said = finish(start(tmp_path / "run", count=2, options={"unused": True}))
+    assert codes == [2, 2]
+    assert "this one's extra.weight, extra.bias had no part in the loss:" in said[0]
+
+
 def test_shares_of_one_clip_cannot_be_mixed(tmp_path):
     codes, said = finish(start(tmp_path / "run", count=2, options={"recipe": {"batch_size": 3, "mix": MIXUP}}))
     assert codes == [2, 2]

@@ -26,7 +26,7 @@ from mmkd.student.recipes.train import TrainRecipe
 from mmkd.student.training.averaging import Average
 from mmkd.student.training.best import best_epoch, is_over
 from mmkd.student.training.checkpoint import checkpoints
-from mmkd.student.training.devices import reproducible
+from mmkd.student.training.devices import repeating_gradients, reproducible
 from mmkd.student.training.epoch_metrics import EpochMetrics
 from mmkd.student.training.late import LateResults
 from mmkd.student.training.loop import fit
@@ -250,6 +250,31 @@ def test_the_fast_mode_switches_tf32_and_benchmarks_on_and_back():
     with reproducible(torch.device("cpu")):
         assert flags() == (False, False, False, False)
     assert flags() == before
+
+
+def test_on_cuda_gradients_are_asked_to_repeat_but_in_the_fast_mode(monkeypatch):
+    """The switches, which need no GPU: that kernels then repeat is torch's own promise."""
+
+    def flags():
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.cudnn_sdp_enabled(),
+        )
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    before = flags()
+    with repeating_gradients(torch.device("cuda"), "deterministic"):
+        assert flags() == (True, True, False, False, False, False)
+        assert torch.backends.cuda.math_sdp_enabled()
+    for device, mode in (("cuda", "fast"), ("cpu", "deterministic")):
+        with repeating_gradients(torch.device(device), mode):
+            assert flags() == before
+    assert flags() == before
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 class Deep(nn.Module):
