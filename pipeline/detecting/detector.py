@@ -1,7 +1,7 @@
 """A torchvision detector with weights from a file: the boxes of hands and objects in frames.
 
 Frames go in as the network wants them, RGB in 0..1; it resizes and normalises by itself. It gives up networks other
-than Faster R-CNN, and tracks.
+than Faster R-CNN and RetinaNet, and tracks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,31 @@ from mmkd.student.checkpoints.checkpoint_file import read_state
 from mmkd.student.checkpoints.fit import fit_of
 from mmkd.student.training.devices import reproducible
 
-CLASSES = "roi_heads.box_predictor.cls_score.weight"
+
+@dataclass(frozen=True)
+class Family:
+    """What sets the networks of one architecture apart."""
+
+    classifier: str
+    """The parameter whose rows are the classes."""
+    threshold: str
+    """The argument for the lowest score."""
+    first_class: int
+    """Number of the first class that is something."""
+    rows_per_class: int = 1
+    """Rows of the classifier that each class has."""
+
+
+FASTER_RCNN = Family("roi_heads.box_predictor.cls_score.weight", "box_score_thresh", 1)
+RETINANET = Family("head.classification_head.cls_logits.weight", "score_thresh", 0, 9)
+"""Its anchors: three sizes of three shapes at each place (Lin et al., "Focal Loss", ICCV 2017, section 4)."""
+EPSILON_OF_0 = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
+"""Networks whose COCO_V1 file torchvision runs with an epsilon of 0 in its batch norms."""
+
+
+def family_of(network: str) -> Family:
+    """Return what a network's architecture is."""
+    return RETINANET if network.startswith("retinanet") else FASTER_RCNN
 
 
 @dataclass(frozen=True)
@@ -67,13 +91,14 @@ class Detector:
 def _categories(params: DetectorParams, classes: int) -> UInt8Array:
     """Return (classes,) what each of the network's classes is: 0 nothing, 1 hand, 2 object."""
     named = (*params.hand, *(params.object or ()))
-    if wrong := [number for number in named if not 1 <= number < classes]:
+    first = family_of(params.network).first_class
+    if wrong := [number for number in named if not first <= number < classes]:
         raise InputError(
-            f"class {wrong[0]} is not one of the detector's, which {params.weights} says are 1 to {classes - 1} "
-            "(0 is the background)"
+            f"class {wrong[0]} is not one of the detector's, which {params.weights} says are {first} to "
+            f"{classes - 1}{' (0 is the background)' if first else ''}"
         )
     found = np.full(classes, OBJECT if params.object is None else 0, np.uint8)
-    found[0] = 0
+    found[:first] = 0
     found[list(params.object or ())] = OBJECT
     found[list(params.hand)] = HAND
     return found
@@ -82,16 +107,18 @@ def _categories(params: DetectorParams, classes: int) -> UInt8Array:
 def _load(params: DetectorParams) -> tuple[nn.Module, int]:
     path, name = params.weights, params.network
     state = {key.removeprefix("module."): value for key, value in read_state(path).items()}
-    if CLASSES not in state or state[CLASSES].ndim != 2:
-        raise InputError(f"the weights {path} are not those of torchvision's {name}: they have no {CLASSES}")
-    classes = len(state[CLASSES])
-    sizes = {"min_size": params.min_size_px, "max_size": params.max_size_px}
+    family = family_of(name)
+    if family.classifier not in state or len(state[family.classifier]) % family.rows_per_class:
+        raise InputError(
+            f"the weights {path} are not those of torchvision's {name}: they have no {family.classifier}"
+        )
+    classes = len(state[family.classifier]) // family.rows_per_class
+    sizes = {"min_size": params.min_size_px, "max_size": params.max_size_px, family.threshold: params.min_score}
     network: nn.Module = torchvision.models.get_model(
         name,
         weights=None,
         weights_backbone=None,
         num_classes=classes,
-        box_score_thresh=params.min_score,
         **{key: value for key, value in sizes.items() if value is not None},
     )
     if problems := fit_of(state, network.state_dict()).problems:
@@ -102,8 +129,8 @@ def _load(params: DetectorParams) -> tuple[nn.Module, int]:
 
 
 def norm_eps_of(params: DetectorParams) -> float | None:
-    """Return the batch norm's epsilon: torchvision runs its first published ResNet-50 detector with 0."""
-    if params.norm_eps is not None or params.network != "fasterrcnn_resnet50_fpn":
+    """Return the batch norm's epsilon: torchvision runs its first published ResNet-50 files with 0."""
+    if params.norm_eps is not None or params.network not in EPSILON_OF_0:
         return params.norm_eps
     published = torchvision.models.get_model_weights(params.network).COCO_V1.url
     prefix = published.rsplit("-", 1)[1].removesuffix(".pth")

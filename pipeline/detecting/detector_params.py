@@ -11,8 +11,10 @@ DETECTORS = (
     "fasterrcnn_resnet50_fpn_v2",
     "fasterrcnn_mobilenet_v3_large_fpn",
     "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "retinanet_resnet50_fpn",
+    "retinanet_resnet50_fpn_v2",
 )
-"""Names of torchvision's networks."""
+"""Names of torchvision's networks. RetinaNet has no background: its classes count from 0."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class DetectorParams:
     weights: Path
     """Its parameters; their number of classes is the network's."""
     hand: tuple[int, ...]
-    """Classes of the network that are hands, from 1."""
+    """Classes of the network that are hands, from 1; RetinaNet's from 0."""
     object: tuple[int, ...] | None = None
     """Classes that are objects; None: all others."""
     min_score: float = 0.05
@@ -36,7 +38,7 @@ class DetectorParams:
     max_size_px: int | None = None
     """Bound on the long side; None: the network's own."""
     norm_eps: float | None = None
-    """Epsilon of batch norms; None: 0 for torchvision's published COCO_V1 ResNet-50, else 1e-5."""
+    """Epsilon of batch norms; None: 0 for torchvision's published COCO_V1 ResNet-50 files, else 1e-5."""
     batch: int = 8
     """Frames in one call."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mmkd.data_manifests.errors import InputError, VideoError
-from mmkd.pipeline.detections.pickled_bytes import read_pickled_bytes
+from mmkd.pipeline.detections.pickled_bytes import NotBytesError, read_pickled_bytes
 from mmkd.pipeline.detections.records import HAND, OBJECT, UNKNOWN, VideoDetections
 from mmkd.pipeline.detections.wire import Fields, float_field, int_field, message_fields, parse_message
 
@@ -45,12 +45,16 @@ def nominal_fps(video: str) -> float:
 def read_epic_video(path: Path, *, fps: float | None, thresholds: Thresholds) -> VideoDetections:
     """Return the detections of one pickle.
 
-    Raises VideoError, with the file's name, the message and the fault, for detections that are not of the form, and
-    InputError for a file that is no pickled list of byte strings.
+    Raises VideoError, with the file's name and the fault, for detections that are not of the form and for a file
+    that is no pickled list of byte strings: of that nothing ran.
     """
     frames: dict[int, list[Row]] = {}
     videos: set[str] = set()
-    for place, message in enumerate(read_pickled_bytes(path), 1):
+    try:
+        messages = read_pickled_bytes(path)
+    except NotBytesError as error:
+        raise VideoError(str(error)) from error
+    for place, message in enumerate(messages, 1):
         try:
             fields = parse_message(message)
             videos.add(_text(fields))

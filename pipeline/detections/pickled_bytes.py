@@ -21,8 +21,12 @@ STORE = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}
 RECALL = {"BINGET", "LONG_BINGET"}
 
 
+class NotBytesError(InputError):
+    """A file is no pickled list of byte strings: a fault of it alone, whatever it would have run."""
+
+
 def read_pickled_bytes(path: Path) -> list[bytes]:
-    """Return the byte strings of a pickled list; InputError names the file and what else is in it."""
+    """Return the byte strings of a pickled list; NotBytesError names the file and what else is in it."""
     try:
         data = read_regular(path, at_most_bytes=AT_MOST_BYTES)
     except OSError as error:
@@ -30,7 +34,7 @@ def read_pickled_bytes(path: Path) -> list[bytes]:
     try:
         return _list_of_bytes(data)
     except ValueError as error:
-        raise InputError(f"{path}: not a pickled list of byte strings: {error}; it was not unpickled") from error
+        raise NotBytesError(f"{path}: not a pickled list of byte strings: {error}; it was not unpickled") from error
 
 
 def _list_of_bytes(data: bytes) -> list[bytes]:

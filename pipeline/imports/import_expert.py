@@ -32,6 +32,7 @@ from mmkd.student.checkpoints.fit import fit_of
 from mmkd.student.key_maps.key_map import Classifier, MappedWeights
 from mmkd.student.key_maps.key_maps import AUTO, map_weights
 from mmkd.student.networks.networks import CHANNELS
+from mmkd.student.networks.own_networks import CLASSIFIER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +172,13 @@ def fill(
     Raises InputError where any parameter is missing, unexpected, of another size or not finite.
     """
     state = dict(mapped.backbone)
+    places = {own_name(name): name for name in network.state_dict()}
     for head, layer in layers.items():
         assert layer.bias is not None
-        state |= {f"heads.{head}.weight": layer.weight, f"heads.{head}.bias": layer.bias}
-    places = {own_name(name): name for name in network.state_dict()}
+        place = f"heads.{head}"
+        if f"{place}.weight" not in places and len(layers) == 1 and f"{CLASSIFIER}.weight" in places:
+            place = CLASSIFIER  # a network of somebody's that gives logits itself
+        state |= {f"{place}.weight": layer.weight, f"{place}.bias": layer.bias}
     fit = fit_of(state, {own: network.state_dict()[name] for own, name in places.items()})
     if fit.problems:
         called = "STLT" if expert.modality == "boxes" else expert.train.network
@@ -190,7 +194,9 @@ def fill(
 
 def own_name(name: str) -> str:
     """Return a parameter's name in its backbone, or below `heads`, from that in an expert's network."""
-    return name.removeprefix("network.").removeprefix("backbone.")
+    while name.startswith("network."):  # twice, where a network gives logits itself
+        name = name.removeprefix("network.")
+    return name.removeprefix("backbone.")
 
 
 def closest(state: dict[str, Tensor], expert: ExpertRecipe) -> str:

@@ -11,10 +11,12 @@ from mmkd.student.key_maps.authors_stlt import AUTHORS_STLT
 from mmkd.student.key_maps.epic_tsm import EPIC_TSM
 from mmkd.student.key_maps.key_map import Classifier, KeyMap, MappedWeights
 from mmkd.student.key_maps.same_names import SAME_NAMES
+from mmkd.student.key_maps.slowfast import SLOWFAST
 from mmkd.student.key_maps.slowfast_mvit import SLOWFAST_MVIT
 from mmkd.student.key_maps.video_swin import VIDEO_SWIN
+from mmkd.student.key_maps.videomae import VIDEOMAE
 
-MAPS = (VIDEO_SWIN, AUTHORS_STLT, SLOWFAST_MVIT, EPIC_TSM, SAME_NAMES)
+MAPS = (VIDEO_SWIN, AUTHORS_STLT, SLOWFAST_MVIT, SLOWFAST, EPIC_TSM, VIDEOMAE, SAME_NAMES)
 KEY_MAPS: dict[str, KeyMap] = {key_map.name: key_map for key_map in MAPS}
 """Name -> map; the first whose marks a file has is its own, and the last has none."""
 AUTO = "auto"

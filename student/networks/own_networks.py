@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from mmkd.data_manifests.errors import InputError
 from mmkd.student.checkpoints.checkpoint_file import read_state
 from mmkd.student.checkpoints.fit import fit_of
+from mmkd.student.key_maps.key_maps import map_weights
 from mmkd.student.network_table import Normalisation, is_own
+
+CLASSIFIER = "classifier"
+"""The classifier of a network that gives logits itself, as transformers calls it."""
 
 
 class DictNetwork(nn.Module):
@@ -49,7 +53,8 @@ def build_own(
     """Call a factory and load its weights; InputError for what is not there, or fails, and for weights that do not
     fit.
 
-    The factory's module keeps its own parameters' names in a weights file.
+    The factory's module keeps its own parameters' names in a weights file, or has them from the names of another
+    project that `key_maps` knows; the classifier of such a file is left aside.
     """
     factory = find_factory(name)
     try:
@@ -59,8 +64,13 @@ def build_own(
     if not isinstance(network, nn.Module):
         raise InputError(f"network {name} gave {type(network).__name__} where a torch.nn.Module is expected")
     if weights is not None:
-        state = read_state(weights)
-        if problems := fit_of(state, network.state_dict()).problems:
+        state, wanted = read_state(weights), network.state_dict()
+        if problems := fit_of(state, wanted).problems:
+            mapped = map_weights(state, weights)
+            rest = {key: value for key, value in wanted.items() if not key.startswith(f"{CLASSIFIER}.")}
+            if mapped.map.marks and not fit_of(mapped.backbone, rest).problems:
+                state, problems = mapped.backbone, ""
+        if problems:
             raise InputError(f"the weights {weights} are not those of {name}: {problems}")
         network.load_state_dict(state, strict=False)
     return network

@@ -12,7 +12,7 @@ from mmkd.data_manifests.errors import InputError, InterruptedByUserError
 from mmkd.pipeline.detecting import detector as detector_module
 from mmkd.pipeline.detecting.detect import detect_videos, frames_at
 from mmkd.pipeline.detecting.detector import Detector, norm_eps_of
-from mmkd.pipeline.detecting.detector_params import DETECTORS, DetectorParams
+from mmkd.pipeline.detecting.detector_params import DetectorParams
 from mmkd.pipeline.detections.table import DetectionTable
 from mmkd.pipeline.inputs.boxes import boxes_at, load_boxes
 from tests.helpers.barcode_videos import write_world
@@ -175,14 +175,59 @@ def test_what_cannot_be_is_refused_before_anything_is_written(root, tmp_path, op
     assert not list(tmp_path.iterdir())
 
 
-def test_torchvisions_published_detector_runs_with_its_epsilon_of_0(root, monkeypatch):
-    old = params(root, network=DETECTORS[0])
+@pytest.fixture(scope="module")
+def retina(tmp_path_factory):
+    """A drawn RetinaNet of 3 classes and its file."""
+    path = tmp_path_factory.mktemp("retina") / "retina.pth"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        options = {"weights": None, "weights_backbone": None, "num_classes": 3, "min_size": 64, "score_thresh": 0.2}
+        network = torchvision.models.get_model("retinanet_resnet50_fpn", **options).eval()
+        with torch.no_grad():
+            head = network.head.classification_head.cls_logits
+            head.weight.normal_(0, 30)
+            head.bias.zero_()
+    torch.save({"model": network.state_dict()}, path)
+    return network, path
+
+
+def test_retinanet_s_boxes_are_torchvisions_own_and_its_classes_count_from_0(retina, one_thread):
+    network, path = retina
+    own = DetectorParams(
+        network="retinanet_resnet50_fpn", weights=path, hand=(0,), object=(2,), min_score=0.2, min_size_px=64
+    )
+    frames = list(np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), np.uint8))
+    found = Detector(own, CPU).find(frames)
+    with torch.no_grad():
+        expected = network([torch.from_numpy(frame).permute(2, 0, 1) / 255 for frame in frames])
+    seen = set()
+    for ours, theirs in zip(found, expected, strict=True):
+        kept = (theirs["scores"] > 0.2) & (theirs["labels"] != 1)
+        np.testing.assert_allclose(ours.boxes, theirs["boxes"][kept] / torch.tensor([64, 48] * 2), atol=1e-4)
+        np.testing.assert_allclose(ours.scores, theirs["scores"][kept], atol=1e-5)
+        assert ours.categories.tolist() == torch.where(theirs["labels"][kept] == 0, 1, 2).tolist()
+        seen |= set(theirs["labels"].tolist())
+    assert seen == {0, 1, 2}
+
+
+def test_weights_and_classes_of_another_detector_than_retinanet_are_refused(root, retina):
+    with pytest.raises(InputError, match=r"class 3 is not one of the detector's, which .* says are 0 to 2$"):
+        Detector(DetectorParams("retinanet_resnet50_fpn", retina[1], (3,)), CPU)
+    with pytest.raises(InputError, match="those of torchvision's retinanet_resnet50_fpn: they have no head"):
+        Detector(params(root, network="retinanet_resnet50_fpn"), CPU)
+    with pytest.raises(InputError, match="are not those of torchvision's retinanet_resnet50_fpn_v2"):
+        Detector(DetectorParams("retinanet_resnet50_fpn_v2", retina[1], (0,)), CPU)
+
+
+@pytest.mark.parametrize("network", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn"])
+def test_torchvisions_published_detector_runs_with_its_epsilon_of_0(root, monkeypatch, network):
+    old = params(root, network=network)
     assert norm_eps_of(old) is None
-    url = torchvision.models.get_model_weights(DETECTORS[0]).COCO_V1.url
+    url = torchvision.models.get_model_weights(network).COCO_V1.url
     digest = url.rsplit("-", 1)[1].removesuffix(".pth") + "0" * 56
     monkeypatch.setattr(detector_module, "file_sha256", lambda path: digest)
     assert norm_eps_of(old) == 0.0
-    assert norm_eps_of(params(root, network=DETECTORS[0], norm_eps=1e-3)) == 1e-3
+    assert norm_eps_of(params(root, network=network, norm_eps=1e-3)) == 1e-3
     assert norm_eps_of(params(root)) is None
     found = Detector(params(root, norm_eps=0.0), CPU).network
     assert {module.eps for module in found.modules() if isinstance(module, torch.nn.BatchNorm2d)} == {0.0}

@@ -305,6 +305,26 @@ def test_a_bad_video_is_left_out_and_named_and_the_others_go_on(pickled, tmp_pat
     assert not (tmp_path / "none.h5").exists()
 
 
+def test_a_hostile_pickle_is_refused_and_named_and_the_others_are_converted(pickled, tmp_path):
+    good = pickled([frame(1, hand(0, 0, 1, 1, score=0.8))])
+    hostile, mark = pickled([Hostile(tmp_path / "it-ran")], "P02_01.pkl"), tmp_path / "it-ran"
+    cut = tmp_path / "P03_01.pkl"
+    cut.write_bytes(good.read_bytes()[:-9])
+    out = tmp_path / "t.h5"
+    result = call(*BOXES, hostile, good, cut, "-o", out)
+    assert result.code == 3
+    assert "2 videos left out, more than --max-unusable 0" in result.err
+    told = [line for line in result.out.splitlines() if line.startswith("left out: ")]
+    assert [line.split(": ")[1] for line in told] == ["P02_01", "P03_01"]
+    assert f"{hostile}: not a pickled list of byte strings: it holds" in told[0]
+    assert told[0].endswith("it was not unpickled")
+    assert list(DetectionTable(out).rows) == ["P01_01"]
+    assert not mark.exists()
+    alone = refused(*BOXES, hostile, "-o", tmp_path / "none.h5")
+    assert "no video can be used; the first: P02_01" in alone
+    assert not (tmp_path / "none.h5").exists()
+
+
 def detections(video, frames=2, each=3, **values):
     total = frames * each
     columns = {
