@@ -178,11 +178,17 @@ def score_actions(table: SplitTable, logits: Mapping[str, Float32Array], usable:
 def evaluation_splits(there: SplitNames, manifest: Manifest, train_split: str | None = None) -> list[str]:
     """Return the splits to evaluate on, of those that are there, in order.
 
-    They are in the manifest, too, and neither `train_split` nor the one that has random training views: those are
-    not what evaluation looks at.
+    They are in the manifest, too, with a label, and neither `train_split` nor the one that has random training
+    views: those are not what evaluation looks at.
     """
     training = {train_split, there.training}
-    return [name for name in there.names if name not in training and name in manifest.splits]
+    known = [name for name in there.names if name not in training and name in manifest.splits]
+    return [name for name in known if has_label(manifest, name)]
+
+
+def has_label(manifest: Manifest, split: str) -> bool:
+    """Return whether some clip of a split has a label: a challenge's test split has none."""
+    return manifest.unlabelled(split) < len(manifest.split(split))
 
 
 def left_out_splits(there: SplitNames, manifest: Manifest, train_split: str | None = None) -> list[str]:
@@ -190,7 +196,7 @@ def left_out_splits(there: SplitNames, manifest: Manifest, train_split: str | No
     lines = []
     if not there.of_cache:
         unlabelled = [name for name in manifest.splits if name not in there.names and name != there.training]
-        return [f"split {name!r} is left out: none of its clips has a label" for name in unlabelled]
+        return [no_label_line(name) for name in unlabelled]
     for name in there.names:
         if name not in manifest.splits:
             lines.append(f"split {name!r} of the cache is left out: it is not in the manifest")
@@ -200,7 +206,17 @@ def left_out_splits(there: SplitNames, manifest: Manifest, train_split: str | No
             lines.append(
                 f"split {name!r} is left out: it is the training split (--set train_split=NAME says another)"
             )
+        elif name != there.training and not has_label(manifest, name):
+            lines.append(no_label_line(name))
     return lines
+
+
+def no_label_line(split: str) -> str:
+    """Return the line about a split that no accuracy can be told of."""
+    return (
+        f"split {split!r} is left out: none of its clips has a label (`mmkd-student predict` tells their classes, "
+        "`submission` writes a challenge's file)"
+    )
 
 
 def refuse_nothing(there: SplitNames, manifest: Manifest, splits: Sequence[str], train_split: str | None) -> None:

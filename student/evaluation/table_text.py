@@ -156,6 +156,9 @@ def metric_lines(metrics: SplitMetrics) -> list[str]:
     lines = []
     for part, heads in metrics.items():
         for head, value in heads.items():
+            if not value["count"] and not value["left_out"]:
+                lines.append(f"{part} {head}: none of its clips has a label")
+                continue
             shown = [f"{title} {cell([value.get(key)])}" for key, title in (*COLUMNS, *FURTHER) if key in value]
             left_out = f", {value['left_out']} left out" if value["left_out"] else ""
             lines.append(f"{part} {head}: {', '.join(shown)} ({counted(value['count'], 'clip')}{left_out})")

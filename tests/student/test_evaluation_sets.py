@@ -8,6 +8,7 @@ import pytest
 
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.student.evaluation.run_files import read_run, write_run
+from mmkd.student.evaluation.table_text import metric_lines
 from tests.helpers.in_process import call, call_ok, refused
 
 FAST = (
@@ -148,6 +149,60 @@ def test_a_cache_for_evaluation_alone_serves_students_baselines_and_the_table(wo
     assert "name another labelled split with --split (it has standard)" in refused(*weigh)
     assert call(*weigh, "--split", "standard").code == 0
     assert "'boxes' is unknown" in refused(*table, "--weights", "boxes=1")
+
+
+@pytest.fixture(scope="module")
+def challenge(world):
+    """A manifest whose split `test` has no labels, and a cache that holds it beside a labelled one."""
+    rows = [json.loads(line) for line in world.clips if '"split": "standard"' in line]
+    for row in rows[5:]:
+        row |= {"split": "test", "labels": {"action": None}}
+    manifest, cache = world.manifest("challenge", map(json.dumps, rows)), world.root / "challenge-cache"
+    places = ("--manifest", manifest, "--facts", world.root / "facts")
+    built = world.quick.build(cache, *places, "--set", "build.splits=[standard,test]", experts=("rgb",))
+    assert built.code == 0, built.err
+    return manifest, cache
+
+
+def test_a_split_without_labels_is_one_line_and_no_metrics(world, runs, challenge):
+    manifest, cache = challenge
+    line = "split 'test' is left out: none of its clips has a label"
+    evaluate = ("mmkd-student", "evaluate", runs["baseline"], "--cache", cache, *world.data(manifest))
+    done = call(*evaluate)
+    assert done.code == 0, done.err
+    assert line in done.err
+    assert "test" not in done.out
+    assert list(json.loads(call_ok(*evaluate, "--json"))) == ["standard"]
+    compared = call("mmkd-student", "compare", "--cache", cache, "--manifest", manifest, "--json")
+    assert compared.code == 0, compared.err
+    assert line in compared.err
+    assert all(list(seed) == ["standard"] for row in json.loads(compared.out)["rows"].values() for seed in row)
+
+
+def test_a_cache_without_labels_is_not_evaluated(world, runs, challenge):
+    """Its classes are told by `predict`, and a challenge's file by `submission`; nothing is printed or written."""
+    rows = [json.loads(line) for line in challenge[0].read_text().splitlines()[1:]]
+    rows = [row for row in rows if row["split"] == "test"]
+    manifest, cache = world.manifest("no-labels", map(json.dumps, rows)), world.root / "no-labels"
+    places = ("--manifest", manifest, "--facts", world.root / "facts")
+    built = world.quick.build(cache, *places, "--set", "build.splits=[test]", experts=("rgb",))
+    assert built.code == 0, built.err
+    before = {path.name for path in runs["baseline"].iterdir()}
+    error = refused("mmkd-student", "evaluate", runs["baseline"], "--cache", cache, *world.data(manifest))
+    assert "there is no split to evaluate on: split 'test' is left out: none of its clips has a label" in error
+    assert "submission" in error
+    assert {path.name for path in runs["baseline"].iterdir()} == before
+    assert "there is no split" in refused("mmkd-student", "compare", "--cache", cache, "--manifest", manifest)
+
+
+def test_a_head_without_labels_says_so():
+    value = {"count": 0, "left_out": 0, "top1": None, "top5": None, "ece": None, "positions": 1, "crops": 1}
+    labelled = value | {"count": 3, "top1": 1.0, "top5": 1.0, "ece": 0.0}
+    lines = metric_lines({"test": {"verb": labelled, "noun": value}})
+    assert lines[:2] == [
+        "test verb: top-1 100.0, top-5 100.0, ECE 0.0 (3 clips)",
+        "test noun: none of its clips has a label",
+    ]
 
 
 def test_random_training_views_are_never_scored(world, runs):
