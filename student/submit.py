@@ -48,9 +48,8 @@ def submit_of(train: click.Command, asked: Asked) -> click.Command:
         recipe, _ = asked(files, overrides, options)
         cluster = cluster_of(files, overrides, options)
         cache = options["cache"] if isinstance(options["cache"], Path) else None
-        require_there(
-            {"--manifest": recipe.data.manifest, "--videos": recipe.data.videos, "--cache": cache}, options
-        )
+        places = [("--manifest", recipe.data.manifest), ("--videos", recipe.data.videos), ("--cache", cache)]
+        require_there(places, options)
         processes = cluster.nodes * cluster.processes_per_node
         job = Job(
             "mmkd-train",

@@ -26,7 +26,7 @@ STOPPABLE = """#!/bin/bash
 trap 'echo stopped >> began; exit 75' USR1 TERM
 echo "$SLURM_ARRAY_TASK_ID.$SLURM_RESTART_COUNT" >> began
 [ "$SLURM_RESTART_COUNT" ] && exit 0
-[ "$1" = "$SLURM_ARRAY_TASK_ID" ] || exit 0
+[[ " $* " = *" $SLURM_ARRAY_TASK_ID "* ]] || exit 0
 while :; do sleep 0.05; done
 """
 
@@ -53,17 +53,18 @@ def submit(cluster, tmp_path, monkeypatch):
 
 @pytest.fixture
 def stoppable(cluster, tmp_path):
-    """Submit an array of four as `submit` does, whose task of a number goes on until it is stopped."""
+    """Submit an array of four as `submit` does, of which tasks of some numbers go on until they are stopped."""
     (tmp_path / "stoppable").write_text(STOPPABLE)
     (tmp_path / "stoppable").chmod(0o755)
 
-    def submitted(number: int) -> str:
-        job = Job("stoppable", about="A stand-in.", command=f"./stoppable {number}", tasks=4)
+    def submitted(*numbers: int) -> str:
+        job = Job("stoppable", about="A stand-in.", command=f"./stoppable {' '.join(map(str, numbers))}", tasks=4)
         script = render(job, ClusterRecipe(gpus=0), folder=tmp_path).replace("command -v", "true")
         (tmp_path / "job.sh").write_text(script)
         found = cluster.run("sbatch", "--parsable", tmp_path / "job.sh", cwd=tmp_path).strip()
         began = tmp_path / "began"
-        cluster.wait_until(lambda: began.exists() and f"{number}." in began.read_text().split(), "the task")
+        own = {f"{number}." for number in numbers}
+        cluster.wait_until(lambda: began.exists() and own <= set(began.read_text().split()), "the tasks")
         return found
 
     return submitted
@@ -111,32 +112,32 @@ def test_a_killed_task_that_is_queued_again_builds_to_the_same_bytes(cluster: Sl
     assert contents(tmp_path / "cache") == contents(quick.cache), logs(tmp_path)
 
 
-@pytest.mark.parametrize("number", [0, 3])
-def test_a_task_that_is_told_to_stop_is_run_again_and_no_other(cluster: Slurm, stoppable, tmp_path, number):
+def test_tasks_that_are_told_to_stop_are_run_again_and_no_others(cluster: Slurm, stoppable, tmp_path):
     """The array's last task has the number of the whole array: by that number all tasks would run again."""
-    array = stoppable(number)
-    others = [f"{array}_{task}" for task in range(4) if task != number]
-    cluster.wait(*others)
-    cluster.run("scancel", "--signal=USR1", "--batch", f"{array}_{number}")
-    cluster.wait_until(lambda: restarts(cluster, array)[number] == "1", "the second start")
-    cluster.wait(f"{array}_{number}")
-    assert restarts(cluster, array) == ["1" if task == number else "0" for task in range(4)]
-    assert sorted((tmp_path / "began").read_text().split()) == sorted(
-        ["0.", "1.", "2.", "3.", "stopped", f"{number}.1"]
-    )
+    array = stoppable(0, 3)
+    cluster.wait(f"{array}_1", f"{array}_2")
+    for number in (0, 3):
+        cluster.run("scancel", "--signal=USR1", "--batch", f"{array}_{number}")
+        cluster.wait_until(lambda number=number: restarts(cluster, array)[number] == "1", "the second start")
+    cluster.wait(f"{array}_0", f"{array}_3")
+    assert restarts(cluster, array) == ["1", "0", "0", "1"]
+    began = ["0.", "0.1", "1.", "2.", "3.", "3.1", "stopped", "stopped"]
+    assert sorted((tmp_path / "began").read_text().split()) == began
 
 
-@pytest.mark.parametrize("how", [(), ("--signal=KILL", "--full")], ids=" ".join)
-def test_a_cancelled_or_killed_task_stays_so_until_it_is_queued_again(cluster: Slurm, stoppable, how):
-    array = stoppable(3)
-    cluster.run("scancel", *how, f"{array}_3")
-    cluster.wait(f"{array}_3", states=("CANCELLED",))
-    cluster.wait_until(lambda: cluster.job(f"{array}_3").get("EndTime") != "Unknown", "its end")
-    assert cluster.states(f"{array}_3") == ["CANCELLED"]
-    assert restarts(cluster, array)[3] == "0"
-    cluster.run("scontrol", "requeue", f"{array}_3")
-    cluster.wait(f"{array}_3")
-    assert restarts(cluster, array) == ["0", "0", "0", "1"]
+def test_cancelled_and_killed_tasks_stay_so_until_they_are_queued_again(cluster: Slurm, stoppable):
+    array = stoppable(2, 3)
+    tasks = [f"{array}_2", f"{array}_3"]
+    cluster.run("scancel", tasks[0])
+    cluster.run("scancel", "--signal=KILL", "--full", tasks[1])
+    cluster.wait(*tasks, states=("CANCELLED",))
+    cluster.wait_until(lambda: all(cluster.job(task).get("EndTime") != "Unknown" for task in tasks), "their end")
+    assert [cluster.states(task) for task in tasks] == [["CANCELLED"]] * 2
+    assert restarts(cluster, array) == ["0"] * 4
+    for task in tasks:
+        cluster.run("scontrol", "requeue", task)
+    cluster.wait(*tasks)
+    assert restarts(cluster, array) == ["0", "0", "1", "1"]
 
 
 def test_a_preempted_task_stops_at_a_clean_point_and_is_run_again(cluster: Slurm, stoppable, tmp_path):
@@ -162,7 +163,7 @@ def test_what_slurm_refuses_is_told_in_its_own_words_and_nothing_is_left(cluster
 def test_a_student_on_two_nodes_is_stopped_and_continues_to_the_bits_of_torchrun_under_srun(
     cluster: Slurm, submit, quick, tmp_path
 ):
-    recipe = {"network": "small3d", "batch_size": 8, "epochs": 15, "warmup_epochs": 0, "loader_threads": 1}
+    recipe = {"network": "small3d", "batch_size": 8, "epochs": 10, "warmup_epochs": 0, "loader_threads": 1}
     address = {"setup": "export MASTER_ADDR=127.0.0.1"}  # both nodes are this machine, by names that no host has
     (tmp_path / "student.yaml").write_text(json.dumps({"train": recipe, "cluster": address}))
     words = ["-c", "student.yaml", "--manifest", quick.root / "manifest.jsonl", "--videos", quick.root / "videos"]
@@ -172,7 +173,7 @@ def test_a_student_on_two_nodes_is_stopped_and_continues_to_the_bits_of_torchrun
     cluster.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 0, "an epoch")
     cluster.run("scancel", "--signal=USR1", "--batch", job)
     cluster.wait_until(lambda: cluster.job(job)["Restarts"] == "1", "the second start")
-    assert metrics.read_text().count("\n") < 15, "stopped too late to mean anything"
+    assert metrics.read_text().count("\n") < 10, "stopped too late to mean anything"
     cluster.wait(job)
     launch = f"{sys.executable} -m torch.distributed.run --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d"
     launch += " --rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=127.0.0.1:$((20000 + SLURM_JOB_ID)) --no-python"
@@ -186,7 +187,7 @@ def test_a_student_on_two_nodes_is_stopped_and_continues_to_the_bits_of_torchrun
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=200,
     )
     assert done.returncode == 0, logs(tmp_path)
     ours, theirs = (tmp_path / name / "model.safetensors" for name in ("ours", "theirs"))

@@ -3,7 +3,8 @@
 import json
 import os
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,14 @@ def require_one_process(cluster: ClusterRecipe, what: str) -> None:
             )
 
 
-def require_there(places: Mapping[str, Path | None], options: Mapping[str, Any]) -> None:
+def require_there(places: Iterable[tuple[str, Path | None]], options: Mapping[str, Any]) -> None:
     """Raise InputError, before anything is submitted, where a file or folder that the command reads is not there.
 
     Not for what is only printed, and not where jobs that run before may make it.
     """
     if options["printed"] or options["after"]:
         return
-    for option, path in places.items():
+    for option, path in places:
         if path is not None and not path.exists():
             raise InputError(
                 f"{option} {path}: there is no such file or folder here; with --after JOB it may come, and --print "
@@ -139,7 +140,7 @@ def hand_over(
         scripts = [script(job, ids) for job, ids in zip(jobs, before, strict=False)]
         print_result({"scripts": scripts}, as_json=options["as_json"], lines=["\n".join(scripts).rstrip()])
         return
-    numbers = submit_chain([lambda ids, job=job: script(job, ids) for job in jobs])  # type: ignore[misc]
+    numbers = submit_chain([partial(script, job) for job in jobs])
     told = [
         f"job {number}: {job.name}" + (f", {counted(job.tasks, 'task')}" if job.tasks else "")
         for job, number in zip(jobs, numbers, strict=True)

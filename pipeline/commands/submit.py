@@ -59,8 +59,8 @@ def submit_build(files: tuple[Path, ...], overrides: tuple[str, ...], **options:
     cluster = cluster_of(files, overrides, options)
     require_one_process(cluster, "build")
     tasks = require_tasks(cluster, "--tasks N, or --plan FILE with what `mmkd-cache plan --json` printed")
-    places = {"--manifest": recipe.data.manifest, "--videos": recipe.data.videos}
-    require_there(places | {f"--expert {path.name}:": path for path in options["experts"]}, options)
+    experts = [("--expert", path) for path in options["experts"]]
+    require_there([("--manifest", recipe.data.manifest), ("--videos", recipe.data.videos), *experts], options)
     out = shlex.quote(str(options["out"]))
     jobs = [
         Job(
@@ -102,7 +102,7 @@ def submit_teach(
     if not chosen:
         raise InputError("the recipe has no experts to teach; `mmkd-cache config example demo` prints one")
     cluster = cluster_of(files, overrides, options)
-    require_there({"--manifest": recipe.data.manifest, "--videos": recipe.data.videos}, options)
+    require_there([("--manifest", recipe.data.manifest), ("--videos", recipe.data.videos)], options)
     words = ['"$name"', *typed(teach, without=("name", "out"))]
     words.append(f'-o {shlex.quote(str(options["out"]))}/"$name"')
     job = Job(

@@ -99,7 +99,7 @@ class Slurm:
         """Return the states of a job, or of all tasks of an array."""
         return re.findall(r"JobState=(\w+)", self.run("scontrol", "-o", "show", "job", number))
 
-    def wait(self, *numbers: str, states: tuple[str, ...] = ("COMPLETED",), seconds: float = 60) -> None:
+    def wait(self, *numbers: str, states: tuple[str, ...] = ("COMPLETED",), seconds: float = 120) -> None:
         """Wait until all of the jobs are in one of the states; a requeued one is started soon.
 
         Not at once: what starts in the second of its end is refused for good ("Job credential revoked").
@@ -115,7 +115,7 @@ class Slurm:
                     begun.add(number)
             time.sleep(0.2)
 
-    def wait_until(self, reached: Callable[[], object], what: str, seconds: float = 60) -> None:
+    def wait_until(self, reached: Callable[[], object], what: str, seconds: float = 120) -> None:
         """Wait until a function says yes."""
         deadline = time.monotonic() + seconds
         while not reached():
