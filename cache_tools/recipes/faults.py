@@ -47,8 +47,12 @@ def describe_fault(
         if name in flags:
             return f"{where}{name}: missing; give {flag_of(model, name)}, or set it in a recipe (-c FILE)"
         return f"{where}{name}: missing, and it has no default"
-    given = repr(fault["input"])
     message = fault["msg"][:1].lower() + fault["msg"][1:]
+    if isinstance(fault["input"], Mapping):  # settings that clash: none of them is the one that was given
+        inner = {origin for other, origin in origins.items() if other[: len(path)] == path and other != path}
+        where = where if not inner else f"{inner.pop()}: " if len(inner) == 1 else ""
+        return f"{where}{name}: {message}"
+    given = repr(fault["input"])
     quote = "; put quotes around it" if fault["type"] == "string_type" and "[" not in given else ""
     return f"{where}{name}: {message}, got {given if len(given) <= 80 else given[:77] + '...'}{quote}"
 

@@ -23,6 +23,7 @@ class MixRecipe(Recipe):
     def _one_or_both(self) -> Self:
         if self.mixup_alpha is None and self.cutmix_alpha is None:
             raise ValueError("set mixup_alpha (0.4, say), cutmix_alpha (1), or both")
-        if "switch" in self.model_fields_set and None in (self.mixup_alpha, self.cutmix_alpha):
+        is_set = self.switch != type(self).model_fields["switch"].default  # a written recipe has it in any case
+        if is_set and None in (self.mixup_alpha, self.cutmix_alpha):
             raise ValueError("switch is for both mixup_alpha and cutmix_alpha, and one is not set: leave it out")
         return self

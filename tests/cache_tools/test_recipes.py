@@ -1,7 +1,7 @@
 from typing import Literal
 
 import pytest
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from mmkd.cache_tools.recipes.recipe import Recipe, load_recipe, resolved_with_origins
 from mmkd.data_manifests.errors import InputError
@@ -16,6 +16,21 @@ class Flow(Recipe):
 class Expert(Recipe):
     name: str
     network: Literal["small3d", "swin3d_t"] = "small3d"
+
+
+class Range(Recipe):
+    low: int = 0
+    high: int = 9
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) is above high ({self.high})")
+        return self
+
+
+class Ranged(Recipe):
+    range: Range = Range()
 
 
 class Demo(Recipe):
@@ -115,6 +130,14 @@ def test_all_faults_are_named_together(tmp_path):
     assert by_path["experts.0.name"] == "  demo.yaml:6: experts.0.name: missing, and it has no default"
     assert "'small3d' or 'swin3d_t', got 'vgg'" in by_path["experts.0.network"]
     assert by_path["flip"].startswith("  MMKD_FLIP: flip: ")
+
+
+def test_settings_that_clash_are_placed_where_all_of_them_are_and_nowhere_else(tmp_path):
+    """The section's own line in a file would be wrong where --set gives one of them, its whole text too long."""
+    text, clash = "range:\n  low: 3\n", "range: value error, low (3) is above high (2)"
+    assert fault(tmp_path, text, model=Ranged, overrides=["range.high=2"]).splitlines()[1] == f"  {clash}"
+    said = fault(tmp_path, model=Ranged, overrides=["range={low: 3, high: 2}"])
+    assert said.splitlines()[1] == f"  --set range: {clash}"
 
 
 @pytest.mark.parametrize("text", ["student: {name: x, nam: y}", "experts: [{name: x, nam: y}]"])

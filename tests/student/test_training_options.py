@@ -518,6 +518,25 @@ def test_a_network_that_cannot_be_compiled_is_told_in_one_line(monkeypatch):
         run(changed(epochs=1, compile=True), MovingBars(4), plain())
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mix": {"mixup_alpha": 1}},
+        {"mix": {"cutmix_alpha": 1}},
+        {"mix": {"mixup_alpha": 1, "cutmix_alpha": 1, "switch": 0.2}},
+        {"class_balance": {"effective_number": 0.9}},
+        {"averaging": {}},
+        {"input": {"every": 2}},
+        {"rand_augment": {}, "erasing": {}, "normalisation": {"mean": [0.5], "std": [0.5]}},
+        {"held_out": 0.1, "patience_epochs": 3, "keep": "best"},
+    ],
+)
+def test_a_recipe_that_a_run_has_written_is_read_again(fields):
+    """`evaluate` begins with it, as does whatever else opens a finished run."""
+    recipe = TrainRecipe(**fields)
+    assert TrainRecipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
 @pytest.mark.parametrize("fields", [{"accumulate": 4}, {"repeats": 4}, {"repeats": 2, "accumulate": 2}])
 def test_mixing_of_parts_with_one_clip_each_is_refused(fields):
     """It would change nothing, or mix views of one clip, in silence."""
