@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,17 +177,8 @@ def test_a_student_on_two_nodes_is_stopped_and_continues_to_the_bits_of_torchrun
     launch = f"{sys.executable} -m torch.distributed.run --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d"
     launch += " --rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=127.0.0.1:$((20000 + SLURM_JOB_ID)) --no-python"
     line = f"srun {launch} mmkd-student train {shlex.join(map(str, words))} -o theirs"
-    (tmp_path / "theirs.sh").write_text(f"#!/bin/bash\n#SBATCH -N 2 --ntasks-per-node=1\n{line}\n")
-    with_programs = {"PATH": f"{PROGRAMS}:{cluster.environment['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["sbatch", "--wait", "-o", "theirs.log", "theirs.sh"],
-        env=cluster.environment | with_programs,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == 0, logs(tmp_path)
+    programs = f"export PATH={PROGRAMS}:$PATH OMP_NUM_THREADS=1"
+    (tmp_path / "theirs.sh").write_text(f"#!/bin/bash\n#SBATCH -N 2 --ntasks-per-node=1\n{programs}\n{line}\n")
+    cluster.wait(cluster.run("sbatch", "--parsable", "-o", "theirs.log", "theirs.sh", cwd=tmp_path).strip())
     ours, theirs = (tmp_path / name / "model.safetensors" for name in ("ours", "theirs"))
     assert ours.read_bytes() == theirs.read_bytes()
