@@ -51,13 +51,13 @@ def tell_and_wait(_: signal.Signals) -> None:
     time.sleep(600)
 
 
-def least_files(wanted: int) -> int:
-    """How many files are open, once they are as few as wanted, or do not get fewer any more.
+def least_files(wanted: int, seconds: float) -> int:
+    """How many files are open, once they are as few as wanted, or the least in so many seconds.
 
     The threads that feed queues close their pipes when they get to run. Garbage goes first: an error knows queues.
     """
     gc.collect()
-    least, until = open_files(), time.monotonic() + 2
+    least, until = open_files(), time.monotonic() + seconds
     while least > wanted and time.monotonic() < until:
         time.sleep(0.05)
         least = min(least, open_files())
@@ -98,7 +98,7 @@ def main(root: Path) -> None:
         ("loader killed", to_a_loader, signal.SIGKILL),
     ):
         told = {"what": what}
-        files = least_files(0)
+        files = least_files(0, 0.3)
         try:
             train(root / what, do=do, number=number)
         except MmkdError as error:
@@ -107,7 +107,7 @@ def main(root: Path) -> None:
                 "error": str(error),
                 "checkpoint": latest_checkpoint(root / what).name,
             }
-        told |= {"loaders": loaders(), "files": least_files(files) - files}
+        told |= {"loaders": loaders(), "files": least_files(files, 5) - files}
         told["same"] = same(undisturbed, train(root / what))
         print(json.dumps(told), flush=True)
     train(root / "killed", do=tell_and_wait)
