@@ -16,6 +16,7 @@ from mmkd.cache_tools.tasks.folder_lock import folder_lock
 from mmkd.cache_tools.views.canonical import canonical_view
 from mmkd.data_manifests.errors import InputError, MmkdError, VerificationError
 from mmkd.pipeline.experts.teach import whole_expert
+from mmkd.pipeline.recipe import TeacherRecipe
 from mmkd.student.evaluation.evaluation_file import read_evaluation
 from mmkd.student.evaluation.metrics import average_views, evaluate
 from mmkd.student.evaluation.own_folder import refuse_other_contents
@@ -226,12 +227,16 @@ def test_a_training_goes_beside_files_of_other_names(tmp_path):
     refuse_other_contents(tmp_path / "new")
 
 
-def test_a_teaching_does_not_write_over_weights_that_are_not_its_own(tmp_path):
-    (tmp_path / "weights.safetensors").write_text("mine")
+def test_a_teaching_does_not_write_over_weights_that_are_not_its_own(world):
+    data = DataRecipe(manifest=Path("manifest.jsonl"), videos=Path("videos"))
+    of_what = ("rgb", {}, TeacherRecipe(data=data), ClipSet(data))
+    out = world / "another"
+    out.mkdir()
+    (out / "weights.safetensors").write_text("mine")
     with pytest.raises(InputError, match=r"weights.safetensors.* name another folder with -o"):
-        whole_expert(tmp_path, "rgb", {})
-    (tmp_path / "training" / "checkpoint-000000001").mkdir(parents=True)
-    assert whole_expert(tmp_path, "rgb", {}) is None
+        whole_expert(out, *of_what)
+    (out / "training" / "checkpoint-000000001").mkdir(parents=True)
+    assert whole_expert(out, *of_what) is None
 
 
 def test_a_finished_run_without_its_checkpoint_is_not_trained_again(world):
