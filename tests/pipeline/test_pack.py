@@ -102,12 +102,13 @@ def test_killed_at_any_moment_it_continues_to_the_same_content(videos, tmp_path)
                 os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.005)
-        process.wait()
-        if out.exists():
+        if process.wait() == 0 or out.exists():
             break
-    if not out.exists():
+    if process.returncode != 0:
+        late = out.exists()  # killed after the last step, while the parts went
+        out.unlink(missing_ok=True)
         report = json.loads(call_ok(*command(videos, out, "--json")))
-        assert report["packed"] < 3
+        assert late or report["packed"] < 3
     assert content(out) == content(tmp_path / "undisturbed.h5")
     assert not (tmp_path / "frames.h5.parts").exists()
 
