@@ -8,7 +8,6 @@ import pytest
 
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.student.evaluation.evaluate import score_split
 from mmkd.student.evaluation.evaluation_file import clips_path, read_evaluation, read_scores, write_evaluation
 from mmkd.student.evaluation.metrics import evaluate
@@ -17,27 +16,11 @@ from mmkd.student.evaluation.table import Table, compare_runs, load_table, mixtu
 from mmkd.student.evaluation.table_text import render
 from mmkd.student.teacher.mixing import Mixture
 from tests.helpers.small_cache import write_cache
+from tests.helpers.verbs_and_nouns import HEADS, make_manifest
 
-HEADS = (Head("verb", tuple("abc")), Head("noun", tuple("defghi")))
 ROWS = 12
 LACKING = {"flow": (2, 5), "boxes": (5, 7, 8)}
 """Expert -> rows of the test split for which it has no logits."""
-
-
-def make_manifest():
-    draw = np.random.default_rng(3)
-    clips = [
-        Clip(
-            f"{split}-{row}",
-            f"{row}.webm",
-            split,
-            {"verb": int(draw.integers(3)), "noun": None if row == 1 else int(draw.integers(6))},
-            groups=("unseen",) if row % 2 else (),
-        )
-        for split in ("train", "test")
-        for row in range(ROWS)
-    ]
-    return Manifest("demo", HEADS, tuple(clips))
 
 
 def make_logits():
@@ -59,7 +42,7 @@ def make_logits():
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
     root = tmp_path_factory.mktemp("table") / "cache"
-    write_cache(root, make_manifest(), make_logits())
+    write_cache(root, make_manifest(ROWS), make_logits())
     return CacheReader(root)
 
 
@@ -70,13 +53,15 @@ def student(reader, tmp_path):
     logits = {head.name: draw.normal(size=(ROWS, 1, len(head.classes))).astype(np.float32) for head in HEADS}
     scores = score_split(reader.split("test"), logits, np.arange(ROWS) != 0)
     run = tmp_path / "student"
-    write_evaluation(run / "evaluation.json", reader.fingerprint, scores.metrics(make_manifest().clips), [scores])
+    write_evaluation(
+        run / "evaluation.json", reader.fingerprint, scores.metrics(make_manifest(ROWS).clips), [scores]
+    )
     return run, logits
 
 
 def compared(reader, runs, **options):
     mixtures = dict.fromkeys(("verb", "noun"), Mixture({"rgb": 1 / 3, "flow": 1 / 3, "boxes": 1 / 3}))
-    return compare_runs(reader, make_manifest(), runs, mixtures=mixtures, missing="drop", **options)
+    return compare_runs(reader, make_manifest(ROWS), runs, mixtures=mixtures, missing="drop", **options)
 
 
 def counts(table, part, head):
@@ -111,7 +96,7 @@ def test_the_common_clips_are_those_of_every_row_and_their_metrics_those_of_the_
     run, logits = student
     table = compared(reader, {"student": run}, common=True)
     rows = [row for row in range(ROWS) if row not in (0, 2, 5, 7, 8)]
-    clips = make_manifest().split("test")
+    clips = make_manifest(ROWS).split("test")
     for part, own in {"test": rows, "test/unseen": [row for row in rows if row % 2]}.items():
         labels = np.array([clips[row].labels["verb"] for row in own])
         for name, value in {"student": logits, "rgb expert": reader.logits("test", "rgb")}.items():
@@ -149,7 +134,7 @@ def test_no_bit_of_an_evaluation_changes_without_being_noticed(reader, student):
         victim.write_bytes(data)
     again = read_scores(path, read_evaluation(path, "EVALUATE"), "EVALUATE")["test"]
     stored = read_evaluation(path, "EVALUATE").metrics
-    assert again.metrics(make_manifest().split("test")) == stored
+    assert again.metrics(make_manifest(ROWS).split("test")) == stored
 
 
 @pytest.mark.parametrize(
@@ -176,7 +161,7 @@ def test_an_expert_without_any_logits_is_a_row_of_no_clips(tmp_path):
     logits = make_logits()
     for value in logits["test"]["flow"].values():
         value[:] = np.nan
-    write_cache(tmp_path / "cache", make_manifest(), logits)
+    write_cache(tmp_path / "cache", make_manifest(ROWS), logits)
     table = compared(CacheReader(tmp_path / "cache"), {})
     assert re.search(r"\| flow expert +\| 0 of 12 +\| - +\| - ", render(table))
     path = tmp_path / "table.json"

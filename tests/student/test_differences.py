@@ -11,7 +11,6 @@ import pytest
 
 from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.data_manifests.errors import InputError
-from mmkd.data_manifests.manifest import Clip, Head, Manifest
 from mmkd.data_manifests.manifest_file import save_manifest
 from mmkd.student.evaluation.differences import Pair, differences, paired_bootstrap
 from mmkd.student.evaluation.evaluate import score_split
@@ -21,8 +20,8 @@ from mmkd.student.evaluation.table import Table, load_table, merge_tables
 from mmkd.student.evaluation.table_text import render
 from tests.helpers.in_process import call, call_ok, refused
 from tests.helpers.small_cache import write_cache
+from tests.helpers.verbs_and_nouns import HEADS, make_manifest
 
-HEADS = (Head("verb", tuple("abc")), Head("noun", tuple("defghi")))
 ROWS = 40
 
 
@@ -85,27 +84,11 @@ def test_of_several_seeds_the_clips_are_drawn_and_the_seeds_averaged():
     assert other.top1 == found.top1
 
 
-def make_manifest():
-    draw = np.random.default_rng(3)
-    clips = [
-        Clip(
-            f"{split}-{row}",
-            f"{row}.webm",
-            split,
-            {"verb": int(draw.integers(3)), "noun": None if row == 1 else int(draw.integers(6))},
-            groups=("unseen",) if row % 2 else (),
-        )
-        for split in ("train", "test")
-        for row in range(ROWS)
-    ]
-    return Manifest("demo", HEADS, tuple(clips))
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A cache, its manifest, and two runs that could not see the same clips; with the verbs each run says."""
     root, draw = tmp_path_factory.mktemp("differences"), np.random.default_rng(5)
-    manifest = make_manifest()
+    manifest = make_manifest(ROWS)
 
     def logits():
         return {head.name: draw.normal(size=(ROWS, 1, len(head.classes))).astype(np.float32) for head in HEADS}
@@ -146,7 +129,7 @@ def test_compare_sets_each_run_beside_the_baseline_over_the_clips_that_both_have
     found = {(value["part"], value["head"]): value for value in result["differences"]}
     assert {value["model"] for value in result["differences"]} == {"student"}
     assert set(found) >= {("test", "verb"), ("test", "noun"), ("test", "action"), ("test/unseen", "verb")}
-    clips = make_manifest().split("test")
+    clips = make_manifest(ROWS).split("test")
     for part, rows in {"test": range(ROWS), "test/unseen": range(1, ROWS, 2)}.items():
         rows = [row for row in rows if row not in (0, 7)]
         right = {name: [own[row] == clips[row].labels["verb"] for row in rows] for name, own in said.items()}

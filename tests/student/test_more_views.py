@@ -12,13 +12,11 @@ from mmkd.cache_tools.cache.reader import CacheReader
 from mmkd.cache_tools.frames.clip_set import ClipSet, DataRecipe
 from mmkd.cache_tools.views.canonical import canonical_view
 from mmkd.cache_tools.views.drawing import evaluation_views
-from mmkd.data_manifests.manifest_file import load_manifest
 from mmkd.student.data.evaluation_views import EvaluationLook, seen_under
 from mmkd.student.data.splits import CachedSplits
-from mmkd.student.evaluation import run_evaluation
 from mmkd.student.evaluation.evaluation_file import read_evaluation
 from mmkd.student.evaluation.trained import load_student
-from mmkd.student.training.predict import predict as predict_views
+from tests.helpers.evaluated import evaluated_logits
 from tests.helpers.in_process import call, call_ok, refused
 from tests.helpers.places import unpack_before
 
@@ -130,21 +128,11 @@ def test_a_clip_counts_by_the_mean_logits_over_its_views(world):
 
 
 def test_predict_has_the_logits_of_these_views_too_bit_for_bit(world, monkeypatch):
-    seen = {}
-
-    def noted(network, data, *arguments, **options):
-        seen["logits"] = predict_views(network, data, *arguments, **options)
-        seen["ids"] = data.clip_ids
-        return seen["logits"]
-
-    monkeypatch.setattr(run_evaluation, "predict", noted)
-    call_ok(*EVALUATE, "--cache", "cache", "--views", 2, "--crops", 3)
-    videos = {clip.clip_id: f"videos/{clip.video}" for clip in load_manifest(Path("manifest.jsonl")).clips}
-    paths = [videos[clip_id] for clip_id in seen["ids"]]
+    paths, logits = evaluated_logits(monkeypatch, *EVALUATE, "--cache", "cache", "--views", 2, "--crops", 3)
     predict = ("mmkd-student", "predict", "run", "--device", "cpu", "--views", 2, "--crops", 3)
     clips = json.loads(call_ok(*predict, *paths, "--json"))["clips"]
-    mean = seen["logits"]["action"].mean(1, dtype=np.float64).astype(np.float32)
-    assert seen["logits"]["action"].shape[1] == 6
+    mean = logits.mean(1, dtype=np.float64).astype(np.float32)
+    assert logits.shape[1] == 6
     assert [clip["heads"]["action"][0]["logit"] for clip in clips] == mean.max(1).tolist()
 
 

@@ -18,7 +18,6 @@ from mmkd.data_manifests.errors import InputError, VerificationError
 from mmkd.data_manifests.manifest import Clip, Manifest
 from mmkd.data_manifests.manifest_file import load_manifest, save_manifest
 from mmkd.student.data.evaluation_views import evaluation_data
-from mmkd.student.evaluation import run_evaluation
 from mmkd.student.evaluation.actions import action_scores
 from mmkd.student.evaluation.run_evaluation import EVALUATION_BATCH
 from mmkd.student.evaluation.trained import load_student
@@ -28,6 +27,7 @@ from mmkd.student.prediction.predictions import Predictions
 from mmkd.student.prediction.video_clips import Windows
 from mmkd.student.training.predict import predict as predict_views
 from tests.helpers.commands import ENVIRONMENT
+from tests.helpers.evaluated import evaluated_logits
 from tests.helpers.in_process import call, call_ok, refused
 from tests.helpers.places import unpack_before
 
@@ -56,17 +56,7 @@ def world(trained, monkeypatch):
 @pytest.fixture
 def evaluated(world, monkeypatch):
     """Videos of the test split, and the logits (clips, V, classes) that the command `evaluate` has of them."""
-    seen = {}
-
-    def noted(network, data, *arguments, **options):
-        seen["logits"] = predict_views(network, data, *arguments, **options)
-        seen["ids"] = data.clip_ids
-        return seen["logits"]
-
-    monkeypatch.setattr(run_evaluation, "predict", noted)
-    call_ok("mmkd-student", "evaluate", "run", "--cache", "cache", "--device", "cpu")
-    videos = {clip.clip_id: clip.video for clip in load_manifest(Path("manifest.jsonl")).clips}
-    return [Path("videos") / videos[clip_id] for clip_id in seen["ids"]], seen["logits"]["action"]
+    return evaluated_logits(monkeypatch, "mmkd-student", "evaluate", "run", "--cache", "cache", "--device", "cpu")
 
 
 def long_video(path, seconds=3):
